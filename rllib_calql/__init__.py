@@ -1,0 +1,37 @@
+"""Cal-QL for Ray RLlib: pre-train on logs, then fine-tune online without the collapse at the switch.
+
+Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: RLlib and torch are loaded when
+`CalQL` or `CalQLConfig` is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rllib_calql.registration import register
+
+if TYPE_CHECKING:
+    from rllib_calql.algorithm import CalQL
+    from rllib_calql.config import CalQLConfig
+
+__version__ = "0.1.0"
+__all__ = ["CalQL", "CalQLConfig", "__version__", "register"]
+
+_MODULES = {"CalQL": "rllib_calql.algorithm", "CalQLConfig": "rllib_calql.config"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the algorithm on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, loaded or not."""
+    return sorted(__all__)
+
+
+register()

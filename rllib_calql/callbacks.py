@@ -1,0 +1,38 @@
+"""Callbacks that run inside env runners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.utils.annotations import override
+
+from rllib_calql.metrics import SUCCESS_RATE
+
+_SUCCESS_KEYS = ("success", "is_success")  # Gymnasium-Robotics and PointMaze; Stable-Baselines3's convention.
+
+
+class EpisodeOutcomeCallback(RLlibCallback):  # type: ignore[misc]
+    """Logs the share of successful episodes where the environment reports success in its infos."""
+
+    @override(RLlibCallback)
+    def on_episode_end(
+        self, *, episode: Any, prev_episode_chunks: Any = None, metrics_logger: Any = None, **kwargs: Any
+    ) -> None:
+        """Logs 1.0 if any step of the whole episode reported success, 0.0 if none did, nothing if none said."""
+        chunks = [*(prev_episode_chunks or []), episode]
+        reports = [
+            bool(info[key])
+            for chunk in chunks
+            for info in chunk.get_infos()
+            for key in _SUCCESS_KEYS
+            if isinstance(info, dict) and key in info
+        ]
+        if reports and metrics_logger is not None:
+            metrics_logger.log_value(SUCCESS_RATE, float(any(reports)), reduce="mean", window=_window(kwargs))
+
+
+def _window(kwargs: dict[str, Any]) -> int:
+    """Episodes that the mean runs over, as for RLlib's own episode metrics."""
+    config = getattr(kwargs.get("env_runner"), "config", None)
+    return int(getattr(config, "metrics_num_episodes_for_smoothing", 100))

@@ -1,0 +1,281 @@
+"""The checks behind `CalQLConfig.validate`: one table of refused settings, one of ranges, and what must fit together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
+
+_READ_BY_US = "the data are read by this package's own readers"
+_FED_BY_STORE = "learners are fed from the transition store"
+
+# Settings of the parents that are not read here: name -> (reason and remedy). Refused unless left at their default.
+UNUSED_SETTINGS: dict[str, str] = {
+    "lr": "there is one rate per optimiser; set `actor_lr`, `critic_lr` and `alpha_lr`",
+    "bc_iters": "RLlib's counter never ends behaviour cloning; set `bc_updates`",
+    "twin_q": "set the size of the critic ensemble, `num_critics`",
+    "q_model_config": "it belongs to the old API stack; set `critic_hiddens` in `.rl_module(model_config=...)`",
+    "policy_model_config": "it belongs to the old API stack; set `actor_hiddens` in `.rl_module(model_config=...)`",
+    "n_step": "returns of several steps would mix the data's policy into the target; only 1 is possible",
+    "replay_buffer_config": "transitions are drawn uniformly, never prioritised; set `online_capacity` for the size",
+    "store_buffer_in_checkpoints": "the online store is always part of the checkpoint",
+    "training_intensity": "set `updates_per_env_step`",
+    "num_steps_sampled_before_learning_starts": "set `warmup_env_steps`",
+    "target_network_update_freq": "targets move by gradient updates; set `target_update_period`",
+    "optimization": "set `actor_lr`, `critic_lr` and `alpha_lr`",
+    "clip_actions": "module actions lie in [-1, 1] and are mapped to the environment's bounds",
+    "_deterministic_loss": "the loss needs sampled actions",
+    "_use_beta_distribution": "the policy is a tanh-squashed Gaussian",
+    "num_epochs": _FED_BY_STORE,
+    "minibatch_size": f"{_FED_BY_STORE}; set `train_batch_size_per_learner`",
+    "shuffle_batch_per_epoch": _FED_BY_STORE,
+    "num_aggregator_actors_per_learner": _FED_BY_STORE,
+    "torch_compile_learner": "the update is not compiled",
+    "_torch_grad_scaler_class": 'precision is "fp32"',
+    "rollout_fragment_length": "whole episodes are collected",
+    "batch_mode": "returns-to-go need whole episodes",
+    "min_sample_timesteps_per_iteration": "one iteration is `updates_per_iteration` updates, or one round of episodes",
+    "min_train_timesteps_per_iteration": "one iteration is `updates_per_iteration` updates, or one round of episodes",
+    "input_read_method": _READ_BY_US,
+    "input_read_method_kwargs": _READ_BY_US,
+    "input_read_schema": _READ_BY_US,
+    "input_read_episodes": f"{_READ_BY_US}, which tell episodes from rows by themselves",
+    "input_read_sample_batches": _READ_BY_US,
+    "input_read_batch_size": _READ_BY_US,
+    "input_filesystem": _READ_BY_US,
+    "input_filesystem_kwargs": _READ_BY_US,
+    "input_compress_columns": f"{_READ_BY_US}, which find compressed columns by themselves",
+    "materialize_data": _READ_BY_US,
+    "materialize_mapped_data": _READ_BY_US,
+    "map_batches_kwargs": _READ_BY_US,
+    "iter_batches_kwargs": _READ_BY_US,
+    "ignore_final_observation": "the last observation of a cut episode is needed for its bootstrap",
+    "prelearner_class": f"{_READ_BY_US}; there is no pre-learner",
+    "prelearner_buffer_class": f"{_READ_BY_US}; there is no pre-learner",
+    "prelearner_buffer_kwargs": f"{_READ_BY_US}; there is no pre-learner",
+    "prelearner_module_synch_period": f"{_READ_BY_US}; there is no pre-learner",
+    "prelearner_use_recorded_module_states": f"{_READ_BY_US}; there is no pre-learner",
+    "dataset_num_iters_per_learner": "set `updates_per_iteration`",
+    "actions_in_input_normalized": "set `action_space_of_data`",
+    "shuffle_buffer_size": "batches are drawn uniformly from all data",
+    "input_config": _READ_BY_US,
+    "postprocess_inputs": _READ_BY_US,
+}
+
+_POSITIVE = ("temperature", "tau", "updates_per_env_step")
+_NOT_NEGATIVE = ("min_q_weight",)
+_POSITIVE_INTEGERS = (
+    "num_actions",
+    "num_critics",
+    "target_update_period",
+    "updates_per_iteration",
+    "online_capacity",
+    "train_batch_size_per_learner",
+)
+_BOOLEANS = (
+    "calibrate",
+    "importance_sampling",
+    "lagrangian",
+    "max_target_backup",
+    "deterministic_backup",
+    "normalize_observations",
+    "conservative_online",
+    "calibrate_online",
+)
+
+
+def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) -> None:
+    """Runs RLlib's checks and ours.
+
+    Raises:
+        ValueError: At the first setting that is wrong.
+    """
+    _check_unused(config)
+    _check_host(config)
+    with _without_new_stack_banners():
+        parent_validate()
+    _check_ranges(config)
+    _check_choices(config)
+    _check_model_config(config)
+    _check_phases(config)
+
+
+def _check_unused(config: CalQLConfig) -> None:
+    defaults = type(config)()
+    for name, reason in UNUSED_SETTINGS.items():
+        if config.in_evaluation and name in ("batch_mode", "rollout_fragment_length"):
+            continue  # RLlib sets these itself on the evaluation runners' config.
+        value = getattr(config, name)
+        if value != getattr(defaults, name):
+            raise ValueError(f"`{name}` is not used by CalQL, got {value!r}: {reason}.")
+
+
+def _check_host(config: CalQLConfig) -> None:
+    if config.framework_str != "torch":
+        raise ValueError(f'`framework` must be "torch", got {config.framework_str!r}.')
+    if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
+        raise ValueError("CalQL runs on RLlib's new API stack only; drop the `.api_stack(...)` call.")
+    if config.is_multi_agent:
+        raise ValueError("CalQL trains one agent; drop the `.multi_agent(...)` call.")
+    if not config.normalize_actions:
+        raise ValueError(
+            "`normalize_actions` must be True: module actions lie in [-1, 1] and are mapped to the environment's bounds."
+        )
+    if config.action_space is not None:
+        check_action_space(config.action_space, "`action_space`")
+
+
+def check_action_space(space: gym.Space[Any], name: str) -> None:
+    """Refuses action spaces that [-1, 1]^A can't be mapped to.
+
+    Args:
+        space: Action space.
+        name: What it is called in the message.
+
+    Raises:
+        ValueError: If the space is not a bounded, one-dimensional Box of real numbers.
+    """
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+        raise ValueError(f"{name} must be a Box of real numbers with one dimension, got {space}; use another algorithm.")
+    if not space.is_bounded():
+        raise ValueError(f"{name} must be bounded, got {space}; wrap the environment in `RescaleAction` or `ClipAction`.")
+
+
+@contextmanager
+def _without_new_stack_banners() -> Iterator[None]:
+    """RLlib warns at each validation that the new API stack is in use, which is the only one here."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "on the new API stack!" not in record.getMessage()
+
+    names = ("ray.rllib.algorithms.sac.sac", "ray.rllib.algorithms.algorithm_config")
+    for name in names:
+        logging.getLogger(name).addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(is_wanted)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_integer(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _check_ranges(config: CalQLConfig) -> None:
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not (_is_real(value) and 0 < value < math.inf):
+            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not (_is_real(value) and 0 <= value < math.inf):
+            raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+    for name in _POSITIVE_INTEGERS:
+        value = getattr(config, name)
+        if not _is_integer(value, 1):
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
+    if config.tau > 1:
+        raise ValueError(f"`tau` must be in (0, 1], got {config.tau!r}.")
+    if not (_is_real(config.gamma) and 0 <= config.gamma <= 1):
+        raise ValueError(f"`gamma` must be in [0, 1], got {config.gamma!r}.")
+    if not _is_integer(config.bc_updates, 0):
+        raise ValueError(f"`bc_updates` must be an integer of at least 0, got {config.bc_updates!r}.")
+    weight = config.min_q_weight_online
+    if weight is not None and not (_is_real(weight) and 0 <= weight < math.inf):
+        raise ValueError(f"`min_q_weight_online` must be None or a number of at least 0, got {weight!r}.")
+    if config.warmup_env_steps is not None and not _is_integer(config.warmup_env_steps, 0):
+        raise ValueError(f"`warmup_env_steps` must be None or an integer of at least 0, got {config.warmup_env_steps!r}.")
+    for name in ("reward_scale", "reward_bias", "lagrangian_thresh"):
+        if not (_is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
+            raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
+    clip = config.conservative_gap_clip
+    if len(clip) != 2 or not all(_is_real(bound) for bound in clip) or clip[0] >= clip[1]:
+        raise ValueError(f"`conservative_gap_clip` must be a pair (low, high) with low < high, got {clip!r}.")
+
+
+def _check_choices(config: CalQLConfig) -> None:
+    from rllib_calql.returns import TRUNCATION_RULES
+
+    if config.reference_value != "returns_to_go":
+        raise ValueError(
+            f'`reference_value` must be "returns_to_go", got {config.reference_value!r}, which is not yet available.'
+        )
+    if config.precision != "fp32":
+        raise ValueError(f'`precision` must be "fp32", got {config.precision!r}, which is not yet available.')
+    if config.truncation not in TRUNCATION_RULES:
+        raise ValueError(f"`truncation` must be one of {TRUNCATION_RULES}, got {config.truncation!r}.")
+    if config.action_space_of_data not in ("environment", "module"):
+        raise ValueError(
+            f'`action_space_of_data` must be "environment" or "module", got {config.action_space_of_data!r}.'
+        )
+    ratio = config.mixing_ratio
+    if ratio != "proportional" and not (_is_real(ratio) and 0 <= float(ratio) <= 1):
+        raise ValueError(f'`mixing_ratio` must be in [0, 1] or "proportional", got {ratio!r}.')
+    if config.gamma == 1 and (config.truncation == "steady" or config.failure_reward is not None):
+        raise ValueError(
+            '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1.'
+        )
+    failure = config.failure_reward
+    if failure is not None and not (_is_real(failure) and math.isfinite(failure)):
+        raise ValueError(f"`failure_reward` must be None or a finite number, got {failure!r}.")
+    threshold_was_set = config.lagrangian_thresh != type(config)().lagrangian_thresh
+    if threshold_was_set and not config.lagrangian:
+        raise ValueError(
+            "`lagrangian_thresh` is set but `lagrangian` is False; set `lagrangian=True` or drop the threshold."
+        )
+
+
+def _check_model_config(config: CalQLConfig) -> None:
+    from rllib_calql.config import DEFAULT_MODEL_CONFIG
+    from rllib_calql.networks import ACTIVATIONS
+
+    settings = config.model_config
+    unknown = sorted(set(config._model_config) - set(DEFAULT_MODEL_CONFIG)) if isinstance(config._model_config, dict) else []
+    if unknown:
+        raise ValueError(f"`model_config` may hold {sorted(DEFAULT_MODEL_CONFIG)}, got the unknown {unknown}.")
+    for name in ("actor_hiddens", "critic_hiddens"):
+        widths = settings[name]
+        if not isinstance(widths, (list, tuple)) or not widths or not all(_is_integer(n, 1) for n in widths):
+            raise ValueError(f"`{name}` must be a list of positive layer widths, got {widths!r}.")
+    if settings["activation"] not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {settings['activation']!r}.")
+    for name in ("layer_norm", "orthogonal_init"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"`{name}` must be True or False, got {settings[name]!r}.")
+
+
+def _check_phases(config: CalQLConfig) -> None:
+    if config.input_ != "sampler" and not config.is_offline:
+        raise ValueError(f"`input_` must be a string, a path or a non-empty list of them, got {config.input_!r}.")
+    updates = config.offline_updates
+    if updates is not None and not _is_integer(updates, 0):
+        raise ValueError(f"`offline_updates` must be an integer of at least 0, got {updates!r}.")
+    if config.is_offline and updates is None:
+        raise ValueError("`offline_updates` must be set when `input_` is: `.fine_tuning(offline_updates=...)`.")
+    if updates and not config.is_offline:
+        raise ValueError(f"`offline_updates` is {updates} but `input_` is not set; set `.offline_data(input_=...)`.")
+    if config.is_offline and config._env_to_module_connector is not None:
+        raise ValueError(
+            "`env_to_module_connector` would change online observations only, the offline data do not pass through it; "
+            "put the change into the environment and the data."
+        )
+    if config.env is None and config.is_offline:
+        if updates == 0:
+            raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
+        if config.evaluation_interval and not config.in_evaluation:
+            raise ValueError("`evaluation_interval` needs an environment; set `.environment(...)` or drop it.")

@@ -1,0 +1,332 @@
+"""The torch learner of Cal-QL: loss, one backward pass, one all-reduce, optimisers, targets after every gradient step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.numpy import convert_to_numpy
+from torch import Tensor
+
+from rllib_calql import losses
+from rllib_calql import metrics as keys
+from rllib_calql import rl_module as outputs
+from rllib_calql.config import CalQLConfig
+from rllib_calql.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.replay import IS_OFFLINE
+from rllib_calql.rl_module import CalQLTorchRLModule
+
+ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
+
+_STATE = "calql"
+_RANK_SEED_STRIDE = 1_000_003  # RLlib gives every learner the same seed; ranks must not draw the same noise.
+
+
+class CalQLTorchLearner(CQLTorchLearner):  # type: ignore[misc]
+    """Performs K gradient steps per `update` call on K batches laid end to end.
+
+    Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
+    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; temperature,
+    Lagrange multiplier and random state are part of the checkpoint; behaviour cloning ends after `bc_updates`.
+    """
+
+    @override(CQLTorchLearner)
+    def build(self) -> None:
+        """Creates the module, the dual variable, the optimisers and this rank's random generator."""
+        self.log_alpha_prime = torch.ones(1, dtype=torch.float32)
+        self._num_updates = 0
+        self._online = False
+        self._accumulator = MeanAccumulator()
+        super().build()
+        # Same device as the module; created before the optimiser refers to it.
+        seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
+        self._generator = torch.Generator(device=self._device)
+        self._generator.manual_seed(seed + _RANK_SEED_STRIDE * self._learner_index)
+        self._calql_module.generator = self._generator
+
+    @property
+    def _calql_module(self) -> CalQLTorchRLModule:
+        module: CalQLTorchRLModule = self.module[DEFAULT_MODULE_ID].unwrapped()
+        return module
+
+    @override(CQLTorchLearner)
+    def configure_optimizers_for_module(self, module_id: str, config: CalQLConfig | None = None) -> None:
+        """Registers Adam optimisers for critics, policy, temperature and (with `lagrangian`) the dual variable."""
+        assert config is not None
+        module = self._calql_module
+        self.log_alpha_prime = self.log_alpha_prime.to(self._device).requires_grad_(config.lagrangian)
+        groups: list[tuple[str, list[Tensor], Any]] = [
+            ("critic", list(module.critic.parameters()), config.critic_lr),
+            ("policy", list(module.policy.parameters()), config.actor_lr),
+            ("alpha", [self.curr_log_alpha[module_id]], config.alpha_lr),
+        ]
+        if config.lagrangian:
+            groups.append(("alpha_prime", [self.log_alpha_prime], config.critic_lr))
+        for name, params, lr in groups:
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=torch.optim.Adam(params, fused=True),
+                params=params,
+                lr_or_lr_schedule=lr,
+            )
+
+    # --- One update call -------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def update(
+        self,
+        batch: MultiAgentBatch | None = None,
+        *,
+        batch_refs: list[Any] | None = None,
+        training_data: TrainingData | None = None,
+        timesteps: dict[str, Any] | None = None,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Makes one gradient step per mini-batch of `minibatch_size` consecutive rows.
+
+        Bookkeeping happens once per call and not once per step, and env steps are not counted K-fold as RLlib's cyclic
+        mini-batch iterator does.
+
+        Args:
+            batch: Columns of K * `minibatch_size` rows for the default module.
+            batch_refs: The same as an object reference, for remote learners.
+            training_data: The same as RLlib's container.
+            timesteps: RLlib's lifetime counters, and `ONLINE`.
+            minibatch_size: Rows per gradient step; all rows if None.
+            **kwargs: Accepted for RLlib's calling convention.
+
+        Returns:
+            The reduced metrics.
+        """
+        self._check_is_built()
+        timesteps = timesteps or {}
+        self.before_gradient_based_update(timesteps=timesteps)
+        self._online = bool(timesteps.get(ONLINE, False))
+        data = training_data if training_data is not None else TrainingData(batch=batch, batch_refs=batch_refs)
+        data.validate()
+        data.solve_refs()
+        self._weights_seq_no += 1
+        columns = self._columns_on_device(data.batch)
+        num_rows = len(columns[Columns.REWARDS])
+        for minibatch in _slices(columns, minibatch_size or num_rows):
+            self._update({DEFAULT_MODULE_ID: minibatch})
+        self._log_update(num_rows, minibatch_size or num_rows)
+        self.after_gradient_based_update(timesteps=timesteps)
+        return dict(self.metrics.reduce())
+
+    def _columns_on_device(self, batch: MultiAgentBatch | SampleBatch) -> dict[str, Tensor]:
+        columns = batch.policy_batches[DEFAULT_MODULE_ID] if isinstance(batch, MultiAgentBatch) else batch
+        # Arrays out of the object store are read-only, which torch warns about though nothing here writes to them.
+        writable = {k: v if v.flags.writeable else v.copy() for k, v in columns.items()}
+        return {key: torch.from_numpy(value).to(self._device) for key, value in writable.items()}
+
+    @override(TorchLearner)
+    def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        """One gradient step: all gradients at the same parameters, then every optimiser, then the targets."""
+        fwd_out = self.module.forward_train(batch)
+        loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
+        gradients = self.compute_gradients(loss_per_module)
+        self.apply_gradients(self.postprocess_gradients(gradients))
+        self._num_updates += 1
+        if self._num_updates % self.config.target_update_period == 0:
+            self._update_targets()
+        return fwd_out, loss_per_module, {}
+
+    @override(CQLTorchLearner)
+    def compute_loss_for_module(
+        self,
+        *,
+        module_id: str,
+        config: CalQLConfig,
+        batch: dict[str, Tensor],
+        fwd_out: dict[str, Tensor],
+    ) -> Tensor:
+        """Sum of critic, actor, temperature and (with `lagrangian`) dual loss; their parameters are disjoint."""
+        log_alpha = self.curr_log_alpha[module_id]
+        alpha = log_alpha.exp().detach().squeeze(0)
+        qf_loss, prime_loss = self._critic_losses(config, batch, fwd_out, alpha)
+        log_prob = fwd_out[outputs.ACTOR_LOG_PROB]
+        if self._num_updates < config.bc_updates:
+            policy_loss = losses.behaviour_cloning_loss(log_prob, fwd_out[outputs.DATA_LOG_PROB], alpha).mean()
+        else:
+            policy_loss = losses.actor_loss(log_prob, fwd_out[outputs.ACTOR_Q], alpha).mean()
+        alpha_loss = losses.temperature_loss(log_alpha, log_prob, self.target_entropy[module_id])
+        self._accumulator.add(
+            {
+                keys.QF_LOSS: qf_loss,
+                keys.POLICY_LOSS: policy_loss,
+                keys.ALPHA_LOSS: alpha_loss,
+                keys.ALPHA_VALUE: alpha,
+                keys.LOG_PROB: log_prob.mean(),
+            }
+        )
+        total = qf_loss + policy_loss + alpha_loss
+        return total if prime_loss is None else total + prime_loss
+
+    def _critic_losses(
+        self, config: CalQLConfig, batch: dict[str, Tensor], fwd_out: dict[str, Tensor], alpha: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Critic loss summed over critics, and the dual variable's loss."""
+        reference_value = batch[Columns.RETURNS_TO_GO]
+        values = losses.SampledValues(
+            q_uniform=fwd_out[outputs.Q_UNIFORM],
+            q_current=fwd_out[outputs.Q_CURRENT],
+            q_next=fwd_out[outputs.Q_NEXT],
+            log_prob_current=fwd_out[outputs.LOG_PROB_CURRENT],
+            log_prob_next=fwd_out[outputs.LOG_PROB_NEXT],
+            action_dim=batch[Columns.ACTIONS].shape[-1],
+        )
+        target = losses.td_target(
+            batch[Columns.REWARDS],
+            batch[Columns.TERMINATEDS],
+            fwd_out[outputs.TARGET_NEXT_Q],
+            fwd_out[outputs.TARGET_NEXT_LOG_PROB],
+            gamma=config.gamma,
+            entropy_alpha=None if config.deterministic_backup else alpha,
+        )
+        terms = losses.critic_loss(
+            fwd_out[outputs.Q_DATA],
+            target,
+            values,
+            reference_value if config.calibrates(online=self._online) else None,
+            temperature=config.temperature,
+            importance_sampling=config.importance_sampling,
+            gap_clip=config.conservative_gap_clip,
+        )
+        mean_gap = terms.gap.mean(dim=1)
+        weight = config.conservative_weight(online=self._online)
+        prime_loss = None
+        if not config.is_conservative(online=self._online):
+            conservative = torch.zeros_like(mean_gap)
+        elif config.lagrangian:
+            multiplier = losses.lagrange_multiplier(self.log_alpha_prime)
+            conservative = multiplier.detach() * weight * (mean_gap - config.lagrangian_thresh)
+            prime_loss = losses.lagrange_loss(
+                self.log_alpha_prime, mean_gap, min_q_weight=weight, lagrangian_thresh=config.lagrangian_thresh
+            )
+            self._accumulator.add({keys.ALPHA_PRIME: multiplier.squeeze(0), keys.ALPHA_PRIME_LOSS: prime_loss})
+        else:
+            conservative = weight * mean_gap
+        self._accumulator.add(
+            {
+                keys.CQL_LOSS: conservative.sum(),
+                keys.TARGET_Q: target.mean(),
+                **critic_diagnostics(fwd_out[outputs.Q_DATA], values, terms, reference_value, batch[IS_OFFLINE]),
+            }
+        )
+        return (terms.td.mean(dim=1) + conservative).sum(), prime_loss
+
+    @override(CQLTorchLearner)
+    def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:
+        """Gradients of all losses by one backward pass, averaged over the learners by one all-reduce."""
+        computed = TorchLearner.compute_gradients(self, loss_per_module, **kwargs)
+        # The dual variable has no gradient while the conservative term is off; Adam then leaves it alone.
+        gradients = {param: gradient for param, gradient in computed.items() if gradient is not None}
+        if self.config.num_learners > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+            torch.distributed.all_reduce(flat)
+            flat /= self.config.num_learners
+            for gradient, part in zip(
+                gradients.values(), flat.split([g.numel() for g in gradients.values()]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
+        return gradients
+
+    @override(CQLTorchLearner)
+    def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
+        """Steps every optimiser."""
+        for param, gradient in gradients_dict.items():
+            param.grad = gradient
+        for optimizer in self._named_optimizers.values():
+            optimizer.step()
+
+    def _update_targets(self) -> None:
+        with torch.no_grad():
+            for main, target in self._calql_module.get_target_network_pairs():
+                torch._foreach_lerp_(list(target.parameters()), list(main.parameters()), self.config.tau)
+
+    @override(TorchLearner)
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Starts all learners from rank 0's parameters; no DDP wrapper, see `compute_gradients`."""
+        if self.config.num_learners > 1:
+            for tensor in self._calql_module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    @override(CQLTorchLearner)
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        """Moves learning-rate schedules. Targets have moved already; the parents' once-per-call update is skipped."""
+        TorchLearner.after_gradient_based_update(self, timesteps=timesteps)
+
+    def _log_update(self, num_rows: int, rows_per_step: int) -> None:
+        """Hands the accumulated tensors to RLlib's logger: the only host synchronisation of an update call."""
+        for name, value in self._accumulator.pop().items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
+        self.metrics.log_value((DEFAULT_MODULE_ID, keys.NUM_UPDATES_LIFETIME), self._num_updates, reduce="max")
+        rows = MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch({"rows": np.empty(num_rows, np.int8)})}, num_rows)
+        self._log_steps_trained_metrics(rows)
+
+    # --- State -----------------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state and what it leaves out: temperature, dual variable, random state, update count."""
+        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(_STATE, components, not_components):
+            state[_STATE] = {
+                "log_alpha": convert_to_numpy(self.curr_log_alpha[DEFAULT_MODULE_ID]),
+                "log_alpha_prime": convert_to_numpy(self.log_alpha_prime),
+                "generator": self._generator.get_state().numpy(),
+                "num_updates": self._num_updates,
+            }
+        return state
+
+    @override(Learner)
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores in place, so that the optimisers keep referring to the same tensors."""
+        self._weights_seq_no = 0  # RLlib would silently ignore an older checkpoint's weights.
+        super().set_state(state)
+        if _STATE not in state:
+            return
+        own = state[_STATE]
+        with torch.no_grad():
+            self.curr_log_alpha[DEFAULT_MODULE_ID].copy_(torch.as_tensor(own["log_alpha"]))
+            self.log_alpha_prime.copy_(torch.as_tensor(own["log_alpha_prime"]))
+        self._num_updates = own["num_updates"]
+        if self._learner_index == 0:
+            self._generator.set_state(torch.as_tensor(own["generator"]))
+        else:  # The checkpoint holds rank 0's state; the same noise on every rank would correlate their gradients.
+            self._generator.manual_seed(_RANK_SEED_STRIDE * self._learner_index + self._num_updates)
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            if not schedule.use_schedule:
+                # The restored optimiser holds the old learning rate; the config's, perhaps changed by PBT, must win.
+                self._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
+
+    def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Sets mean and standard deviation of observations, each of shape (obs_dim,), in the module."""
+        self._calql_module.set_observation_statistics(torch.as_tensor(mean), torch.as_tensor(std))
+
+    def estimate_values(self, obs: np.ndarray) -> np.ndarray:
+        """Value of the greedy policy by the target critics; obs (B, obs_dim) gives (B,)."""
+        values = self._calql_module.estimate_values(torch.as_tensor(obs).to(self._device))
+        return np.asarray(convert_to_numpy(values))
+
+
+def _slices(columns: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    num_rows = len(columns[Columns.REWARDS])
+    if num_rows % size:
+        raise ValueError(f"An update needs whole mini-batches of {size} rows, got {num_rows} rows.")
+    for start in range(0, num_rows, size):
+        yield {key: column[start : start + size] for key, column in columns.items()}

@@ -1,0 +1,58 @@
+"""Every metric key of the package, one comment each.
+
+Keys below `LEARNER` keys appear under `learners/default_policy/`; `EVALUATION` keys appear under `env_runners/` and
+`evaluation/env_runners/`; the rest stands at the top level of a result. This module imports nothing, so that loggers,
+the command line and tests can use the names without loading Ray.
+"""
+
+# --- Top level -------------------------------------------------------------------------------------------------------
+PHASE = "phase"  # "offline" or "online": the phase that the gradient updates of this result belong to.
+NUM_OFFLINE_UPDATES_LIFETIME = "num_offline_updates_lifetime"  # Gradient updates of the offline phase so far.
+NUM_ONLINE_UPDATES_LIFETIME = "num_online_updates_lifetime"  # Gradient updates of the online phase so far.
+NUM_ONLINE_ENV_STEPS_LIFETIME = "num_online_env_steps_lifetime"  # Env steps of finished episodes stored so far.
+NUM_ONLINE_EPISODES_LIFETIME = "num_online_episodes_lifetime"  # Finished episodes stored so far.
+UPDATES_PER_S = "updates_per_s"  # Gradient updates per second of this result's training steps, sampling included.
+
+OFFLINE = "offline"  # Value of `PHASE` during pre-training.
+ONLINE = "online"  # Value of `PHASE` during fine-tuning.
+
+# --- Below "fine_tuning" (online phase, once an evaluation exists) -------------------------------------------------------
+FINE_TUNING = "fine_tuning"  # Parent key of the two below.
+DIP = "dip"  # Worst evaluation return since the switch minus the evaluation at the switch (at most 0).
+REGRET = "regret"  # Mean over the evaluations since the switch of 1 - score, see `EvaluationHistory`.
+
+# --- Below "store" -------------------------------------------------------------------------------------------------------
+STORE = "store"  # Parent key of the sizes below.
+NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
+NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
+
+# --- Below "env_runners" and "evaluation/env_runners" ----------------------------------------------------------------------
+SUCCESS_RATE = "success_rate"  # Share of episodes in which any step's info said success (`success`/`is_success`).
+NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
+
+# --- Below "learners/default_policy"; means over the update call's gradient steps ---------------------------------------------
+QF_LOSS = "qf_loss"  # Critic loss, conservative term included, summed over critics.
+POLICY_LOSS = "policy_loss"  # Actor loss (behaviour cloning loss during `bc_updates`).
+ALPHA_LOSS = "alpha_loss"  # Loss of the entropy temperature.
+ALPHA_VALUE = "alpha_value"  # Entropy temperature alpha.
+ALPHA_PRIME = "alpha_prime"  # Lagrange multiplier (only with `lagrangian`).
+ALPHA_PRIME_LOSS = "alpha_prime_loss"  # Loss of the Lagrange multiplier (only with `lagrangian`).
+CQL_LOSS = "cql_loss"  # Weighted conservative term (multiplier included), summed over critics.
+LOG_PROB = "log_prob"  # Mean log pi(a|s) of freshly sampled actions, module action units.
+TARGET_Q = "target_q"  # Mean TD target.
+CALIBRATION_GAP = "calibration_gap"  # mean(Q(s, a) - G) on the batch's own actions, mean over critics.
+CALIBRATION_GAP_OFFLINE = "calibration_gap_offline"  # The same, offline rows only.
+CALIBRATION_GAP_ONLINE = "calibration_gap_online"  # The same, online rows only (online phase).
+REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the batch.
+NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made in both phases.
+
+# Per critic c = 1, 2, ...; `format(c=...)` gives the key.
+TD_LOSS_OF_CRITIC = "td_loss_q{c}"  # Mean squared TD error.
+GAP_OF_CRITIC = "cql_gap_q{c}"  # Mean clipped gap: log-sum-exp minus Q of the data action.
+Q_DATA_OF_CRITIC = "q{c}_data"  # Mean Q of the data actions.
+Q_UNIFORM_OF_CRITIC = "cql_q{c}_rand"  # Mean Q of the uniform actions.
+Q_CURRENT_OF_CRITIC = "cql_q{c}_current_actions"  # Mean Q of the current actions, before calibration.
+Q_NEXT_OF_CRITIC = "cql_q{c}_next_actions"  # Mean Q of the next-state actions, before calibration.
+Q_STD_OF_CRITIC = "cql_std_q{c}"  # Spread (population std) of Q over all sampled actions of a state, mean over the batch.
+BOUND_RATE_CURRENT_OF_CRITIC = "bound_rate_cql_q{c}_current_actions"  # Share of current actions lifted to V.
+BOUND_RATE_NEXT_OF_CRITIC = "bound_rate_cql_q{c}_next_actions"  # Share of next-state actions lifted to V.

@@ -1,0 +1,200 @@
+"""Networks of Cal-QL: a tanh-Gaussian policy and an ensemble of critics with a leading critic axis.
+
+Axes: `C` critics, `M` sampled actions, `B` batch, `A` action dimension, `H` hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LOG_STD_BOUNDS = (-20.0, 2.0)  # Authors' code and Haarnoja et al. 2018.
+DATA_ACTION_LIMIT = 0.99999  # Data actions are clipped to +-this before arctanh (authors' code).
+_HIDDEN_GAIN = math.sqrt(2.0)  # Orthogonal init, authors' code.
+_OUTPUT_GAIN = 1e-2
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "leaky_relu": functional.leaky_relu,
+}
+
+
+def _initialise(weight: Tensor, bias: Tensor, *, orthogonal: bool, is_output: bool) -> None:
+    """Fills one layer, weight of shape (in, out): orthogonal as the authors do, else torch's default for linear layers."""
+    if orthogonal:
+        nn.init.orthogonal_(weight, gain=_OUTPUT_GAIN if is_output else _HIDDEN_GAIN)
+        nn.init.zeros_(bias)
+    else:
+        bound = 1.0 / math.sqrt(weight.shape[0])
+        nn.init.uniform_(weight, -bound, bound)
+        nn.init.uniform_(bias, -bound, bound)
+
+
+class TanhGaussianPolicy(nn.Module):
+    """Tanh-squashed diagonal Gaussian over [-1, 1]^A.
+
+    The standard deviation is exp(multiplier * output + offset), multiplier and offset being learned scalars that start
+    at 1 and -1 (authors' code), clipped to exp([-20, 2]).
+
+    Args:
+        obs_dim: Size of an observation.
+        action_dim: Size of an action.
+        hiddens: Widths of the hidden layers.
+        activation: A key of `ACTIVATIONS`.
+        layer_norm: Whether every hidden layer is normalised before its activation.
+        orthogonal_init: Whether weights start orthogonal, biases zero.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hiddens: Sequence[int],
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        orthogonal_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self._activation = ACTIVATIONS[activation]
+        widths = [obs_dim, *hiddens]
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in zip(widths, widths[1:], strict=False))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) for n in hiddens) if layer_norm else None
+        self.head = nn.Linear(widths[-1], 2 * action_dim)
+        self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+        for layer in [*self.layers, self.head]:
+            _initialise(layer.weight.data.T, layer.bias.data, orthogonal=orthogonal_init, is_output=layer is self.head)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and log standard deviation before squashing, each of shape (B, A)."""
+        hidden = obs
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden)
+            if self.norms is not None:
+                hidden = self.norms[index](hidden)
+            hidden = self._activation(hidden)
+        mean, raw_log_std = self.head(hidden).chunk(2, dim=-1)
+        log_std = self.log_std_multiplier * raw_log_std + self.log_std_offset
+        return mean, log_std.clamp(*LOG_STD_BOUNDS)
+
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Reparameterised sample of the tanh-Gaussian and its log-density.
+
+    Args:
+        mean: Shape (B, A).
+        log_std: Shape (B, A).
+        noise: Standard normal, shape (..., B, A).
+
+    Returns:
+        Actions in (-1, 1), shape (..., B, A), and their log-densities, shape (..., B).
+    """
+    unsquashed = mean + log_std.exp() * noise
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - _log_tanh_slope(unsquashed)
+    return torch.tanh(unsquashed), log_prob.sum(dim=-1)
+
+
+def log_prob_of(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of given actions of [-1, 1]^A, clipped away from the ends, shape (..., B)."""
+    unsquashed = torch.atanh(actions.clamp(-DATA_ACTION_LIMIT, DATA_ACTION_LIMIT))
+    noise = (unsquashed - mean) * (-log_std).exp()
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - _log_tanh_slope(unsquashed)
+    return log_prob.sum(dim=-1)
+
+
+def _log_tanh_slope(unsquashed: Tensor) -> Tensor:
+    """log(1 - tanh(z)^2) without cancellation for large |z| (Haarnoja et al. 2018, arXiv:1801.01290, appendix C)."""
+    return 2.0 * (math.log(2.0) - unsquashed - functional.softplus(-2.0 * unsquashed))
+
+
+class EnsembleCritic(nn.Module):
+    """C independent Q networks, their parameters stacked on a leading critic axis.
+
+    The first layer is split, W [s, a] = W_s s + W_a a, so that the observation part is computed once per state however
+    many actions are judged there.
+
+    Args:
+        num_critics: C.
+        obs_dim: Size of an observation.
+        action_dim: Size of an action.
+        hiddens: Widths of the hidden layers, at least one.
+        activation: A key of `ACTIVATIONS`.
+        layer_norm: Whether every hidden layer is normalised before its activation.
+        orthogonal_init: Whether weights start orthogonal, biases zero.
+    """
+
+    def __init__(
+        self,
+        num_critics: int,
+        obs_dim: int,
+        action_dim: int,
+        hiddens: Sequence[int],
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        orthogonal_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_critics = num_critics
+        self._activation = ACTIVATIONS[activation]
+        self._layer_norm = layer_norm
+        widths = [obs_dim + action_dim, *hiddens, 1]
+        sizes = list(zip(widths, widths[1:], strict=False))
+        joint = torch.empty(num_critics, *sizes[0])
+        self.weights = nn.ParameterList(torch.empty(num_critics, n_in, n_out) for n_in, n_out in sizes[1:])
+        self.biases = nn.ParameterList(torch.empty(num_critics, n_out) for _, n_out in sizes)
+        for index, weight in enumerate([joint, *self.weights]):
+            for c in range(num_critics):
+                is_output = index == len(sizes) - 1
+                _initialise(
+                    weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output
+                )
+        # Two parameters rather than one sliced in `forward`: the optimiser sees leaves, and no gradient is assembled.
+        self.obs_weight = nn.Parameter(joint[:, :obs_dim].clone())
+        self.action_weight = nn.Parameter(joint[:, obs_dim:].clone())
+        norms = hiddens if layer_norm else []
+        self.norm_scales = nn.ParameterList(torch.ones(num_critics, n) for n in norms)
+        self.norm_shifts = nn.ParameterList(torch.zeros(num_critics, n) for n in norms)
+
+    def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False) -> Tensor:
+        """Q of M actions at each of B states.
+
+        Args:
+            obs: Shape (B, obs_dim).
+            actions: Shape (M, B, A).
+            frozen: Whether the parameters are constants, so that only `actions` receives gradient.
+
+        Returns:
+            Q values, shape (C, M, B).
+        """
+        if actions.dim() != 3 or obs.dim() != 2 or actions.shape[1] != obs.shape[0]:
+            raise ValueError(
+                f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
+            )
+        return torch.stack([self._one_critic(c, obs, actions, frozen) for c in range(self.num_critics)])
+
+    def _one_critic(self, c: int, obs: Tensor, actions: Tensor, frozen: bool) -> Tensor:
+        """Q of critic c, shape (M, B). Separate products per critic run faster on CPUs than one batched product."""
+
+        def part(stacked: Tensor) -> Tensor:
+            return stacked.detach()[c] if frozen else stacked[c]
+
+        num_actions, batch_size, _ = actions.shape
+        obs_part = torch.addmm(part(self.biases[0]), obs, part(self.obs_weight))
+        hidden = torch.matmul(actions.reshape(num_actions * batch_size, -1), part(self.action_weight))
+        hidden = (hidden.view(num_actions, batch_size, -1) + obs_part).view(num_actions * batch_size, -1)
+        for index, weight in enumerate(self.weights):
+            if self._layer_norm:
+                scale, shift = part(self.norm_scales[index]), part(self.norm_shifts[index])
+                hidden = functional.layer_norm(hidden, scale.shape, scale, shift)
+            hidden = torch.addmm(part(self.biases[index + 1]), self._activation(hidden), part(weight))
+        return hidden.view(num_actions, batch_size)

@@ -1,0 +1,211 @@
+"""The RLModule of Cal-QL: policy, critic ensemble, target ensemble, observation statistics.
+
+Module actions live in [-1, 1]^A whatever the bounds of the environment's Box are; RLlib maps them on the way to the
+environment, and `offline_data.py` maps recorded environment actions back.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.utils.annotations import override
+from torch import Tensor, nn
+
+from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
+
+# Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
+Q_DATA = "q_data"  # (C, B)
+Q_UNIFORM = "q_uniform"  # (C, N, B)
+Q_CURRENT = "q_current"  # (C, N, B)
+Q_NEXT = "q_next"  # (C, N, B), next-state proposals judged at s
+LOG_PROB_CURRENT = "log_prob_current"  # (N, B)
+LOG_PROB_NEXT = "log_prob_next"  # (N, B)
+TARGET_NEXT_Q = "target_next_q"  # (N or 1, B), minimum over the target critics at s'
+TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
+ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
+ACTOR_Q = "actor_q"  # (B,), minimum over frozen critics
+DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
+
+_MIN_STD = 1e-3  # An observation that never varies in the data must not blow up when it does vary online.
+
+
+class Noise(NamedTuple):
+    """All random numbers of one gradient step.
+
+    Attributes:
+        actor: Standard normal, shape (B, A).
+        target: Standard normal, shape (N or 1, B, A).
+        uniform: Uniform in [-1, 1], shape (N, B, A).
+        current: Standard normal, shape (N, B, A).
+        following: Standard normal for the actions proposed at s', shape (N, B, A).
+    """
+
+    actor: Tensor
+    target: Tensor
+    uniform: Tensor
+    current: Tensor
+    following: Tensor
+
+
+class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):  # type: ignore[misc]
+    """Policy pi(a|s) and critics Q_c(s, a) of Cal-QL, with the forward passes that its loss needs.
+
+    RLlib's own CQL module is not reused: it repeats observations before every network and judges next-state proposals
+    at the next state, which is another regulariser than the one of Kumar et al. 2020.
+
+    `model_config` keys: `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and those
+    that `CalQLConfig` adds (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`).
+    """
+
+    policy: TanhGaussianPolicy
+    critic: EnsembleCritic
+    target_critic: EnsembleCritic
+
+    @override(RLModule)
+    def setup(self) -> None:
+        """Builds the networks from `model_config` and the spaces."""
+        if not isinstance(self.observation_space, gym.spaces.Box) or len(self.observation_space.shape) != 1:
+            raise ValueError(
+                f"The module needs flat observations, Box(n,), got {self.observation_space}; leave "
+                "`env_to_module_connector` unset so that other spaces are flattened."
+            )
+        obs_dim, action_dim = self.observation_space.shape[0], self.action_space.shape[0]
+        settings = self.model_config
+        network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
+        self.explores_randomly = False  # Set by `collection.collect` during a random warm-up.
+        self.generator: torch.Generator | None = None  # Set by the learner; None draws from torch's global generator.
+        self.action_dist_cls = TorchSquashedGaussian.get_partial_dist_cls(low=-1.0, high=1.0)
+        if not self.inference_only:
+            self.critic = EnsembleCritic(
+                settings["num_critics"], obs_dim, action_dim, settings["critic_hiddens"], **network_kwargs
+            )
+
+    @override(TargetNetworkAPI)
+    def make_target_networks(self) -> None:
+        """Copies the critics. The targets never receive gradient."""
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+    @override(TargetNetworkAPI)
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of critic and target critic."""
+        return [(self.critic, self.target_critic)]
+
+    @override(InferenceOnlyAPI)
+    def get_non_inference_attributes(self) -> list[str]:
+        """Parts that env runners do not hold."""
+        return ["critic", "target_critic"]
+
+    def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std.clamp_min(_MIN_STD))
+
+    def _normalise(self, obs: Tensor) -> Tensor:
+        if not self.model_config["normalize_observations"]:
+            return obs.to(self.obs_mean.dtype)
+        return (obs.to(self.obs_mean.dtype) - self.obs_mean) / self.obs_std
+
+    @override(TorchRLModule)
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        mean, log_std = self.policy(self._normalise(batch[Columns.OBS]))
+        return {Columns.ACTION_DIST_INPUTS: torch.cat([mean, log_std], dim=-1)}
+
+    @override(TorchRLModule)
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Greedy actions tanh(mean). RLlib's deterministic squashed Gaussian would return the mean before squashing."""
+        with torch.no_grad():
+            outputs: dict[str, Any] = self._forward(batch)
+            mean, _ = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
+            return {Columns.ACTIONS: torch.tanh(mean), **outputs}
+
+    @override(TorchRLModule)
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Sampled actions. RLlib's distribution would clip the standard deviation more tightly than the loss does."""
+        with torch.no_grad():
+            outputs: dict[str, Any] = self._forward(batch)
+            mean, log_std = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
+            if self.explores_randomly:
+                return {Columns.ACTIONS: torch.rand_like(mean) * 2.0 - 1.0}
+            actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
+            return {Columns.ACTIONS: actions, Columns.ACTION_LOGP: log_prob, **outputs}
+
+    @override(QNetAPI)
+    def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Q of the batch's (module) actions: {"qf_preds": shape (C, B)}."""
+        obs = self._normalise(batch[Columns.OBS])
+        return {"qf_preds": self.critic(obs, batch[Columns.ACTIONS].unsqueeze(0))[:, 0]}
+
+    @override(TargetNetworkAPI)
+    def forward_target(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Minimum over the target critics of the batch's (module) actions: {"qf_target": shape (B,)}."""
+        obs = self._normalise(batch[Columns.OBS])
+        q = self.target_critic(obs, batch[Columns.ACTIONS].unsqueeze(0))
+        return {"qf_target": q[:, 0].amin(dim=0)}
+
+    @torch.no_grad()
+    def estimate_values(self, obs: Tensor) -> Tensor:
+        """V(s) of the greedy policy, min_c of the target critics at tanh(mean), shape (B,)."""
+        mean, _ = self.policy(self._normalise(obs))
+        return self.forward_target({Columns.OBS: obs, Columns.ACTIONS: torch.tanh(mean)})["qf_target"]
+
+    def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
+        """Draws all random numbers of one gradient step from the learner's generator."""
+        action_dim = self.action_space.shape[0]
+        num_actions = self.model_config["num_actions"]
+        num_targets = num_actions if self.model_config["max_target_backup"] else 1
+        # One draw of each kind and slices of it: fewer kernel launches.
+        normal = torch.randn(
+            1 + num_targets + 2 * num_actions, batch_size, action_dim, generator=self.generator, device=device
+        )
+        uniform = torch.rand(num_actions, batch_size, action_dim, generator=self.generator, device=device)
+        actor, target, current, following = normal.split([1, num_targets, num_actions, num_actions])
+        return Noise(actor[0], target, uniform * 2.0 - 1.0, current, following)
+
+    @override(TorchRLModule)
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """All values that the loss needs, each network evaluated once per distinct input.
+
+        Gradient flows from `Q_*` into the critics only, from `ACTOR_*` and `DATA_LOG_PROB` into the policy only.
+        """
+        obs = self._normalise(batch[Columns.OBS])
+        next_obs = self._normalise(batch[Columns.NEXT_OBS])
+        data_actions = batch[Columns.ACTIONS]
+        noise = self.draw_noise(obs.shape[0], obs.device)
+        num_actions = noise.current.shape[0]
+
+        mean, log_std = self.policy(obs)
+        actor_actions, actor_log_prob = squash(mean, log_std, noise.actor)
+        with torch.no_grad():
+            current, log_prob_current = squash(mean, log_std, noise.current)
+            next_mean, next_log_std = self.policy(next_obs)
+            following, log_prob_next = squash(next_mean, next_log_std, noise.following)
+            target_actions, target_log_prob = squash(next_mean, next_log_std, noise.target)
+            target_next_q = self.target_critic(next_obs, target_actions).amin(dim=0)
+            # Every action is judged at s; only the proposal of `following` comes from s'.
+            judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
+        q = self.critic(obs, judged)
+        q_data, q_uniform, q_current, q_next = q.split([1, num_actions, num_actions, num_actions], dim=1)
+        return {
+            Q_DATA: q_data[:, 0],
+            Q_UNIFORM: q_uniform,
+            Q_CURRENT: q_current,
+            Q_NEXT: q_next,
+            LOG_PROB_CURRENT: log_prob_current,
+            LOG_PROB_NEXT: log_prob_next,
+            TARGET_NEXT_Q: target_next_q,
+            TARGET_NEXT_LOG_PROB: target_log_prob,
+            ACTOR_LOG_PROB: actor_log_prob,
+            ACTOR_Q: self.critic(obs, actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
+            DATA_LOG_PROB: log_prob_of(mean, log_std, data_actions),
+        }

@@ -1,0 +1,136 @@
+"""From whole episodes to rows of the store: flat observations, module actions, scaled rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import tree
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from rllib_calql.connectors import TAIL_DISCOUNT
+from rllib_calql.networks import DATA_ACTION_LIMIT
+from rllib_calql.returns import RewardSettings
+
+Array = npt.NDArray[Any]
+_BOUND_TOLERANCE = 1e-5  # Relative to the width of the bounds: actions recorded in float32 may stand just outside.
+
+
+def flat_size(space: gym.Space[Any]) -> int:
+    """Size of one flattened observation of `space`."""
+    return gym.spaces.utils.flatdim(space)
+
+
+def flatten_observations(space: gym.Space[Any], observations: Any) -> Array:
+    """Flattens a batch of observations as RLlib's `FlattenObservations` does on env runners.
+
+    Dict keys are taken in sorted order, Discrete parts become one-hot, everything becomes float32.
+
+    Args:
+        space: Space of one observation. Data that are flat already, of the flattened size, pass.
+        observations: Arrays of shape (T, ...) in the structure of `space`.
+
+    Returns:
+        Shape (T, flat_size(space)), float32.
+    """
+    if isinstance(observations, np.ndarray) and observations.ndim == 2 and observations.shape[1] == flat_size(space):
+        return observations.astype(np.float32, copy=False)
+    leaves = tree.flatten_up_to(_structure(space), observations)
+    parts = [_flatten_leaf(leaf, np.asarray(part)) for leaf, part in zip(_leaf_spaces(space), leaves, strict=True)]
+    return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def _structure(space: gym.Space[Any]) -> Any:
+    """`space` as nested dicts and tuples whose leaves are spaces."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: _structure(part) for key, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(_structure(part) for part in space.spaces)
+    return space
+
+
+def _leaf_spaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
+    leaves: list[gym.Space[Any]] = tree.flatten(_structure(space))
+    return leaves
+
+
+def _flatten_leaf(space: gym.Space[Any], values: Array) -> Array:
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(int(space.n), dtype=np.float32)[values.reshape(-1).astype(np.int64) - int(space.start)]
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        columns = values.reshape(len(values), -1).astype(np.int64)
+        sizes = np.asarray(space.nvec).reshape(-1)
+        return np.concatenate([np.eye(n, dtype=np.float32)[columns[:, i]] for i, n in enumerate(sizes)], axis=1)
+    return values.reshape(len(values), -1).astype(np.float32)
+
+
+def to_module_actions(actions: Array, space: gym.spaces.Box, where: str) -> Array:
+    """Maps actions within the bounds of `space` to [-1, 1], the inverse of RLlib's unsquashing.
+
+    Args:
+        actions: Environment actions, shape (T, A).
+        space: Bounded Box.
+        where: What is named if an action stands outside.
+
+    Returns:
+        Module actions, shape (T, A).
+
+    Raises:
+        ValueError: Naming the row of the first action outside the bounds.
+    """
+    width = space.high.astype(np.float64) - space.low
+    scaled = 2.0 * (actions.astype(np.float64) - space.low) / width - 1.0
+    return _checked(scaled, actions, f"the bounds of {space}", where)
+
+
+def check_module_actions(actions: Array, where: str) -> Array:
+    """Checks that actions lie in [-1, 1], shape (T, A), and returns them.
+
+    Raises:
+        ValueError: Naming the row of the first action outside.
+    """
+    return _checked(actions.astype(np.float64), actions, "[-1, 1], the range of module actions", where)
+
+
+def _checked(scaled: Array, actions: Array, allowed: str, where: str) -> Array:
+    outside = np.flatnonzero((np.abs(scaled) > 1.0 + _BOUND_TOLERANCE).any(axis=1))
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"{where}, row {row}: action {actions[row].tolist()} is outside {allowed}; clip the recorded actions, or "
+            "set `action_space_of_data` to what they are."
+        )
+    return scaled
+
+
+def transitions_from_episode(
+    episode: SingleAgentEpisode, *, observations: Array, actions: Array, settings: RewardSettings
+) -> dict[str, Array]:
+    """Rows of one whole episode that `AddReturnsToGo` has annotated.
+
+    Args:
+        episode: Source of rewards, end and returns.
+        observations: Flat observations, shape (T + 1, obs_dim).
+        actions: Module actions, shape (T, A).
+        settings: Scaling of the rewards.
+
+    Returns:
+        Columns of T rows. Only the last row can be terminated; a time-out leaves it 0, so that its bootstrap stays.
+    """
+    rewards = settings.transform(np.asarray(episode.get_rewards()))
+    terminateds = np.zeros(len(rewards), dtype=np.float32)
+    terminateds[-1] = float(episode.is_terminated)
+    rows = {
+        Columns.OBS: observations[:-1],
+        Columns.NEXT_OBS: observations[1:],
+        Columns.ACTIONS: np.clip(actions, -DATA_ACTION_LIMIT, DATA_ACTION_LIMIT),
+        Columns.REWARDS: rewards,
+        Columns.TERMINATEDS: terminateds,
+    }
+    for name in (Columns.RETURNS_TO_GO, TAIL_DISCOUNT):
+        if name in episode.extra_model_outputs:
+            rows[name] = np.asarray(episode.get_extra_model_outputs(name))
+    return rows
