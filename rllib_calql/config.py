@@ -367,6 +367,20 @@ class CalQLConfig(CQLConfig):  # type: ignore[misc]
         algorithm: CalQL = self.build_algo(env, use_copy)
         return algorithm
 
+    @override(AlgorithmConfig)
+    def get_state(self) -> dict[str, Any]:
+        """RLlib's state, and the settings of value -1, which RLlib takes for its mark of a deprecated one and drops.
+
+        Every algorithm is built from this state, so that without it `reward_bias=-1.0` would silently become 0.
+        """
+        state: dict[str, Any] = super().get_state()
+        defaults = type(self)()
+        for name, value in vars(self).items():
+            is_minus_one = isinstance(value, (int, float)) and value == -1
+            if is_minus_one and getattr(defaults, name, None) != -1:
+                state[name] = value
+        return state
+
     @override(CQLConfig)
     def validate(self) -> None:
         """Checks every setting once and changes nothing.

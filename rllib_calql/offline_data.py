@@ -13,7 +13,7 @@ from ray.rllib.offline.offline_data import OfflineData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config import CalQLConfig
+from rllib_calql.config import CalQLConfig, is_flat
 from rllib_calql.config_checks import check_action_space
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
@@ -120,16 +120,16 @@ class CalQLOfflineData(OfflineData):  # type: ignore[misc]
         _check_size(where, "observations", observations.shape[1], flat_size(observation_space))
         actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
         _check_size(where, "actions", actions.shape[1], flat_size(action_space))
-        if self._holds_module_actions(info):
+        if info.actions == "module":
+            # RLlib clips what a policy without bounds proposes only on the way to the environment, after recording.
+            actions = np.clip(actions, -1.0, 1.0)
+        elif self.config.action_space_of_data == "module":
             actions = check_module_actions(actions, where)
         else:
             actions = to_module_actions(actions, action_space, where)
         return transitions_from_episode(
             episode, observations=observations, actions=actions, settings=connector.settings
         )
-
-    def _holds_module_actions(self, info: DatasetInfo) -> bool:
-        return info.actions == "module" or self.config.action_space_of_data == "module"
 
     @override(OfflineData)
     def sample(
@@ -182,6 +182,8 @@ def _check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_s
 
 
 def _is_compatible(recorded: gym.Space[Any], actual: gym.Space[Any], *, with_bounds: bool) -> bool:
+    if not with_bounds and is_flat(recorded) and recorded.shape == (flat_size(actual),):
+        return True  # Recorded behind RLlib's `FlattenObservations`.
     if isinstance(actual, gym.spaces.Dict):
         return (
             isinstance(recorded, gym.spaces.Dict)

@@ -26,6 +26,7 @@ from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 
 from rllib_calql.datasets import catalog, open_input
 from rllib_calql.datasets.parquet import find_parquet_files
+from rllib_calql.datasets.rllib_recorded import drop_repeated_writes
 
 Rows = dict[str, list[Any]]
 
@@ -76,7 +77,8 @@ def read(input_: Any) -> list[SingleAgentEpisode]:
 
 def assert_holds(episode: SingleAgentEpisode, rows: Rows) -> None:
     """The episode is done, NumPy'ized, and bit for bit what the rows say."""
-    assert episode.is_numpy and episode.is_done
+    assert episode.is_numpy
+    assert episode.is_done
     assert episode.id_ == str(rows["eps_id"][0])
     obs = np.stack([*rows["obs"], rows["new_obs"][-1]])
     for values, expected in [
@@ -87,9 +89,6 @@ def assert_holds(episode: SingleAgentEpisode, rows: Rows) -> None:
         np.testing.assert_array_equal(values, expected)
         assert values.dtype == expected.dtype
     assert (episode.is_terminated, episode.is_truncated) == (rows["terminateds"][-1], rows["truncateds"][-1])
-
-
-# --- Rows in Parquet files ---------------------------------------------------------------------------------------------
 
 
 def test_episodes_written_one_after_another_are_read_back(tmp_path: Path) -> None:
@@ -159,8 +158,9 @@ def test_reading_twice_gives_the_same_episodes(tmp_path: Path) -> None:
 def test_episodes_own_their_arrays(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.parquet", joined(episode_rows("a", 3), episode_rows("b", 3)))
     for episode in read(file):
-        for values in (episode.get_observations(), episode.get_actions(), episode.get_rewards()):
-            values[0] = 0.0  # Fails on arrays that belong to Arrow.
+        for values in (episode.observations.data, episode.actions.data, episode.rewards.data):
+            assert values.base is None  # Not a view, which would keep a whole block of rows alive.
+            assert values.flags.writeable
 
 
 @pytest.mark.parametrize("kind", ["list", "large_list", "fixed_size_list", "arrow_tensor", "float64"])
@@ -210,9 +210,6 @@ def test_info_of_rows_is_known_before_reading(tmp_path: Path) -> None:
     assert reader.info.name == str(file)
     assert reader.info.actions == "environment"
     assert reader.info.num_transitions == 7
-
-
-# --- Bad rows ----------------------------------------------------------------------------------------------------------
 
 
 def changed(rows: Rows, name: str, row: int, value: Any) -> Rows:
@@ -271,7 +268,10 @@ BAD_ROWS = {
         GOOD | {"rewards": [np.array([r]) for r in GOOD["rewards"]]},
         r"`rewards` must hold one number per row, got arrays of shape \(1,\)",
     ),
-    "text as actions": (GOOD | {"actions": ["left"] * 7}, "`actions` must hold numbers or lists of numbers, got string"),
+    "text as actions": (
+        GOOD | {"actions": ["left"] * 7},
+        "`actions` must hold numbers or lists of numbers, got string",
+    ),
 }
 
 
@@ -291,6 +291,14 @@ def test_rows_that_are_not_whole_finite_episodes_are_refused(tmp_path: Path, cas
         read(tmp_path)
 
 
+def test_an_error_in_interleaved_files_names_the_row_of_the_right_file(tmp_path: Path) -> None:
+    rows = joined(episode_rows("a", 3), changed(episode_rows("b", 3), "rewards", 1, np.nan))
+    write(tmp_path / "part-1.parquet", reordered(rows, [0, 3]))
+    write(tmp_path / "part-2.parquet", reordered(rows, [2, 1, 5, 4]))
+    with pytest.raises(ValueError, match=r"`rewards` holds nan in episode 'b', row 3 of '.*part-2\.parquet'"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["eps_id", "obs", "actions", "rewards", "terminateds", "truncateds"])
 def test_a_missing_column_is_named_with_the_columns_present(tmp_path: Path, name: str) -> None:
     write(tmp_path / "rows.parquet", without(GOOD, name))
@@ -301,7 +309,7 @@ def test_a_missing_column_is_named_with_the_columns_present(tmp_path: Path, name
 
 def test_missing_next_observations_are_refused_with_the_reason(tmp_path: Path) -> None:
     write(tmp_path / "rows.parquet", without(GOOD, "new_obs"))
-    with pytest.raises(ValueError, match="`new_obs`.*observation after an episode's last step is unknown; add it"):
+    with pytest.raises(ValueError, match=r"`new_obs`.*observation after an episode's last step is unknown; add it"):
         open_input(tmp_path)
 
 
@@ -347,13 +355,11 @@ def test_other_formats_and_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data.hdf5").write_bytes(b"\x89HDF not really")
     with pytest.raises(ValueError, match=r"data\.hdf5' is not a readable Parquet file"):
         open_input(tmp_path / "data.hdf5")
-    with pytest.raises(TypeError, match="`input_` must be .* got int"):
+    with pytest.raises(TypeError, match=r"`input_` must be .* got int"):
         open_input([3])
     with pytest.raises(ValueError, match=r"'s3://bucket/rows': only local paths"):
         open_input("s3://bucket/rows")
 
-
-# --- Minari ------------------------------------------------------------------------------------------------------------
 
 DICT_SPACE = gym.spaces.Dict(
     {"achieved_goal": gym.spaces.Box(-9, 9, (2,), np.float64), "observation": gym.spaces.Box(-9, 9, (3,), np.float32)}
@@ -403,7 +409,8 @@ def test_minari_episodes_are_read_back_with_nested_observations(minari_root: Pat
     assert reader.info.num_transitions == 8
     assert reader.info.reference_scores == (-1.5, 2.5)
     for episode, expected in zip(reader, stored, strict=True):
-        assert episode.is_numpy and len(episode) == len(expected.rewards)
+        assert episode.is_numpy
+        assert len(episode) == len(expected.rewards)
         for name, values in expected.observations.items():
             np.testing.assert_array_equal(episode.get_observations()[name], values)
             np.testing.assert_array_equal(episode.get_observations(slice(1, 3))[name], values[1:3])
@@ -423,7 +430,7 @@ def test_a_missing_minari_dataset_names_close_matches_and_the_download(minari_ro
 
 
 def test_a_misspelt_generated_dataset_names_the_generated_one(minari_root: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="Did you mean .*'rllib-calql/pointmaze-umaze-play-v0'"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean .*'rllib-calql/pointmaze-umaze-play-v0'"):
         open_input("minari:rllib-calql/pointmaze-umaze-plya-v0")
 
 
@@ -439,7 +446,7 @@ def test_a_generated_dataset_is_made_before_it_is_read(minari_root: Path, monkey
 def test_an_unfinished_minari_episode_is_refused(minari_root: Path) -> None:
     cut = replace(minari_episode(3, terminated=True), terminations=np.zeros(3, dtype=bool))
     create_minari("test/cut-v0", [minari_episode(4, terminated=True), cut])
-    with pytest.raises(ValueError, match="Episode '1' ends neither terminated nor truncated .*minari:test/cut-v0"):
+    with pytest.raises(ValueError, match=r"Episode '1' ends neither terminated nor truncated .*minari:test/cut-v0"):
         read("minari:test/cut-v0")
 
 
@@ -457,9 +464,6 @@ def test_without_minari_the_error_says_what_to_install(monkeypatch: pytest.Monke
         open_input("minari:test/any-v0")
 
 
-# --- Recorded by RLlib itself ------------------------------------------------------------------------------------------
-
-
 class DictEnv(gym.Env[dict[str, Any], Any]):
     """Three steps of a counter, as a dict."""
 
@@ -475,10 +479,12 @@ class DictEnv(gym.Env[dict[str, Any], Any]):
         return {"b": np.array([self.t, 7], np.float32), "a": np.array([-self.t], np.float32)}
 
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        """Sets the counter to 0."""
         self.t = 0
         return self._obs(), {}
 
     def step(self, action: Any) -> Any:
+        """Counts up; the reward is the action."""
         self.t += 1
         return self._obs(), float(action[0]), self.t == 3, False, {}
 
@@ -555,7 +561,7 @@ def test_rows_of_an_unfinished_recording_are_refused_with_the_remedy(tmp_path: P
     runner = recorder(PPOConfig().environment("Pendulum-v1"), tmp_path, output_write_episodes=False)
     runner.sample(num_timesteps=20)
     runner.stop()
-    with pytest.raises(ValueError, match='ends neither terminated nor truncated.*batch_mode="complete_episodes"'):
+    with pytest.raises(ValueError, match=r'ends neither terminated nor truncated.*batch_mode="complete_episodes"'):
         read(tmp_path)
 
 
@@ -620,6 +626,16 @@ def test_flattened_observations_are_recorded_flat(tmp_path: Path, write_episodes
     np.testing.assert_array_equal(episode.get_observations(), [[-t, t, 7] for t in range(4)])
     if write_episodes:
         assert reader.info.observation_space.shape == (3,)
+
+
+def test_only_writes_that_a_longer_write_repeats_are_left_out(tmp_path: Path) -> None:
+    rows = episode_rows("a", 6)
+    writes = {"first": [0, 1], "repeats": [0, 1, 2], "other-end": [0, 5], "other-start": [4, 1]}
+    files = [write(tmp_path / f"{name}_000000-0.parquet", reordered(rows, order)) for name, order in writes.items()]
+    assert drop_repeated_writes(files, "eps_id") == files[1:]
+    # One write in several files is left out as a whole.
+    parts = [write(tmp_path / f"parts_00000{i}-0.parquet", reordered(rows, [i])) for i in range(2)]
+    assert drop_repeated_writes([*parts, files[1]], "eps_id") == [files[1]]
 
 
 def test_without_msgpack_numpy_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,305 @@
+"""The datasets this package generates itself, and their making on first use.
+
+A dataset is written into a hidden folder beside its final place and moved there in one rename. Readers therefore see a
+whole dataset or none, of two processes that build at once the first wins and the other drops its copy, and no lock can
+be left behind by a process that dies.
+
+Minari, gymnasium-robotics and MuJoCo are imported on first use, not with this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+
+from rllib_calql.datasets import pendulum, pointmaze
+
+_REFERENCE_EPISODES = 20
+_BUILD_PREFIX = ".rllib-calql-build-"  # Minari does not list hidden folders.
+_ABANDONED_AFTER_S = 3600.0  # Writing takes seconds. Only a killed process leaves a folder that grows old.
+_DATA_FORMAT = "hdf5"  # One file; Minari's Arrow format takes 7 times as long to write 450 episodes.
+
+
+class _Collect(Protocol):
+    def __call__(self, *, num_steps: int, seed: int) -> Iterator[dict[str, Any]]: ...
+
+
+class _ReferenceScores(Protocol):
+    def __call__(self, *, num_episodes: int) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True)
+class _Generator:
+    """How one dataset is made.
+
+    Attributes:
+        collect: Yields episodes as the fields of a Minari `EpisodeBuffer`.
+        reference_scores: Mean evaluation return of random actions and of the noiseless controller.
+        env_id: Environment of both the data and the evaluation.
+        algorithm_name: Of the controller that made the data.
+        description: One sentence.
+        num_steps: Default size in environment steps.
+        env_config: Constructor arguments of the environment.
+        has_goal: Whether an episode is terminated by success, and only by success.
+        packages: Modules that must be importable beside those of the core installation.
+    """
+
+    collect: _Collect
+    reference_scores: _ReferenceScores
+    env_id: str
+    algorithm_name: str
+    description: str
+    num_steps: int
+    env_config: dict[str, Any] = field(default_factory=dict)
+    has_goal: bool = False
+    packages: tuple[str, ...] = ("minari", "h5py", "PIL")
+
+
+def _pointmaze(size: str, num_steps: int) -> _Generator:
+    return _Generator(
+        collect=partial(pointmaze.collect, size),
+        reference_scores=partial(pointmaze.reference_scores, size),
+        env_id=pointmaze.evaluation_env_id(size),
+        algorithm_name="waypoint PD controller with Gaussian noise",
+        description=(
+            f"A point robot driven between random cells of PointMaze ({size}) from random start cells. Sparse reward "
+            "for the fixed goal cell of the evaluation environment, which ends the episode."
+        ),
+        num_steps=num_steps,
+        env_config=pointmaze.evaluation_env_config(size),
+        has_goal=True,
+        packages=("minari", "h5py", "PIL", "mujoco", "gymnasium_robotics"),
+    )
+
+
+_GENERATORS = {
+    "rllib-calql/pointmaze-umaze-play-v0": _pointmaze("umaze", num_steps=100_000),
+    "rllib-calql/pointmaze-medium-play-v0": _pointmaze("medium", num_steps=200_000),
+    "rllib-calql/pointmaze-large-play-v0": _pointmaze("large", num_steps=300_000),
+    "rllib-calql/pendulum-swingup-v0": _Generator(
+        collect=pendulum.collect,
+        reference_scores=pendulum.reference_scores,
+        env_id=pendulum.ENV_ID,
+        algorithm_name="energy-shaping swing-up with PD balancing, mixed with uniform random actions",
+        description="Pendulum swing-up; the share of random actions of an episode is uniform in [0, 1].",
+        num_steps=20_000,
+    ),
+}
+
+
+def generated_dataset_ids() -> list[str]:
+    """Minari ids of all datasets that this package can generate."""
+    return list(_GENERATORS)
+
+
+def is_generated(dataset_id: str) -> bool:
+    """Whether this package can generate the dataset of that Minari id."""
+    return dataset_id in _GENERATORS
+
+
+def ensure_dataset(dataset_id: str, *, seed: int = 0, progress: bool | None = None) -> None:
+    """Generates a dataset unless it is in the local Minari folder already.
+
+    Args:
+        dataset_id: One of `generated_dataset_ids()`.
+        seed: Seed of the data if they are made now. A dataset that exists stays as it is, whatever its seed.
+        progress: As in `generate`.
+
+    Raises:
+        ImportError: If a package that the dataset needs is not installed.
+        ValueError: If the id is not one of `generated_dataset_ids()`.
+        FileExistsError: If something other than a dataset stands in its place.
+    """
+    generator = _generator(dataset_id)
+    _import_package("minari", dataset_id)
+    if not _is_dataset(_dataset_path(dataset_id)):
+        for package in generator.packages:
+            _import_package(package, dataset_id)
+        _build(dataset_id, dataset_id, seed=seed, num_steps=None, progress=progress)
+
+
+def generate(
+    dataset_id: str,
+    *,
+    seed: int = 0,
+    num_steps: int | None = None,
+    progress: bool | None = None,
+    save_as: str | None = None,
+) -> None:
+    """Generates a dataset in the local Minari folder (`MINARI_DATASETS_PATH`, read at the time of the call).
+
+    Args:
+        dataset_id: One of `generated_dataset_ids()`.
+        seed: Seed of the data, at least 0. The same seed gives the same data bit for bit.
+        num_steps: Least number of environment steps (whole episodes are kept), at least 1. Default: the dataset's own.
+        progress: Whether progress is shown on stderr. By default a bar on a terminal and plain lines elsewhere; True is
+            a bar in any case, False is silence.
+        save_as: Minari id to save the data under. Default: `dataset_id`.
+
+    Raises:
+        ImportError: If a package that the dataset needs is not installed.
+        ValueError: If an argument is out of range or the id is not one of `generated_dataset_ids()`.
+        FileExistsError: If the dataset exists already.
+    """
+    for package in _generator(dataset_id).packages:
+        _import_package(package, dataset_id)
+    target_id = save_as or dataset_id
+    path = _dataset_path(target_id)
+    if path.exists() or not _build(dataset_id, target_id, seed=seed, num_steps=num_steps, progress=progress):
+        raise FileExistsError(
+            f"There is a dataset {target_id!r} at {path} already; delete it (minari delete {target_id}) "
+            "or choose another id with `save_as`."
+        )
+
+
+def _generator(dataset_id: str) -> _Generator:
+    if dataset_id in _GENERATORS:
+        return _GENERATORS[dataset_id]
+    close = difflib.get_close_matches(dataset_id, _GENERATORS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"`dataset_id` must be one of {', '.join(_GENERATORS)}, got {dataset_id!r}.{hint}")
+
+
+def _import_package(package: str, dataset_id: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as err:
+        raise ImportError(
+            f'Generating the dataset {dataset_id!r} needs the `{package}` package: pip install "rllib-calql[examples]"'
+        ) from err
+
+
+def _dataset_path(dataset_id: str) -> Path:
+    from minari.storage import get_dataset_path
+
+    return Path(get_dataset_path(dataset_id))
+
+
+def _is_dataset(path: Path) -> bool:
+    return (path / "data" / "metadata.json").is_file()
+
+
+def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None, progress: bool | None) -> bool:
+    """Collects, writes to a hidden folder, moves into place; False if another process was first."""
+    generator = _generator(dataset_id)
+    num_steps = generator.num_steps if num_steps is None else num_steps
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    root = _dataset_path("")
+    with _progress_on_stderr(target_id, num_steps, progress) as advance:
+        episodes = []
+        for episode in generator.collect(num_steps=num_steps, seed=seed):
+            episodes.append(episode)
+            advance(len(episode["rewards"]))
+        _remove_abandoned_builds(root)
+        build_path = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=root))
+        try:
+            _write(build_path / "dataset", generator, episodes, dataset_id=dataset_id, target_id=target_id, seed=seed)
+            return _publish(build_path / "dataset", root / target_id)
+        finally:
+            shutil.rmtree(build_path, ignore_errors=True)
+
+
+def _write(
+    path: Path,
+    generator: _Generator,
+    episodes: list[dict[str, Any]],
+    *,
+    dataset_id: str,
+    target_id: str,
+    seed: int,
+) -> None:
+    """Writes a Minari dataset to any path.
+
+    `minari.create_dataset_from_buffers` writes below `MINARI_DATASETS_PATH` only. That would have to be changed for the
+    whole process meanwhile, and worker processes started at that moment would inherit it.
+    """
+    import minari
+    from minari.dataset.minari_storage import MinariStorage
+
+    ref_min_score, ref_max_score = generator.reference_scores(num_episodes=_REFERENCE_EPISODES)
+    env: Any = gym.make(generator.env_id, **generator.env_config)
+    path.mkdir()
+    storage = MinariStorage.new(
+        path / "data",
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        env_spec=env.spec,
+        data_format=_DATA_FORMAT,
+    )
+    env.close()
+    storage.update_episodes(minari.data_collector.EpisodeBuffer(**episode) for episode in episodes)
+    success_share = float(np.mean([episode["terminations"][-1] for episode in episodes]))
+    storage.update_metadata(
+        {
+            "dataset_id": target_id,
+            "minari_version": minari.__version__,
+            "eval_env_spec": env.spec.to_json(),
+            "algorithm_name": generator.algorithm_name,
+            "author": {"rllib-calql"},
+            "description": generator.description,
+            "generator": dataset_id,
+            "seed": seed,
+            "ref_min_score": ref_min_score,
+            "ref_max_score": ref_max_score,
+            "num_episodes_average_score": _REFERENCE_EPISODES,
+            **({"success_share": success_share} if generator.has_goal else {}),
+        }
+    )
+
+
+def _publish(built: Path, path: Path) -> bool:
+    """Moves a whole dataset into place; leaves it where it is and returns False if another process was first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        built.rename(path)
+        return True
+    except OSError as err:
+        if not path.exists():
+            raise
+        if not _is_dataset(path):
+            raise FileExistsError(
+                f"{path} exists but holds no Minari dataset (no data/metadata.json); move it away or delete it."
+            ) from err
+        return False
+
+
+def _remove_abandoned_builds(root: Path) -> None:
+    for path in root.glob(f"{_BUILD_PREFIX}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _progress_on_stderr(dataset_id: str, num_steps: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes the number of steps just made."""
+    if show is False:
+        yield lambda steps: None
+    elif (show or sys.stderr.isatty()) and importlib.util.find_spec("rich"):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"Generating {dataset_id}", total=num_steps)
+            yield lambda steps: bar.advance(task, steps)
+    else:
+        start_s = time.monotonic()
+        print(f"Generating {dataset_id} ({num_steps:,} steps) ...", file=sys.stderr, flush=True)
+        yield lambda steps: None
+        print(f"Generated {dataset_id} in {time.monotonic() - start_s:.1f} s.", file=sys.stderr, flush=True)

@@ -1,0 +1,462 @@
+"""Strict experiment files: YAML or Python in, validated experiments out.
+
+The YAML format is the one of RLlib's former `rllib train file`: `name: {run, env, stop, config}`. Every setting goes
+through the typed methods of the algorithm's config, because RLlib's own `update_from_dict` accepts any misspelt key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.rllib.algorithms import registry
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.utils.from_config import NotProvided
+from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.sample import Categorical, Domain, Float
+
+from rllib_calql import metrics as keys
+from rllib_calql.registration import register
+
+DEFAULT_METRIC = "evaluation/env_runners/episode_return_mean"
+_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler")
+_CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
+_STOP_KEYS = (
+    "training_iteration",
+    "time_total_s",
+    "num_env_steps_sampled_lifetime",
+    "num_env_steps_trained_lifetime",
+    keys.NUM_OFFLINE_UPDATES_LIFETIME,
+    keys.NUM_ONLINE_UPDATES_LIFETIME,
+    keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
+    keys.NUM_ONLINE_EPISODES_LIFETIME,
+)
+_SCHEDULERS: dict[str, type[TrialScheduler]] = {
+    "asha": AsyncHyperBandScheduler,
+    "hyperband": HyperBandScheduler,
+    "median_stopping": MedianStoppingRule,
+}
+# Name -> (constructor, number of entries of the list; None for any).
+_SEARCH_SPACES: dict[str, tuple[Callable[..., Any], int | None]] = {
+    "grid_search": (tune.grid_search, None),
+    "choice": (tune.choice, None),
+    "uniform": (tune.uniform, 2),
+    "loguniform": (tune.loguniform, 2),
+    "quniform": (tune.quniform, 3),
+    "qloguniform": (tune.qloguniform, 3),
+    "randint": (tune.randint, 2),
+}
+_Path = tuple[Any, ...]
+
+
+class ExperimentError(ValueError):
+    """An experiment file that cannot be run as it is. The message says what to change."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment, checked and ready for `tune.Tuner`.
+
+    Attributes:
+        name: Name of the experiment and of its folder.
+        algorithm: Algorithm class.
+        config: Its config. Values may be Tune search spaces.
+        stop: Metric path ("/" between levels) -> value at which a trial ends.
+        num_samples: Trials per point of the grid.
+        scheduler: Tune's scheduler, or None for all trials to the end.
+        checkpoint_config: Arguments of `tune.CheckpointConfig`.
+    """
+
+    name: str
+    algorithm: type
+    config: AlgorithmConfig
+    stop: dict[str, float] = field(default_factory=dict)
+    num_samples: int = 1
+    scheduler: TrialScheduler | None = None
+    checkpoint_config: dict[str, Any] = field(default_factory=dict)
+
+    def with_seed(self, seed: int) -> Experiment:
+        """The same experiment with the config's seed set."""
+        config = self.config.copy(copy_frozen=False)
+        return replace(self, config=config.debugging(seed=seed))
+
+
+def read_experiments(path: str | Path) -> list[Experiment]:
+    """Reads and checks all experiments of a file.
+
+    Args:
+        path: A `.yaml`, `.yml` or `.py` file.
+
+    Returns:
+        The experiments in the order of the file.
+
+    Raises:
+        ExperimentError: Naming the file or experiment, the setting, and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ExperimentError(f"The experiment file '{path}' {what}; give a .yaml or .py file.")
+    if path.suffix == ".py":
+        return [_read_python(path)]
+    if path.suffix not in (".yaml", ".yml"):
+        raise ExperimentError(f"The experiment file '{path}' must end in .yaml, .yml or .py.")
+    content = load_yaml(path)
+    if not isinstance(content, dict) or not content:
+        raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
+    return [_parse_experiment(str(name), entry) for name, entry in content.items()]
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2 floats (PyYAML reads `3e-4` as a string), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            name = str(key_node.value)
+            if name in seen and name != "<<":
+                problem = f"the key '{name}' is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML tries resolvers in the order of registration, so integers stay integers.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: Path) -> Any:
+    """Parses a YAML file.
+
+    Raises:
+        ExperimentError: If it is not valid YAML or holds a key twice.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"'{path}' is not valid YAML: {error}") from error
+
+
+def _read_python(path: Path) -> Experiment:
+    try:
+        module = runpy.run_path(str(path), run_name="rllib_experiment")
+    except Exception as error:
+        raise ExperimentError(f"'{path}' could not be run: {type(error).__name__}: {error}") from error
+    config = module.get("config")
+    if not isinstance(config, AlgorithmConfig) or config.algo_class is None:
+        raise ExperimentError(
+            f"'{path}' must define `config`, an algorithm's config like `CalQLConfig()`, got {type(config).__name__}."
+        )
+    name = str(module.get("name", path.stem))
+    if not any(True for _ in _find_spaces(vars(config))):
+        _validate(config.copy(copy_frozen=False), name)
+    return Experiment(name=name, algorithm=config.algo_class, config=config, stop=_parse_stop(module.get("stop"), name))
+
+
+# --- One experiment --------------------------------------------------------------------------------------------------
+
+
+def _parse_experiment(name: str, entry: Any) -> Experiment:
+    _refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
+    if "run" not in entry:
+        raise ExperimentError(f"Experiment '{name}' has no `run`; set it to an algorithm, for example `run: CalQL`.")
+    algorithm, default_config = find_algorithm(entry["run"], name)
+    settings = entry.get("config") or {}
+    if not isinstance(settings, dict):
+        raise ExperimentError(f"`config` of experiment '{name}' must be a mapping, got {settings!r}.")
+    if "env" in entry:
+        if "env" in settings:
+            raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")
+        settings = {"env": entry["env"], **settings}
+    config = build_config(default_config, settings, name)
+    num_samples = entry.get("num_samples", 1)
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+        raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
+    checkpoint_config = entry.get("checkpoint_config") or {}
+    _refuse_unknown(checkpoint_config, _CHECKPOINT_KEYS, f"`checkpoint_config` of experiment '{name}'")
+    return Experiment(
+        name=name,
+        algorithm=algorithm,
+        config=config,
+        stop=_parse_stop(entry.get("stop"), name),
+        num_samples=num_samples,
+        scheduler=_parse_scheduler(entry.get("scheduler"), config, name),
+        checkpoint_config=checkpoint_config,
+    )
+
+
+def find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
+    """Finds the class and the default config of "CalQL" or of an algorithm that RLlib registers.
+
+    Raises:
+        ExperimentError: With the close matches, if there is no such algorithm.
+    """
+    register()
+    if not isinstance(run, str) or run not in registry.ALGORITHMS:
+        raise ExperimentError(
+            f"Unknown algorithm {run!r} in experiment '{name}'{_did_you_mean(str(run), registry.ALGORITHMS)} "
+            f"There are {', '.join(sorted(registry.ALGORITHMS))}."
+        )
+    algorithm, config = registry.ALGORITHMS[run]()
+    return algorithm, config
+
+
+def _parse_stop(stop: Any, name: str) -> dict[str, float]:
+    if stop is None:
+        return {}
+    if not isinstance(stop, dict):
+        raise ExperimentError(f"`stop` of experiment '{name}' must map metrics to numbers, got {stop!r}.")
+    flat: dict[str, float] = {}
+    for key, value in stop.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": number for inner, number in _parse_stop(value, name).items()}
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ExperimentError(f"`stop` of experiment '{name}': `{key}` must be a number, got {value!r}.")
+        elif key not in _STOP_KEYS and difflib.get_close_matches(str(key), _STOP_KEYS, cutoff=0.85):
+            # A metric that never appears would let the run go on for ever.
+            raise ExperimentError(f"Unknown metric `{key}` in `stop` of '{name}'{_did_you_mean(str(key), _STOP_KEYS)}")
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def _parse_scheduler(entry: Any, config: AlgorithmConfig, name: str) -> TrialScheduler | None:
+    if entry is None:
+        return None
+    where = f"`scheduler` of experiment '{name}'"
+    if not isinstance(entry, dict) or entry.get("type") not in _SCHEDULERS:
+        types = ", ".join(_SCHEDULERS)
+        raise ExperimentError(f"{where} must be {{type: ..., ...}} with a type of {types}; got {entry!r}.")
+    cls = _SCHEDULERS[entry["type"]]
+    options = {key: value for key, value in entry.items() if key != "type"}
+    _refuse_unknown(options, [p for p in inspect.signature(cls).parameters if p != "self"], where)
+    options = {"metric": DEFAULT_METRIC, "mode": "max"} | options
+    if str(options["metric"]).startswith("evaluation/") and not config.evaluation_interval:
+        raise ExperimentError(
+            f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
+        )
+    try:
+        return cls(**options)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ExperimentError(f"{where}: {error}") from error
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
+    """Applies settings, search spaces included, and validates every value that can be foreseen.
+
+    Args:
+        config: Default config of the algorithm; it is not changed.
+        settings: Settings by name, or grouped by method (`training: {...}`).
+        name: Name of the experiment, for messages.
+
+    Returns:
+        A config whose values may be search spaces.
+
+    Raises:
+        ExperimentError: For an unknown or wrong setting.
+    """
+    parsed = _parse_spaces(dict(settings))
+    spaces = dict(_find_spaces(parsed))
+    for chosen in _foreseeable_choices(spaces):
+        concrete = config.copy(copy_frozen=False)
+        _apply(concrete, _substitute(parsed, chosen), name)
+        _validate(concrete, name)
+    if not spaces:
+        return concrete
+    result = config.copy(copy_frozen=False)
+    cannot = "of experiment '{}' cannot be searched over here; put the space on single values inside it."
+    try:
+        _apply(result, parsed, name)
+    except ExperimentError as error:
+        raise ExperimentError(f"A value {cannot.format(name)} {error}") from error
+    arrived = {id(space) for _, space in _find_spaces(vars(result))}
+    for path, space in spaces.items():
+        if id(space) not in arrived:
+            raise ExperimentError(f"`{'/'.join(map(str, path))}` {cannot.format(name)}")
+    return result
+
+
+def settings_by_method(config_class: type) -> dict[str, dict[str, Any]]:
+    """The typed methods of a config class and what each accepts.
+
+    A typed method is one with parameters whose default is RLlib's `NotProvided`. The MRO is followed as long as
+    methods forward `**kwargs`.
+
+    Returns:
+        Method -> setting -> annotation.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    for method in dir(config_class):
+        if method.startswith("_") or not callable(getattr(config_class, method)):
+            continue
+        accepted: dict[str, Any] = {}
+        for cls in config_class.__mro__:
+            if method not in vars(cls):
+                continue
+            if not inspect.isfunction(vars(cls)[method]):
+                break
+            parameters = inspect.signature(vars(cls)[method]).parameters.values()
+            for parameter in parameters:
+                if parameter.default is NotProvided:
+                    accepted.setdefault(parameter.name, parameter.annotation)
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        if accepted:
+            methods[method] = accepted
+    return methods
+
+
+def _apply(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> None:
+    methods = settings_by_method(type(config))
+    calls: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        is_group = key in methods and isinstance(value, dict) and not _is_space(value)
+        for setting, setting_value in value.items() if is_group else [(key, value)]:
+            method, parameter = _find_setting(methods, config, setting, key if is_group else None, name)
+            if parameter in calls.setdefault(method, {}):
+                raise ExperimentError(f"The setting `{parameter}` of experiment '{name}' is there twice; drop one.")
+            calls[method][parameter] = _as_annotated(setting_value, methods[method][parameter])
+    for method, arguments in calls.items():
+        _call(config, method, arguments, name)
+
+
+def _call(config: AlgorithmConfig, method: str, arguments: Mapping[str, Any], name: str) -> None:
+    try:
+        getattr(config, method)(**arguments)
+    except Exception as error:  # RLlib raises many types for bad values.
+        listed = ", ".join(f"`{argument}`" for argument in arguments)
+        raise ExperimentError(f"Experiment '{name}', `{method}` ({listed}): {error}") from error
+
+
+def _find_setting(
+    methods: Mapping[str, Mapping[str, Any]], config: AlgorithmConfig, key: Any, group: str | None, name: str
+) -> tuple[str, str]:
+    """The method and the parameter for a key. RLlib's YAML writes `lambda` and `input` for `lambda_` and `input_`."""
+    among = {group: methods[group]} if group else methods
+    for parameter in (key, f"{key}_"):
+        # Some settings moved from `training` to other methods, which then are the better place.
+        found = sorted((method for method in among if parameter in among[method]), key=lambda m: m == "training")
+        if found:
+            return found[0], parameter
+    known = [parameter for accepted in among.values() for parameter in accepted] + ([] if group else list(methods))
+    place = f"`{group}` of experiment '{name}'" if group else f"`config` of experiment '{name}'"
+    raise ExperimentError(
+        f"Unknown setting `{key}` in {place}{_did_you_mean(str(key), known)} "
+        f"Settings are those of the methods of {type(config).__name__}."
+    )
+
+
+def _as_annotated(value: Any, annotation: Any) -> Any:
+    """`1e4` is a float in YAML; where only whole numbers make sense it becomes one."""
+    text = str(annotation)
+    wants_int = re.search(r"\bint\b", text) and not re.search(r"\bfloat\b|\bAny\b|Schedule", text)
+    return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
+
+
+def _validate(config: AlgorithmConfig, name: str) -> None:
+    try:
+        config.validate()
+    except Exception as error:  # RLlib raises many types here too.
+        raise ExperimentError(f"Experiment '{name}': {error}") from error
+
+
+# --- Search spaces ---------------------------------------------------------------------------------------------------
+
+
+def _parse_spaces(value: Any, path: _Path = ()) -> Any:
+    """Replaces `{grid_search: [...]}`, `{uniform: [a, b]}`, ... by Tune's objects, at any depth."""
+    if isinstance(value, list):
+        return [_parse_spaces(item, (*path, i)) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (kind := next(iter(value))) in _SEARCH_SPACES:
+        build, length = _SEARCH_SPACES[kind]
+        entries = value[kind]
+        where = f"`{'/'.join(map(str, path))}`: `{kind}`"
+        if not isinstance(entries, list) or not entries or (length is not None and len(entries) != length):
+            raise ExperimentError(f"{where} needs a list of {length or 'one or more'} values, got {entries!r}.")
+        try:
+            return build(*entries) if length is not None else build(entries)
+        except (ValueError, TypeError) as error:
+            raise ExperimentError(f"{where}: {error}") from error
+    return {key: _parse_spaces(item, (*path, key)) for key, item in value.items()}
+
+
+def _is_space(value: Any) -> bool:
+    return isinstance(value, Domain) or (isinstance(value, dict) and list(value) == ["grid_search"])
+
+
+def _find_spaces(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+    if _is_space(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _find_spaces(item, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _find_spaces(item, (*path, index))
+
+
+def _foreseeable_values(space: Any) -> Sequence[Any]:
+    if isinstance(space, dict):
+        values: Sequence[Any] = space["grid_search"]
+        return values
+    if isinstance(space, Categorical):
+        return list(space.categories)
+    return [space.lower, space.upper] if isinstance(space, Float) else [space.sample()]
+
+
+def _foreseeable_choices(spaces: Mapping[_Path, Any]) -> Iterator[dict[_Path, Any]]:
+    """A first choice of every space, then each other value in turn: bad ones show before anything is trained."""
+    first = {path: _foreseeable_values(space)[0] for path, space in spaces.items()}
+    yield first
+    for path, space in spaces.items():
+        for value in _foreseeable_values(space)[1:]:
+            yield first | {path: value}
+
+
+def _substitute(value: Any, chosen: Mapping[_Path, Any], path: _Path = ()) -> Any:
+    if path in chosen:
+        return chosen[path]
+    if isinstance(value, dict):
+        return {key: _substitute(item, chosen, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, chosen, (*path, index)) for index, item in enumerate(value)]
+    return value
+
+
+# --- Messages --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_unknown(entry: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ExperimentError(f"The {where} must be a mapping with keys of {', '.join(known)}; got {entry!r}.")
+    for key in entry:
+        if key not in known:
+            listed = ", ".join(known)
+            raise ExperimentError(f"Unknown key `{key}` in {where}{_did_you_mean(str(key), known)} Known: {listed}.")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3)
+    matches = matches or [k for k in dict.fromkeys(known) if k.lower() == word.lower()]
+    return f"; did you mean {' or '.join(f'`{match}`' for match in matches)}?" if matches else "."
