@@ -1,7 +1,7 @@
 """Cal-QL for Ray RLlib: pre-train on logs, then fine-tune online without the collapse at the switch.
 
-Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: RLlib and torch are loaded when
-`CalQL` or `CalQLConfig` is first used.
+Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: RLlib and torch are loaded
+when `CalQL` or `CalQLConfig` is first used.
 """
 
 from __future__ import annotations

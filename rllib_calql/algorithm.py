@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, w
 _MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper: progress and Ctrl-C stay responsive.
 
 
-class CalQL(CQL):  # type: ignore[misc]
+class CalQL(CQL):
     """Calibrated conservative Q-learning (Nakamoto et al. 2023, arXiv:2303.05479) on RLlib's new API stack.
 
     `train()` makes `updates_per_iteration` gradient updates on offline data until `offline_updates` is reached. From
@@ -120,13 +121,14 @@ class CalQL(CQL):  # type: ignore[misc]
 
     def _set_observation_statistics(self) -> None:
         if self.store.num_offline == 0:
-            raise ValueError("`normalize_observations` takes its statistics from offline data; set `input_` or drop it.")
+            raise ValueError(
+                "`normalize_observations` takes its statistics from offline data; set `input_` or drop it."
+            )
         mean, std = self.store.observation_statistics()
-        self._foreach_learner(lambda learner: learner.set_observation_statistics(mean, std))
+        self._foreach_learner(methodcaller("set_observation_statistics", mean, std))
 
     def _foreach_learner(self, func: Callable[[Any], Any]) -> list[Any]:
-        results = self.learner_group.foreach_learner(func)
-        return [result.get() for result in results] if self.learner_group.is_remote else [r.get() for r in results]
+        return [result.get() for result in self.learner_group.foreach_learner(func)]
 
     @override(Algorithm)
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> None:
@@ -136,7 +138,7 @@ class CalQL(CQL):  # type: ignore[misc]
 
     @property
     def phase(self) -> str:
-        """ "offline" or "online", of the next training step."""
+        """The phase of the next training step, "offline" or "online"."""
         return keys.OFFLINE if self.num_offline_updates < self.config.num_offline_updates else keys.ONLINE
 
     @override(CQL)
@@ -192,7 +194,8 @@ class CalQL(CQL):  # type: ignore[misc]
     def _num_env_steps_per_round(self) -> int:
         """Steps of one runner and round with several sub-environments: about one update call's worth of updates."""
         steps = self.config.updates_per_iteration / self.config.updates_per_env_step
-        return max(self.config.num_envs_per_env_runner, round(steps / max(1, self.config.num_env_runners)))
+        num_envs: int = self.config.num_envs_per_env_runner
+        return max(num_envs, round(steps / max(1, self.config.num_env_runners)))
 
     def _store_episode(self, episode: SingleAgentEpisode) -> None:
         self._add_returns(batch={}, episodes=[episode])
@@ -214,7 +217,9 @@ class CalQL(CQL):  # type: ignore[misc]
 
     def _num_offline_rows(self, *, online: bool) -> int:
         batch_size = self.config.train_batch_size_per_learner
-        return self.store.num_offline_rows(batch_size, self.config.mixing_ratio) if online else batch_size
+        if not online:
+            return batch_size
+        return self.store.num_offline_rows(batch_size, self.config.mixing_ratio)
 
     def _update(self, num_updates: int, *, online: bool) -> None:
         """Makes gradient updates, then hands the weights to the env runners."""
@@ -229,8 +234,8 @@ class CalQL(CQL):  # type: ignore[misc]
                 self._update_once(min(per_call, num_updates - start), online=online)
         self._num_updates_timed += num_updates
         self._seconds_timed += time.perf_counter() - begin
-        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-            if online:
+        if self.phase == keys.ONLINE:  # Also after the last offline update: the next step collects.
+            with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                 self._sync_weights(self.env_runner_group)
 
     def _update_once(self, num_updates: int, *, online: bool) -> None:
@@ -262,7 +267,7 @@ class CalQL(CQL):  # type: ignore[misc]
 
     def _estimate_values(self, observations: np.ndarray) -> np.ndarray:
         chunks = np.array_split(observations, max(1, len(observations) // 4096))
-        values = [self._foreach_learner(lambda learner, c=chunk: learner.estimate_values(c))[0] for chunk in chunks]
+        values = [self._foreach_learner(methodcaller("estimate_values", chunk))[0] for chunk in chunks]
         return np.concatenate(values)
 
     def _sync_weights(self, group: Any) -> None:
@@ -390,7 +395,7 @@ def _with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:
     if config.observation_space is not None and config.action_space is not None:
         return config
     data = CalQLOfflineData(config)
-    completed = config.copy(copy_frozen=False)
+    completed: CalQLConfig = config.copy(copy_frozen=False)
     completed.observation_space = config.observation_space or data.observation_space
     completed.action_space = config.action_space or data.action_space
     missing = [name for name in ("observation_space", "action_space") if getattr(completed, name) is None]

@@ -12,7 +12,7 @@ from rllib_calql.metrics import SUCCESS_RATE
 _SUCCESS_KEYS = ("success", "is_success")  # Gymnasium-Robotics and PointMaze; Stable-Baselines3's convention.
 
 
-class EpisodeOutcomeCallback(RLlibCallback):  # type: ignore[misc]
+class EpisodeOutcomeCallback(RLlibCallback):
     """Logs the share of successful episodes where the environment reports success in its infos."""
 
     @override(RLlibCallback)

@@ -1,6 +1,6 @@
 """`CalQLConfig`: every setting of Cal-QL, its default's provenance, and the checks.
 
-"Authors" below means the authors' released code (nakamotoo/Cal-QL); "paper" means Nakamoto et al. 2023, arXiv:2303.05479.
+"Authors" below means the authors' released code (nakamotoo/Cal-QL), "paper" Nakamoto et al. 2023, arXiv:2303.05479.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing_extensions import Self
 from rllib_calql.config_checks import validate_config
 
 if TYPE_CHECKING:
-    from rllib_calql.algorithm import CalQL
     from ray.rllib.connectors.connector_v2 import ConnectorV2
     from ray.rllib.core.learner.learner import Learner
+
+    from rllib_calql.algorithm import CalQL
 
 PathLike = str | os.PathLike[str]
 
@@ -35,7 +36,7 @@ DEFAULT_MODEL_CONFIG: dict[str, Any] = {
 _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy worth collecting with yet.
 
 
-class CalQLConfig(CQLConfig):  # type: ignore[misc]
+class CalQLConfig(CQLConfig):
     """Configures Cal-QL: offline pre-training with calibrated CQL, then online fine-tuning.
 
     Example:
@@ -229,8 +230,10 @@ class CalQLConfig(CQLConfig):  # type: ignore[misc]
             This config.
         """
         if input_ is not NotProvided:
-            is_single = isinstance(input_, (str, os.PathLike))
-            kwargs["input_"] = os.fspath(input_) if is_single else [os.fspath(item) for item in input_]
+            if isinstance(input_, (str, os.PathLike)):
+                kwargs["input_"] = os.fspath(input_)
+            else:
+                kwargs["input_"] = [os.fspath(item) for item in input_]
         super().offline_data(**kwargs)
         self._set_provided(
             reward_scale=reward_scale,
@@ -411,7 +414,8 @@ class CalQLConfig(CQLConfig):  # type: ignore[misc]
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
         names = ("num_critics", "num_actions", "max_target_backup", "normalize_observations")
-        return super()._model_config_auto_includes | {name: getattr(self, name) for name in names}
+        included: dict[str, Any] = super()._model_config_auto_includes
+        return included | {name: getattr(self, name) for name in names}
 
     @override(AlgorithmConfig)
     def build_env_to_module_connector(self, env: Any = None, spaces: Any = None, device: Any = None) -> ConnectorV2:

@@ -1,4 +1,4 @@
-"""The checks behind `CalQLConfig.validate`: one table of refused settings, one of ranges, and what must fit together."""
+"""The checks behind `CalQLConfig.validate`: refused settings, ranges, choices, and what must fit together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -126,7 +127,7 @@ def _check_host(config: CalQLConfig) -> None:
         raise ValueError("CalQL trains one agent; drop the `.multi_agent(...)` call.")
     if not config.normalize_actions:
         raise ValueError(
-            "`normalize_actions` must be True: module actions lie in [-1, 1] and are mapped to the environment's bounds."
+            "`normalize_actions` must be True: module actions lie in [-1, 1] and RLlib maps them to the bounds."
         )
     if config.action_space is not None:
         check_action_space(config.action_space, "`action_space`")
@@ -142,10 +143,10 @@ def check_action_space(space: gym.Space[Any], name: str) -> None:
     Raises:
         ValueError: If the space is not a bounded, one-dimensional Box of real numbers.
     """
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-        raise ValueError(f"{name} must be a Box of real numbers with one dimension, got {space}; use another algorithm.")
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(f"{name} must be a Box(n,) of real numbers, got {space}; use an algorithm for such actions.")
     if not space.is_bounded():
-        raise ValueError(f"{name} must be bounded, got {space}; wrap the environment in `RescaleAction` or `ClipAction`.")
+        raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
 
 
 @contextmanager
@@ -199,7 +200,9 @@ def _check_ranges(config: CalQLConfig) -> None:
     if weight is not None and not (_is_real(weight) and 0 <= weight < math.inf):
         raise ValueError(f"`min_q_weight_online` must be None or a number of at least 0, got {weight!r}.")
     if config.warmup_env_steps is not None and not _is_integer(config.warmup_env_steps, 0):
-        raise ValueError(f"`warmup_env_steps` must be None or an integer of at least 0, got {config.warmup_env_steps!r}.")
+        raise ValueError(
+            f"`warmup_env_steps` must be None or an integer of at least 0, got {config.warmup_env_steps!r}."
+        )
     for name in ("reward_scale", "reward_bias", "lagrangian_thresh"):
         if not (_is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
             raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
@@ -245,7 +248,9 @@ def _check_model_config(config: CalQLConfig) -> None:
     from rllib_calql.networks import ACTIVATIONS
 
     settings = config.model_config
-    unknown = sorted(set(config._model_config) - set(DEFAULT_MODEL_CONFIG)) if isinstance(config._model_config, dict) else []
+    unknown = (
+        sorted(set(config._model_config) - set(DEFAULT_MODEL_CONFIG)) if isinstance(config._model_config, dict) else []
+    )
     if unknown:
         raise ValueError(f"`model_config` may hold {sorted(DEFAULT_MODEL_CONFIG)}, got the unknown {unknown}.")
     for name in ("actor_hiddens", "critic_hiddens"):

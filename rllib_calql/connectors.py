@@ -16,7 +16,7 @@ from rllib_calql.returns import RewardSettings, is_failure, returns_to_go, tail_
 TAIL_DISCOUNT = "returns_to_go_tail_discount"  # gamma^(T-t): weight of the last observation's value in G_t.
 
 
-class AddReturnsToGo(ConnectorV2):  # type: ignore[misc]
+class AddReturnsToGo(ConnectorV2):
     """Adds a `returns_to_go` column (extra model output, shape (T,)) to whole, finished episodes.
 
     Unlike RLlib's `ComputeReturnsToGo`, which sums whatever piece of an episode it is handed, pieces are refused. The

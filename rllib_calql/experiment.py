@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ class Experiment:
         num_samples: Trials per point of the grid.
         scheduler: Tune's scheduler, or None for all trials to the end.
         checkpoint_config: Arguments of `tune.CheckpointConfig`.
+        examples: Configs with every search space replaced by a value, each foreseeable value in at least one.
     """
 
     name: str
@@ -82,6 +84,13 @@ class Experiment:
     num_samples: int = 1
     scheduler: TrialScheduler | None = None
     checkpoint_config: dict[str, Any] = field(default_factory=dict)
+    examples: tuple[AlgorithmConfig, ...] = ()
+
+    @property
+    def num_cpus_per_trial(self) -> int:
+        """CPUs that the largest trial asks Ray for."""
+        requests = [self.algorithm.default_resource_request(config) for config in self.examples]  # type: ignore[attr-defined]
+        return max((math.ceil(request.required_resources.get("CPU", 0)) for request in requests), default=1)
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with the config's seed set."""
@@ -164,9 +173,25 @@ def _read_python(path: Path) -> Experiment:
             f"'{path}' must define `config`, an algorithm's config like `CalQLConfig()`, got {type(config).__name__}."
         )
     name = str(module.get("name", path.stem))
-    if not any(True for _ in _find_spaces(vars(config))):
-        _validate(config.copy(copy_frozen=False), name)
-    return Experiment(name=name, algorithm=config.algo_class, config=config, stop=_parse_stop(module.get("stop"), name))
+    return Experiment(
+        name=name,
+        algorithm=config.algo_class,
+        config=config,
+        stop=_parse_stop(module.get("stop"), name),
+        examples=_examples_of(config, name),
+    )
+
+
+def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, ...]:
+    spaces = dict(_find_spaces(vars(config)))
+    examples = []
+    for chosen in _foreseeable_choices(spaces):
+        example = config.copy(copy_frozen=False)
+        for attribute in {path[0] for path in spaces}:
+            setattr(example, attribute, _substitute(getattr(config, attribute), chosen, (attribute,)))
+        _validate(example, name)
+        examples.append(example)
+    return tuple(examples)
 
 
 # --- One experiment --------------------------------------------------------------------------------------------------
@@ -184,7 +209,7 @@ def _parse_experiment(name: str, entry: Any) -> Experiment:
         if "env" in settings:
             raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")
         settings = {"env": entry["env"], **settings}
-    config = build_config(default_config, settings, name)
+    config, examples = build_config(default_config, settings, name)
     num_samples = entry.get("num_samples", 1)
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
@@ -198,6 +223,7 @@ def _parse_experiment(name: str, entry: Any) -> Experiment:
         num_samples=num_samples,
         scheduler=_parse_scheduler(entry.get("scheduler"), config, name),
         checkpoint_config=checkpoint_config,
+        examples=examples,
     )
 
 
@@ -252,7 +278,7 @@ def _parse_scheduler(entry: Any, config: AlgorithmConfig, name: str) -> TrialSch
             f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
         )
     try:
-        return cls(**options)  # type: ignore[no-untyped-call]
+        return cls(**options)
     except (ValueError, TypeError, AssertionError) as error:
         raise ExperimentError(f"{where}: {error}") from error
 
@@ -260,7 +286,9 @@ def _parse_scheduler(entry: Any, config: AlgorithmConfig, name: str) -> TrialSch
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 
-def build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
+def build_config(
+    config: AlgorithmConfig, settings: Mapping[str, Any], name: str
+) -> tuple[AlgorithmConfig, tuple[AlgorithmConfig, ...]]:
     """Applies settings, search spaces included, and validates every value that can be foreseen.
 
     Args:
@@ -269,19 +297,21 @@ def build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str
         name: Name of the experiment, for messages.
 
     Returns:
-        A config whose values may be search spaces.
+        A config whose values may be search spaces, and valid examples of it without any.
 
     Raises:
         ExperimentError: For an unknown or wrong setting.
     """
     parsed = _parse_spaces(dict(settings))
     spaces = dict(_find_spaces(parsed))
+    examples = []
     for chosen in _foreseeable_choices(spaces):
-        concrete = config.copy(copy_frozen=False)
-        _apply(concrete, _substitute(parsed, chosen), name)
-        _validate(concrete, name)
+        example = config.copy(copy_frozen=False)
+        _apply(example, _substitute(parsed, chosen), name)
+        _validate(example, name)
+        examples.append(example)
     if not spaces:
-        return concrete
+        return example, tuple(examples)
     result = config.copy(copy_frozen=False)
     cannot = "of experiment '{}' cannot be searched over here; put the space on single values inside it."
     try:
@@ -292,7 +322,7 @@ def build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str
     for path, space in spaces.items():
         if id(space) not in arrived:
             raise ExperimentError(f"`{'/'.join(map(str, path))}` {cannot.format(name)}")
-    return result
+    return result, tuple(examples)
 
 
 def settings_by_method(config_class: type) -> dict[str, dict[str, Any]]:
@@ -439,8 +469,9 @@ def _substitute(value: Any, chosen: Mapping[_Path, Any], path: _Path = ()) -> An
         return chosen[path]
     if isinstance(value, dict):
         return {key: _substitute(item, chosen, (*path, key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_substitute(item, chosen, (*path, index)) for index, item in enumerate(value)]
+    if isinstance(value, (list, tuple)):
+        items = [_substitute(item, chosen, (*path, index)) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 

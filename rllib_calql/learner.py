@@ -1,4 +1,4 @@
-"""The torch learner of Cal-QL: loss, one backward pass, one all-reduce, optimisers, targets after every gradient step."""
+"""The torch learner of Cal-QL: loss, one backward pass, one all-reduce, optimisers, targets after every step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STATE = "calql"
 _RANK_SEED_STRIDE = 1_000_003  # RLlib gives every learner the same seed; ranks must not draw the same noise.
 
 
-class CalQLTorchLearner(CQLTorchLearner):  # type: ignore[misc]
+class CalQLTorchLearner(CQLTorchLearner):
     """Performs K gradient steps per `update` call on K batches laid end to end.
 
     Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
@@ -239,9 +239,8 @@ class CalQLTorchLearner(CQLTorchLearner):  # type: ignore[misc]
             flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
             torch.distributed.all_reduce(flat)
             flat /= self.config.num_learners
-            for gradient, part in zip(
-                gradients.values(), flat.split([g.numel() for g in gradients.values()]), strict=True
-            ):
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients.values()])
+            for gradient, part in zip(gradients.values(), parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         return gradients
 

@@ -1,7 +1,7 @@
 """The loss terms of Cal-QL as pure functions of tensors, one function per term.
 
-Axes: `C` critics, `N` actions per source, `M` all sampled actions, `B` batch. Critics are axis 0, so that two critics or
-ten are the same code. Functions return unreduced tensors; the learner reduces, sums and differentiates. Shapes are
+Axes: `C` critics, `N` actions per source, `M` all sampled actions, `B` batch. Critics are axis 0, so that two critics
+or ten are the same code. Functions return unreduced tensors; the learner reduces, sums and differentiates. Shapes are
 checked at the door, because a wrong broadcast would train silently.
 
 Sources:

@@ -5,7 +5,7 @@ Keys below `LEARNER` keys appear under `learners/default_policy/`; `EVALUATION` 
 the command line and tests can use the names without loading Ray.
 """
 
-# --- Top level -------------------------------------------------------------------------------------------------------
+# Top level
 PHASE = "phase"  # "offline" or "online": the phase that the gradient updates of this result belong to.
 NUM_OFFLINE_UPDATES_LIFETIME = "num_offline_updates_lifetime"  # Gradient updates of the offline phase so far.
 NUM_ONLINE_UPDATES_LIFETIME = "num_online_updates_lifetime"  # Gradient updates of the online phase so far.
@@ -16,21 +16,21 @@ UPDATES_PER_S = "updates_per_s"  # Gradient updates per second of this result's 
 OFFLINE = "offline"  # Value of `PHASE` during pre-training.
 ONLINE = "online"  # Value of `PHASE` during fine-tuning.
 
-# --- Below "fine_tuning" (online phase, once an evaluation exists) -------------------------------------------------------
+# Below "fine_tuning" (online phase, once an evaluation exists)
 FINE_TUNING = "fine_tuning"  # Parent key of the two below.
 DIP = "dip"  # Worst evaluation return since the switch minus the evaluation at the switch (at most 0).
 REGRET = "regret"  # Mean over the evaluations since the switch of 1 - score, see `EvaluationHistory`.
 
-# --- Below "store" -------------------------------------------------------------------------------------------------------
+# Below "store"
 STORE = "store"  # Parent key of the sizes below.
 NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
 NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
 
-# --- Below "env_runners" and "evaluation/env_runners" ----------------------------------------------------------------------
+# Below "env_runners" and "evaluation/env_runners"
 SUCCESS_RATE = "success_rate"  # Share of episodes in which any step's info said success (`success`/`is_success`).
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
 
-# --- Below "learners/default_policy"; means over the update call's gradient steps ---------------------------------------------
+# Below "learners/default_policy"; means over the update call's gradient steps
 QF_LOSS = "qf_loss"  # Critic loss, conservative term included, summed over critics.
 POLICY_LOSS = "policy_loss"  # Actor loss (behaviour cloning loss during `bc_updates`).
 ALPHA_LOSS = "alpha_loss"  # Loss of the entropy temperature.
@@ -53,6 +53,8 @@ Q_DATA_OF_CRITIC = "q{c}_data"  # Mean Q of the data actions.
 Q_UNIFORM_OF_CRITIC = "cql_q{c}_rand"  # Mean Q of the uniform actions.
 Q_CURRENT_OF_CRITIC = "cql_q{c}_current_actions"  # Mean Q of the current actions, before calibration.
 Q_NEXT_OF_CRITIC = "cql_q{c}_next_actions"  # Mean Q of the next-state actions, before calibration.
-Q_STD_OF_CRITIC = "cql_std_q{c}"  # Spread (population std) of Q over all sampled actions of a state, mean over the batch.
+Q_STD_OF_CRITIC = (
+    "cql_std_q{c}"  # Spread (population std) of Q over all sampled actions of a state, mean over the batch.
+)
 BOUND_RATE_CURRENT_OF_CRITIC = "bound_rate_cql_q{c}_current_actions"  # Share of current actions lifted to V.
 BOUND_RATE_NEXT_OF_CRITIC = "bound_rate_cql_q{c}_next_actions"  # Share of next-state actions lifted to V.

@@ -5,6 +5,7 @@ Axes: `C` critics, `M` sampled actions, `B` batch, `A` action dimension, `H` hid
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _initialise(weight: Tensor, bias: Tensor, *, orthogonal: bool, is_output: bool) -> None:
-    """Fills one layer, weight of shape (in, out): orthogonal as the authors do, else torch's default for linear layers."""
+    """Fills one layer, weight of shape (in, out): orthogonal as the authors do, else as torch does."""
     if orthogonal:
         nn.init.orthogonal_(weight, gain=_OUTPUT_GAIN if is_output else _HIDDEN_GAIN)
         nn.init.zeros_(bias)
@@ -66,7 +67,7 @@ class TanhGaussianPolicy(nn.Module):
         super().__init__()
         self._activation = ACTIVATIONS[activation]
         widths = [obs_dim, *hiddens]
-        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(n) for n in hiddens) if layer_norm else None
         self.head = nn.Linear(widths[-1], 2 * action_dim)
         self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
@@ -148,16 +149,14 @@ class EnsembleCritic(nn.Module):
         self._activation = ACTIVATIONS[activation]
         self._layer_norm = layer_norm
         widths = [obs_dim + action_dim, *hiddens, 1]
-        sizes = list(zip(widths, widths[1:], strict=False))
+        sizes = list(itertools.pairwise(widths))
         joint = torch.empty(num_critics, *sizes[0])
         self.weights = nn.ParameterList(torch.empty(num_critics, n_in, n_out) for n_in, n_out in sizes[1:])
         self.biases = nn.ParameterList(torch.empty(num_critics, n_out) for _, n_out in sizes)
         for index, weight in enumerate([joint, *self.weights]):
             for c in range(num_critics):
                 is_output = index == len(sizes) - 1
-                _initialise(
-                    weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output
-                )
+                _initialise(weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output)
         # Two parameters rather than one sliced in `forward`: the optimiser sees leaves, and no gradient is assembled.
         self.obs_weight = nn.Parameter(joint[:, :obs_dim].clone())
         self.action_weight = nn.Parameter(joint[:, obs_dim:].clone())

@@ -29,7 +29,7 @@ from rllib_calql.transitions import (
 logger = logging.getLogger(__name__)
 
 
-class CalQLOfflineData(OfflineData):  # type: ignore[misc]
+class CalQLOfflineData(OfflineData):
     """Reads `config.input_` into a `TransitionStore`.
 
     RLlib's own pipeline is not used: it turns every row into an episode of one step, which has no return-to-go, and
@@ -74,7 +74,7 @@ class CalQLOfflineData(OfflineData):  # type: ignore[misc]
         connector: AddReturnsToGo,
         *,
         observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
     ) -> None:
         """Reads everything into `store`.
 
@@ -107,7 +107,7 @@ class CalQLOfflineData(OfflineData):  # type: ignore[misc]
         info: DatasetInfo,
         episode: SingleAgentEpisode,
         observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
         connector: AddReturnsToGo,
     ) -> dict[str, Any]:
         where = f"Dataset {info.name!r}, episode {episode.id_}"
@@ -199,7 +199,5 @@ def _is_compatible(recorded: gym.Space[Any], actual: gym.Space[Any], *, with_bou
     if isinstance(actual, gym.spaces.Box):
         if not isinstance(recorded, gym.spaces.Box) or recorded.shape != actual.shape:
             return False
-        return not with_bounds or (
-            np.allclose(recorded.low, actual.low) and np.allclose(recorded.high, actual.high)
-        )
+        return not with_bounds or (np.allclose(recorded.low, actual.low) and np.allclose(recorded.high, actual.high))
     return bool(recorded == actual)

@@ -1,4 +1,4 @@
-"""`TransitionStore`: offline columns and an online ring, sampled uniformly at an exact ratio by one random generator."""
+"""`TransitionStore`: offline columns and an online ring, sampled uniformly at an exact ratio."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class _Table:
         if set(state["columns"]) != set(self.columns) or any(
             column.shape[1:] != self.columns[name].shape[1:] for name, column in state["columns"].items()
         ):
-            raise ValueError("The checkpoint's online data have other columns than this config's; restore with its config.")
+            raise ValueError(
+                "The checkpoint's online data have other columns; restore with the config it was made with."
+            )
         if state["limit"] != self.limit:
             raise ValueError(
                 f"The checkpoint was made with `online_capacity` {state['limit']}, the config has {self.limit}; "

@@ -55,7 +55,7 @@ class Noise(NamedTuple):
     following: Tensor
 
 
-class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):  # type: ignore[misc]
+class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):
     """Policy pi(a|s) and critics Q_c(s, a) of Cal-QL, with the forward passes that its loss needs.
 
     RLlib's own CQL module is not reused: it repeats observations before every network and judges next-state proposals
@@ -80,6 +80,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         obs_dim, action_dim = self.observation_space.shape[0], self.action_space.shape[0]
         settings = self.model_config
         network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
+        self.obs_mean: Tensor
+        self.obs_std: Tensor
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
@@ -112,9 +114,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         self.obs_std.copy_(std.clamp_min(_MIN_STD))
 
     def _normalise(self, obs: Tensor) -> Tensor:
-        if not self.model_config["normalize_observations"]:
-            return obs.to(self.obs_mean.dtype)
-        return (obs.to(self.obs_mean.dtype) - self.obs_mean) / self.obs_std
+        numbers = obs.to(self.obs_mean.dtype)
+        return (numbers - self.obs_mean) / self.obs_std if self.model_config["normalize_observations"] else numbers
 
     @override(TorchRLModule)
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -157,7 +158,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def estimate_values(self, obs: Tensor) -> Tensor:
         """V(s) of the greedy policy, min_c of the target critics at tanh(mean), shape (B,)."""
         mean, _ = self.policy(self._normalise(obs))
-        return self.forward_target({Columns.OBS: obs, Columns.ACTIONS: torch.tanh(mean)})["qf_target"]
+        outputs: dict[str, Tensor] = self.forward_target({Columns.OBS: obs, Columns.ACTIONS: torch.tanh(mean)})
+        return outputs["qf_target"]
 
     def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
         """Draws all random numbers of one gradient step from the learner's generator."""
@@ -169,7 +171,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             1 + num_targets + 2 * num_actions, batch_size, action_dim, generator=self.generator, device=device
         )
         uniform = torch.rand(num_actions, batch_size, action_dim, generator=self.generator, device=device)
-        actor, target, current, following = normal.split([1, num_targets, num_actions, num_actions])
+        actor, target, current, following = torch.split(normal, [1, num_targets, num_actions, num_actions])
         return Noise(actor[0], target, uniform * 2.0 - 1.0, current, following)
 
     @override(TorchRLModule)
@@ -195,7 +197,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             # Every action is judged at s; only the proposal of `following` comes from s'.
             judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
         q = self.critic(obs, judged)
-        q_data, q_uniform, q_current, q_next = q.split([1, num_actions, num_actions, num_actions], dim=1)
+        q_data, q_uniform, q_current, q_next = torch.split(q, [1, num_actions, num_actions, num_actions], dim=1)
         return {
             Q_DATA: q_data[:, 0],
             Q_UNIFORM: q_uniform,

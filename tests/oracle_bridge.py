@@ -1,4 +1,4 @@
-"""Puts the oracle's parameters, noise and batch into a learner, and reads the learner's back under the oracle's names."""
+"""Puts the oracle's parameters, noise and batch into a learner, and reads the learner's under the oracle's names."""
 
 from __future__ import annotations
 

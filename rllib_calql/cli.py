@@ -1,0 +1,314 @@
+"""The `rllib` command: arguments, runs through Ray Tune, exit codes.
+
+Exit codes: 0 success, 1 a run failed, 2 wrong usage, 130 interrupted. Ray is imported only once a command needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import statistics
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from rich.console import Console
+
+import rllib_calql
+
+if TYPE_CHECKING:
+    from rllib_calql.experiment import Experiment
+
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # `ProgressCallback` reports instead.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C writes a checkpoint first, see `CheckpointOnInterrupt`.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # Not every result has an evaluation for the scheduler to judge.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
+}
+_INTERRUPTED = 130
+_CONFIG_FILE = "class_and_ctor_args.pkl"  # RLlib writes one into every checkpoint of an algorithm.
+_OUT_OF_TUNE_LOG = "Trials did not complete"
+
+
+class UsageError(click.ClickException):
+    """Wrong usage."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rllib_calql.__version__, "--version", prog_name="rllib-calql")
+def main() -> None:
+    """Train and evaluate RLlib algorithms, Cal-QL among them."""
+
+
+@main.group()
+def train() -> None:
+    r"""Train algorithms.
+
+    \b
+    Example:
+      rllib train file tuned_examples/pointmaze_umaze.yaml
+    """
+
+
+@train.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--num-samples", type=click.IntRange(min=1), help="Trials per point of the grid; replaces the file's.")
+@click.option("--checkpoint-freq", type=click.IntRange(min=0), help="Iterations between checkpoints; 0: none between.")
+@click.option("--checkpoint-at-end/--no-checkpoint-at-end", default=None, help="Checkpoint at the end (default: yes).")
+@click.option("--storage-path", default="~/ray_results", show_default=True, help="Folder or cloud URI for results.")
+@click.option("--name", help="Name of the run's folder (default: the experiment's name).")
+@click.option("--resume", is_flag=True, help="Continue the run of this name from its checkpoints.")
+@click.option("--seed", type=int, help="Seed of every trial; replaces the file's.")
+@click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
+@click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
+@click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
+def file(
+    file: Path,
+    num_samples: int | None,
+    checkpoint_freq: int | None,
+    checkpoint_at_end: bool | None,
+    storage_path: str,
+    name: str | None,
+    resume: bool,
+    seed: int | None,
+    num_cpus: int | None,
+    address: str | None,
+    verbose: bool,
+) -> None:
+    """Run the experiments of FILE, a .yaml or a .py file.
+
+    Ctrl-C writes a checkpoint after the current iteration and ends the run; --resume continues it.
+    """
+    _prepare(verbose)
+    from rllib_calql.experiment import ExperimentError, read_experiments
+
+    try:
+        experiments = read_experiments(file)
+    except ExperimentError as error:
+        raise UsageError(str(error)) from error
+    if name and len(experiments) > 1:
+        raise UsageError(f"`--name` needs a file with one experiment; '{file}' has {len(experiments)}. Drop `--name`.")
+    if "://" not in storage_path:
+        storage_path = str(Path(storage_path).expanduser().resolve())
+    overrides = {"checkpoint_frequency": checkpoint_freq, "checkpoint_at_end": checkpoint_at_end}
+    runs = [
+        _with_options(experiment, name=name, num_samples=num_samples, seed=seed, checkpoint_config=overrides)
+        for experiment in experiments
+    ]
+    if resume:
+        _refuse_missing_runs(runs, storage_path)
+    _start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
+    failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
+    if failed:
+        raise click.ClickException(f"Failed: {', '.join(failed)}.")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--episodes", type=click.IntRange(min=1), default=10, show_default=True, help="Episodes to run.")
+@click.option("--seed", type=int, help="Seed of the environment.")
+@click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
+def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -> None:
+    """Run the greedy policy of CHECKPOINT, a folder written by training, in its environment."""
+    if not (checkpoint / _CONFIG_FILE).is_file():
+        what = "is not a checkpoint of an algorithm" if checkpoint.exists() else "does not exist"
+        inside = sorted(checkpoint.glob(f"**/checkpoint_*/{_CONFIG_FILE}"))
+        hint = f" Did you mean '{inside[-1].parent}'?" if inside else ""
+        raise UsageError(f"'{checkpoint}' {what}; give the folder that `rllib train` printed as checkpoint.{hint}")
+    _prepare(verbose)
+    try:
+        returns, success_rate, score = _evaluate_checkpoint(checkpoint.resolve(), episodes, seed)
+    except Exception as error:
+        if verbose:
+            raise
+        raise click.ClickException(f"Evaluating '{checkpoint}' failed: {_root_cause(error)}") from error
+    click.echo(f"episodes          {len(returns)}")
+    click.echo(f"return            {statistics.fmean(returns):.2f} (std {statistics.pstdev(returns):.2f})")
+    if success_rate is not None:
+        click.echo(f"success rate      {success_rate:.2f}")
+    if score is not None:
+        click.echo(f"normalised score  {score:.2f}")
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare(verbose: bool) -> None:
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
+
+    if not verbose:
+        for logger in ("ray", "ray.rllib", "ray.tune"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics)\b")
+        # Said better by our own messages at the end.
+        logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
+
+
+def _with_options(
+    experiment: Experiment,
+    *,
+    name: str | None,
+    num_samples: int | None,
+    seed: int | None,
+    checkpoint_config: dict[str, Any],
+) -> Experiment:
+    given = {key: value for key, value in checkpoint_config.items() if value is not None}
+    return replace(
+        experiment if seed is None else experiment.with_seed(seed),
+        name=name or experiment.name,
+        num_samples=num_samples or experiment.num_samples,
+        checkpoint_config={"checkpoint_at_end": True} | experiment.checkpoint_config | given,
+    )
+
+
+def _refuse_missing_runs(runs: list[Experiment], storage_path: str) -> None:
+    from ray import tune
+
+    for run in runs:
+        path = f"{storage_path}/{run.name}"
+        if not tune.Tuner.can_restore(path):
+            raise UsageError(
+                f"There is nothing to resume at '{path}'; check `--name` and `--storage-path`, or drop `--resume`."
+            )
+
+
+def _start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
+    import ray
+
+    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if address is not None:
+        if num_cpus is not None:
+            raise UsageError("`--num-cpus` sizes a Ray that is started here; drop it or `--address`.")
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"There is no Ray cluster at '{address}': {error}") from error
+        return
+    if num_cpus is not None and num_cpus < needed:
+        raise UsageError(
+            f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
+            "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
+        )
+    ray.init(address="local", num_cpus=num_cpus or max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bool) -> bool:
+    """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
+    from ray import tune
+
+    from rllib_calql.progress import CheckpointOnInterrupt, ProgressCallback
+
+    console = Console()
+    progress = ProgressCallback(experiment.stop, console)
+    interrupt = CheckpointOnInterrupt(announce=lambda message: click.echo(message, err=True))
+    folder = f"{storage_path}/{experiment.name}"
+    run_config = tune.RunConfig(
+        name=experiment.name,
+        storage_path=storage_path,
+        stop=experiment.stop,
+        callbacks=[progress, interrupt],
+        checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
+        verbose=0,
+    )
+    if resume:
+        tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
+        # Tune keeps the callbacks and the stop criteria of the first run; these are the ones of this command.
+        restored = tuner._local_tuner.get_run_config()
+        restored.callbacks, restored.stop = run_config.callbacks, run_config.stop
+    else:
+        tuner = tune.Tuner(
+            experiment.algorithm,
+            param_space=experiment.config.to_dict(),
+            tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
+            run_config=run_config,
+        )
+    with interrupt:
+        try:
+            results = tuner.fit()
+        except KeyboardInterrupt:
+            _exit_interrupted("Stopped at once; earlier checkpoints, if any, are", folder)
+        finally:
+            progress.close()
+    if interrupt.interrupted:
+        _exit_interrupted("Checkpoints are", folder)
+    for error in results.errors:
+        click.echo(f"Error in '{experiment.name}': {error if verbose else _root_cause(error)}", err=True)
+    return not results.errors
+
+
+def _exit_interrupted(message: str, folder: str) -> NoReturn:
+    click.echo(f"{message} in '{folder}'; add `--resume` to the command to continue.", err=True)
+    raise click.exceptions.Exit(_INTERRUPTED)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of the error that was raised in the trial, without the tracebacks that Ray puts around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    starts = [i for i, line in enumerate(lines) if re.match(r"(\w+\.)*\w*(Error|Exception)\b(:|$)", line)]
+    return "\n".join(lines[starts[-1] :]) if starts else lines[-1]
+
+
+def _evaluate_checkpoint(
+    checkpoint: Path, num_episodes: int, seed: int | None
+) -> tuple[list[float], float | None, float | None]:
+    """Runs whole episodes with an env runner of its own; learners and data are not needed for that.
+
+    Returns:
+        The returns of the episodes, the success rate and the normalised score where they are known.
+    """
+    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+    from rllib_calql import metrics as keys
+    from rllib_calql.callbacks import EpisodeOutcomeCallback
+
+    config = _config_of(checkpoint)
+    if config.env is None:
+        raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
+    config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
+    config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
+    config.debugging(seed=seed)
+    config.callbacks([EpisodeOutcomeCallback])
+    runner = SingleAgentEnvRunner(config=config, worker_index=0)
+    if (checkpoint / "env_runner").is_dir():  # Connectors with a state, for example running means.
+        runner.restore_from_path(checkpoint / "env_runner")
+    weights = MultiRLModule.from_checkpoint(checkpoint / "learner_group" / "learner" / "rl_module")
+    runner.set_state({"rl_module": weights.get_state(inference_only=True)})
+    episodes = runner.sample(num_episodes=num_episodes, explore=False)
+    metrics = runner.get_metrics()
+    runner.stop()
+    returns = [float(episode.get_return()) for episode in episodes]
+    success = metrics.get(keys.SUCCESS_RATE)
+    return returns, None if success is None else float(success.peek()), _normalized_score(config, returns)
+
+
+def _config_of(checkpoint: Path) -> Any:
+    """The config in a checkpoint, free to be changed."""
+    from ray import cloudpickle
+
+    with (checkpoint / _CONFIG_FILE).open("rb") as stored:
+        content = cloudpickle.load(stored)
+    (state,), _ = content["ctor_args_and_kwargs"]
+    return content["class"].get_default_config().from_state(state).copy(copy_frozen=False)
+
+
+def _normalized_score(config: Any, returns: list[float]) -> float | None:
+    from rllib_calql.config import CalQLConfig
+    from rllib_calql.evaluation_history import EvaluationHistory
+    from rllib_calql.offline_data import CalQLOfflineData
+
+    if not isinstance(config, CalQLConfig) or not config.is_offline:
+        return None
+    try:
+        scores = CalQLOfflineData(config).reference_scores
+    except (OSError, ValueError, ImportError):  # The data need not be on the machine that evaluates.
+        return None
+    return EvaluationHistory(scores).normalized_score(statistics.fmean(returns))
