@@ -204,7 +204,7 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
     from ray import tune
 
-    from rllib_calql.progress import CheckpointOnInterrupt, ProgressCallback
+    from rllib_calql.progress import CheckpointOnInterrupt, ProgressCallback, StopCriteria
 
     console = Console()
     progress = ProgressCallback(experiment.stop, console)
@@ -214,15 +214,14 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[progress, interrupt],
+        callbacks=[progress, interrupt, StopCriteria(experiment.stop)],
         checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
         verbose=0,
     )
     if resume:
         tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
-        # Tune keeps the callbacks and the stop criteria of the first run; these are the ones of this command.
-        restored = tuner._local_tuner.get_run_config()
-        restored.callbacks, restored.stop = run_config.callbacks, run_config.stop
+        # Tune restores the callbacks of the first run; the display and the signal handler are those of this one.
+        tuner._local_tuner.get_run_config().callbacks = run_config.callbacks
     else:
         tuner = tune.Tuner(
             experiment.algorithm,

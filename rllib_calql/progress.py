@@ -249,8 +249,7 @@ class ProgressCallback(tune.Callback):
     ) -> None:
         """Updates the trial's line."""
         before = self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
-        totals = Totals(offline_updates=trial.config.get("offline_updates"), stop=self._stop)
-        after = observe(before, result, totals)
+        after = observe(before, result, self._totals(trial))
         self._trials[trial.trial_id] = after
         self._show(trial.trial_id, always=after.phase != before.phase or bool(result.get("done")))
 
@@ -259,8 +258,11 @@ class ProgressCallback(tune.Callback):
         self.close()
         for trial in trials:
             progress = self._trials.get(trial.trial_id)
-            if progress is None:  # Finished before a resume, or never started.
-                continue
+            if progress is None:
+                if not trial.last_result:  # Never started.
+                    continue
+                # Finished before the run was resumed.
+                progress = observe(TrialProgress(label=str(trial)), trial.last_result, self._totals(trial))
             status = "failed" if trial.status == Trial.ERROR else "ended"
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
             self._print(format_summary(progress, status, checkpoint))
@@ -270,6 +272,9 @@ class ProgressCallback(tune.Callback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _totals(self, trial: Trial) -> Totals:
+        return Totals(offline_updates=trial.config.get("offline_updates"), stop=self._stop)
 
     def _show(self, trial_id: str, *, always: bool) -> None:
         if self._live is not None:
@@ -287,6 +292,23 @@ class ProgressCallback(tune.Callback):
 
 def _restored_callback(stop: dict[str, float]) -> ProgressCallback:
     return ProgressCallback(stop, Console())
+
+
+class StopCriteria(tune.Callback):
+    """Gives every trial that starts the stop criteria of this command.
+
+    Tune keeps those of the first run in every trial, so that a resumed run would not see a changed file.
+
+    Args:
+        stop: Metric path ("/" between levels) -> value at which a trial ends.
+    """
+
+    def __init__(self, stop: Mapping[str, float]) -> None:
+        self._stop = dict(stop)
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Replaces the trial's criteria."""
+        trial.stopping_criterion = dict(self._stop)
 
 
 class CheckpointOnInterrupt(tune.Callback):

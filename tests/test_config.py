@@ -413,7 +413,7 @@ def test_a_refusal_names_the_setting_to_use_instead(name: str, remedy: str) -> N
 
 
 def test_a_learner_connector_is_refused() -> None:
-    config = CalQLConfig().training(learner_connector=lambda *_: [])
+    config = CalQLConfig().learners(learner_connector=lambda *_: [])
     with pytest.raises(ValueError, match="`learner_connector` is not used by CalQL"):
         config.validate()
 

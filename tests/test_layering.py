@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("metrics", "returns", "losses", "networks", "registration"),
+    ("metrics", "returns", "losses", "networks", "registration", "checkpoint"),
     ("datasets.episodes", "datasets.pointmaze", "datasets.pendulum"),
     ("datasets.parquet", "datasets.catalog"),
     ("datasets.minari", "datasets.rllib_recorded"),
