@@ -32,6 +32,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_calql import metrics as keys
+from rllib_calql.checkpoint import checked_checkpoint
 from rllib_calql.collection import EpisodeJoiner, collect
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
@@ -63,6 +64,25 @@ class CalQL(CQL):
     def get_default_config(cls) -> CalQLConfig:
         """The default settings."""
         return CalQLConfig()
+
+    @classmethod
+    @override(Algorithm)
+    def from_checkpoint(cls, path: Any, filesystem: Any = None, **kwargs: Any) -> CalQL:
+        """Builds an algorithm from what `save_to_path` or Tune wrote, and restores its state.
+
+        Args:
+            path: Folder (relative ones work as well), URI, or Ray Train `Checkpoint`.
+            filesystem: PyArrow filesystem of `path`; by default what the URI says.
+            **kwargs: RLlib's own.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If the folder is no checkpoint.
+        """
+        if filesystem is None and isinstance(path, (str, pathlib.Path)) and "://" not in str(path):
+            path = str(checked_checkpoint(pathlib.Path(path)))
+        restored: CalQL = super().from_checkpoint(path, filesystem, **kwargs)
+        return restored
 
     @override(CQL)
     def setup(self, config: CalQLConfig) -> None:

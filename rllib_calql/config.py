@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 from typing_extensions import Self
 
-from rllib_calql.config_checks import validate_config
+from rllib_calql.config_checks import input_as_strings, validate_config
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -100,7 +101,7 @@ class CalQLConfig(CQLConfig):
         self.online_capacity = 1_000_000
 
         # .rl_module()
-        self._model_config = dict(DEFAULT_MODEL_CONFIG)
+        self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
 
         # RLlib's settings whose inherited defaults do not fit; the first group is refused if set, see config_checks.py.
         self.lr = None
@@ -172,7 +173,7 @@ class CalQLConfig(CQLConfig):
             This config.
         """
         super().training(**kwargs)
-        if conservative_gap_clip is not NotProvided:
+        if isinstance(conservative_gap_clip, list):
             conservative_gap_clip = tuple(conservative_gap_clip)
         self._set_provided(
             calibrate=calibrate,
@@ -230,10 +231,7 @@ class CalQLConfig(CQLConfig):
             This config.
         """
         if input_ is not NotProvided:
-            if isinstance(input_, (str, os.PathLike)):
-                kwargs["input_"] = os.fspath(input_)
-            else:
-                kwargs["input_"] = [os.fspath(item) for item in input_]
+            kwargs["input_"] = input_as_strings(input_)
         super().offline_data(**kwargs)
         self._set_provided(
             reward_scale=reward_scale,
@@ -313,7 +311,7 @@ class CalQLConfig(CQLConfig):
             This config.
         """
         if model_config is not NotProvided and isinstance(model_config, dict):
-            model_config = DEFAULT_MODEL_CONFIG | model_config
+            model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG | model_config)
         super().rl_module(model_config=model_config, **kwargs)
         return self
 

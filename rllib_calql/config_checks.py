@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ UNUSED_SETTINGS: dict[str, str] = {
     "minibatch_size": f"{_FED_BY_STORE}; set `train_batch_size_per_learner`",
     "shuffle_batch_per_epoch": _FED_BY_STORE,
     "num_aggregator_actors_per_learner": _FED_BY_STORE,
+    "train_batch_size": "it belongs to the old API stack; set `train_batch_size_per_learner`",
+    "model": "it belongs to the old API stack; set `.rl_module(model_config=...)`",
+    "optimizer": "it belongs to the old API stack; set `actor_lr`, `critic_lr` and `alpha_lr`",
+    "explore": "training always samples from the policy; set it in `.evaluation(evaluation_config=...)`",
     "torch_compile_learner": "the update is not compiled",
     "_torch_grad_scaler_class": 'precision is "fp32"',
     "rollout_fragment_length": "whole episodes are collected",
@@ -70,7 +75,7 @@ UNUSED_SETTINGS: dict[str, str] = {
     "postprocess_inputs": _READ_BY_US,
 }
 
-_POSITIVE = ("temperature", "tau", "updates_per_env_step")
+_POSITIVE = ("temperature", "tau", "updates_per_env_step", "initial_alpha")
 _NOT_NEGATIVE = ("min_q_weight",)
 _POSITIVE_INTEGERS = (
     "num_actions",
@@ -111,11 +116,15 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
 def _check_unused(config: CalQLConfig) -> None:
     defaults = type(config)()
     for name, reason in UNUSED_SETTINGS.items():
-        if config.in_evaluation and name in ("batch_mode", "rollout_fragment_length"):
+        if config.in_evaluation and name in ("batch_mode", "explore", "rollout_fragment_length"):
             continue  # RLlib sets these itself on the evaluation runners' config.
         value = getattr(config, name)
         if value != getattr(defaults, name):
             raise ValueError(f"`{name}` is not used by CalQL, got {value!r}: {reason}.")
+    if config._learner_connector is not None:
+        raise ValueError(
+            f"`learner_connector` is not used by CalQL, got {config._learner_connector!r}: {_FED_BY_STORE}."
+        )
 
 
 def _check_host(config: CalQLConfig) -> None:
@@ -149,6 +158,19 @@ def check_action_space(space: gym.Space[Any], name: str) -> None:
         raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
 
 
+def input_as_strings(input_: Any) -> str | list[str]:
+    """Returns `input_` without `pathlib.Path`, which RLlib would silently take for no input.
+
+    Raises:
+        TypeError: If it is neither a string, a path, nor a list or tuple of them.
+    """
+    if isinstance(input_, (str, os.PathLike)):
+        return os.fspath(input_)
+    if not isinstance(input_, (list, tuple)) or not all(isinstance(item, (str, os.PathLike)) for item in input_):
+        raise TypeError(f"`input_` must be a string, a path or a non-empty list of them, got {input_!r}.")
+    return [os.fspath(item) for item in input_]
+
+
 @contextmanager
 def _without_new_stack_banners() -> Iterator[None]:
     """RLlib warns at each validation that the new API stack is in use, which is the only one here."""
@@ -174,6 +196,17 @@ def _is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
+def _is_rate_or_schedule(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return _is_real(value) and 0 < value < math.inf
+    return (
+        len(value) >= 2
+        and all(isinstance(point, (list, tuple)) and len(point) == 2 for point in value)
+        and all(_is_real(number) and 0 <= number < math.inf for point in value for number in point)
+        and value[0][0] == 0
+    )
+
+
 def _check_ranges(config: CalQLConfig) -> None:
     for name in _POSITIVE:
         value = getattr(config, name)
@@ -190,6 +223,15 @@ def _check_ranges(config: CalQLConfig) -> None:
     for name in _BOOLEANS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
+    for name in ("actor_lr", "critic_lr", "alpha_lr"):
+        if not _is_rate_or_schedule(getattr(config, name)):
+            raise ValueError(
+                f"`{name}` must be a positive number or a schedule [[0, value], [env_steps, value], ...] of at least "
+                f"two points, got {getattr(config, name)!r}."
+            )
+    entropy = config.target_entropy
+    if entropy != "auto" and not (_is_real(entropy) and math.isfinite(entropy)):
+        raise ValueError(f'`target_entropy` must be "auto" or a finite number, got {entropy!r}.')
     if config.tau > 1:
         raise ValueError(f"`tau` must be in (0, 1], got {config.tau!r}.")
     if not (_is_real(config.gamma) and 0 <= config.gamma <= 1):
@@ -206,8 +248,13 @@ def _check_ranges(config: CalQLConfig) -> None:
     for name in ("reward_scale", "reward_bias", "lagrangian_thresh"):
         if not (_is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
             raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
-    clip = config.conservative_gap_clip
-    if len(clip) != 2 or not all(_is_real(bound) for bound in clip) or clip[0] >= clip[1]:
+    clip: Any = config.conservative_gap_clip
+    if (
+        not isinstance(clip, tuple)
+        or len(clip) != 2
+        or not all(_is_real(bound) for bound in clip)
+        or clip[0] >= clip[1]
+    ):
         raise ValueError(f"`conservative_gap_clip` must be a pair (low, high) with low < high, got {clip!r}.")
 
 

@@ -165,7 +165,10 @@ def as_multi_agent_batch(columns: dict[str, Any]) -> MultiAgentBatch:
 
 def _check_size(where: str, what: str, size: int, expected: int) -> None:
     if size != expected:
-        raise ValueError(f"{where}: {what} have {size} numbers, the environment's have {expected}.")
+        raise ValueError(
+            f"{where}: {what} have {size} numbers, the environment's have {expected}; use the environment the data "
+            "come from, or convert the data."
+        )
 
 
 def _check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:

@@ -30,11 +30,14 @@ def _class_and_default_config() -> tuple[type, Any]:
 def register() -> None:
     """Registers the name "CalQL" with Ray Tune and, once RLlib is loaded, with RLlib's list of algorithms.
 
-    May be called any number of times. RLlib's list matters because Tune's registry is emptied by `ray.shutdown()`; a
-    name that Tune misses is looked up there.
+    May be called any number of times. Tune's registry is emptied by `ray.shutdown()`, so it's done again after every
+    `ray.init()`.
     """
+    from ray._private.worker import _post_init_hooks
     from ray.tune.registry import TRAINABLE_CLASS, _global_registry
 
+    if register not in _post_init_hooks:
+        _post_init_hooks.append(register)
     _global_registry.register(TRAINABLE_CLASS, ALGORITHM_NAME, _ClassReference())
     rllib_registry = sys.modules.get("ray.rllib.algorithms.registry")
     if rllib_registry is not None:

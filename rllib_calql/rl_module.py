@@ -19,6 +19,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.annotations import override
 from torch import Tensor, nn
 
+from rllib_calql.config_checks import check_action_space
 from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
@@ -77,6 +78,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
                 f"The module needs flat observations, Box(n,), got {self.observation_space}; leave "
                 "`env_to_module_connector` unset so that other spaces are flattened."
             )
+        check_action_space(self.action_space, "The action space")
         obs_dim, action_dim = self.observation_space.shape[0], self.action_space.shape[0]
         settings = self.model_config
         network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
