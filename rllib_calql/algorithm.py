@@ -221,10 +221,8 @@ class CalQL(CQL):
         self._add_returns(batch={}, episodes=[episode])
         observations = flatten_observations(self._observation_space, episode.get_observations())
         actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
-        if not (np.isfinite(observations).all() and np.isfinite(np.asarray(episode.get_rewards())).all()):
-            raise ValueError(
-                f"Episode {episode.id_}: the environment returned NaN or infinity; mend it, or end the episode before."
-            )
+        _check_finite(episode.id_, "an observation", observations)
+        _check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
         self.store.add_online(
             transitions_from_episode(
                 episode, observations=observations, actions=actions, settings=self._add_returns.settings
@@ -408,6 +406,15 @@ class CalQL(CQL):
             return
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights(self.env_runner_group)
+
+
+def _check_finite(episode_id: str, what: str, values: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"Online episode {episode_id}, step {bad[0]}: the environment returned {what} with NaN or infinity, "
+            f"{values[bad[0]].tolist()}; mend it, or let it end the episode before."
+        )
 
 
 def _with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:

@@ -73,7 +73,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 def test_the_table_of_settings_lists_every_setting_with_its_default() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `?(.*?)`? \| ", README.split("## Settings")[1].split("## Metrics")[0], flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| `?(.*?)`? \| ", README.split("## Settings")[1].split("## Metrics")[0], flags=re.M
+    )
     config = CalQLConfig()
     documented = dict(rows)
     for name, text in documented.items():

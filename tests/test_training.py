@@ -46,7 +46,9 @@ def test_the_switch_follows_the_lifetime_count_of_offline_updates(tmp_path: Path
 
 
 @pytest.mark.parametrize(("updates_per_env_step", "expected"), [(1, 1.0), (2, 2.0), (0.25, 0.25)])
-def test_updates_per_env_step_is_kept_over_the_run(tmp_path: Path, updates_per_env_step: float, expected: float) -> None:
+def test_updates_per_env_step_is_kept_over_the_run(
+    tmp_path: Path, updates_per_env_step: float, expected: float
+) -> None:
     algo = line_config(tmp_path, offline_updates=2, updates_per_env_step=updates_per_env_step).build()
     for _ in range(7):
         result = algo.train()
@@ -92,7 +94,9 @@ def test_offline_batches_hold_the_data_with_scaled_rewards_and_module_actions(
     moved = columns[Columns.NEXT_OBS][:, 0] - columns[Columns.OBS][:, 0]
     # LineEnv moves by its action, whose bounds are [-2, 2]: module actions are half of that.
     np.testing.assert_allclose(moved, 2.0 * columns[Columns.ACTIONS][:, 0], atol=2e-4)
-    np.testing.assert_allclose(columns[Columns.REWARDS], 10.0 * LineEnv.reward(columns[Columns.NEXT_OBS]) - 5.0, atol=1e-3)
+    np.testing.assert_allclose(
+        columns[Columns.REWARDS], 10.0 * LineEnv.reward(columns[Columns.NEXT_OBS]) - 5.0, atol=1e-3
+    )
 
 
 def test_online_transitions_are_what_the_environment_emitted(tmp_path: Path) -> None:
@@ -374,9 +378,9 @@ def test_bootstrapped_returns_follow_the_learners_value_estimate(tmp_path: Path)
 
 def test_learning_on_the_line_reaches_the_goal(tmp_path: Path) -> None:
     write_line_data(tmp_path / "more.parquet", num_episodes=60, seed=5)
-    config = line_config(tmp_path, offline_updates=600, updates_per_iteration=300, batch_size=64)
+    config = line_config(tmp_path, offline_updates=1_000, updates_per_iteration=500, batch_size=64)
     config.offline_data(input_=tmp_path / "more.parquet")
-    config.training(actor_lr=3e-3, critic_lr=3e-3, tau=0.05, min_q_weight=1.0, gamma=0.9)
+    config.training(actor_lr=3e-3, critic_lr=3e-3, tau=0.05, min_q_weight=0.5, gamma=0.9, initial_alpha=0.05)
     config.rl_module(model_config={"actor_hiddens": [32, 32], "critic_hiddens": [32, 32]})
     config.evaluation(evaluation_interval=2, evaluation_duration=10)
     algo = config.build()

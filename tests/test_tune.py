@@ -93,6 +93,7 @@ def test_the_python_and_the_yaml_main_job_are_the_same() -> None:
     (from_yaml,) = read_experiments(EXAMPLES / "pointmaze_umaze.yaml")
     module = runpy.run_path(str(EXAMPLES / "pointmaze_umaze.py"), run_name="example")
     assert module["stop"] == from_yaml.stop
+    module["config"].validate()  # RLlib fills in `simple_optimizer`; the YAML form was validated when it was read.
     ours, theirs = module["config"].to_dict(), from_yaml.config.to_dict()
     assert {key: value for key, value in ours.items() if theirs[key] != value} == {}
 

@@ -1,6 +1,6 @@
 """Time and memory of loading Parquet rows into the store, in a process of its own.
 
-    python tests/benchmarks/loading.py --rows 1000000
+python tests/benchmarks/loading.py --rows 1000000
 """
 
 from __future__ import annotations
