@@ -37,11 +37,11 @@ from rllib_calql.collection import EpisodeJoiner, collect
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.evaluation_history import EvaluationHistory
-from rllib_calql.offline_data import CalQLOfflineData, as_multi_agent_batch
+from rllib_calql.offline_data import as_multi_agent_batch, with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
 from rllib_calql.returns import RewardSettings
-from rllib_calql.transitions import flat_size, flatten_observations, transitions_from_episode
+from rllib_calql.transitions import check_finite, flat_size, flatten_observations, transitions_from_episode
 
 _STATE = "calql"
 _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
@@ -101,7 +101,7 @@ class CalQL(CQL):
         self._updates_owed = 0.0
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         if config.env is None:
-            config = _with_spaces_of_data(config)
+            config = with_spaces_of_data(config)
             self.config = config
         super().setup(config)
         settings = RewardSettings(
@@ -221,8 +221,8 @@ class CalQL(CQL):
         self._add_returns(batch={}, episodes=[episode])
         observations = flatten_observations(self._observation_space, episode.get_observations())
         actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
-        _check_finite(episode.id_, "an observation", observations)
-        _check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
+        check_finite(episode.id_, "an observation", observations)
+        check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
         self.store.add_online(
             transitions_from_episode(
                 episode, observations=observations, actions=actions, settings=self._add_returns.settings
@@ -406,33 +406,6 @@ class CalQL(CQL):
             return
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights(self.env_runner_group)
-
-
-def _check_finite(episode_id: str, what: str, values: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"Online episode {episode_id}, step {bad[0]}: the environment returned {what} with NaN or infinity, "
-            f"{values[bad[0]].tolist()}; mend it, or let it end the episode before."
-        )
-
-
-def _with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:
-    """Without an environment the spaces come from the config, else from the data's metadata."""
-    if config.observation_space is not None and config.action_space is not None:
-        return config
-    data = CalQLOfflineData(config)
-    completed: CalQLConfig = config.copy(copy_frozen=False)
-    completed.observation_space = config.observation_space or data.observation_space
-    completed.action_space = config.action_space or data.action_space
-    missing = [name for name in ("observation_space", "action_space") if getattr(completed, name) is None]
-    if missing:
-        raise ValueError(
-            f"There is no environment and the data do not state their {' and '.join(missing)}; set "
-            "`.environment(observation_space=..., action_space=...)`."
-        )
-    completed.freeze()
-    return completed
 
 
 # RLlib is loaded now. Its list keeps the name resolvable after `ray.shutdown()`.

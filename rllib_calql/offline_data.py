@@ -156,6 +156,28 @@ class CalQLOfflineData(OfflineData):
             yield as_multi_agent_batch(columns)
 
 
+def with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:
+    """Completes a config without an environment: its spaces are those set, else those of the data's metadata.
+
+    Raises:
+        ValueError: If neither states them.
+    """
+    if config.observation_space is not None and config.action_space is not None:
+        return config
+    data = CalQLOfflineData(config)
+    completed: CalQLConfig = config.copy(copy_frozen=False)
+    completed.observation_space = config.observation_space or data.observation_space
+    completed.action_space = config.action_space or data.action_space
+    missing = [name for name in ("observation_space", "action_space") if getattr(completed, name) is None]
+    if missing:
+        raise ValueError(
+            f"There is no environment and the data do not state their {' and '.join(missing)}; set "
+            "`.environment(observation_space=..., action_space=...)`."
+        )
+    completed.freeze()
+    return completed
+
+
 def as_multi_agent_batch(columns: dict[str, Any]) -> MultiAgentBatch:
     """Columns of the default module as the container that RLlib's learner group takes."""
     from ray.rllib.core import DEFAULT_MODULE_ID

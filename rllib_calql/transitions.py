@@ -134,3 +134,22 @@ def transitions_from_episode(
         if name in episode.extra_model_outputs:
             rows[name] = np.asarray(episode.get_extra_model_outputs(name))
     return rows
+
+
+def check_finite(episode_id: str, what: str, values: Array) -> None:
+    """Refuses numbers of an online episode that are not finite.
+
+    Args:
+        episode_id: Named in the message.
+        what: "an observation" or "a reward".
+        values: Shape (T, n).
+
+    Raises:
+        ValueError: Naming the first such step.
+    """
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"Online episode {episode_id}, step {bad[0]}: the environment returned {what} with NaN or infinity, "
+            f"{values[bad[0]].tolist()}; mend it, or let it end the episode before."
+        )

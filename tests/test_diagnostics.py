@@ -128,7 +128,7 @@ def test_the_dip_is_the_worst_online_evaluation_against_the_last_offline_one() -
 
 
 def test_the_dip_is_zero_where_fine_tuning_never_fell_below_the_switch() -> None:
-    assert history_of([50.0], [60.0, 50.0]).summary() == {keys.DIP: 0.0}
+    assert history_of([50.0], [60.0, 55.0]).summary() == {keys.DIP: 0.0}
 
 
 def test_the_dip_needs_an_evaluation_on_both_sides() -> None:

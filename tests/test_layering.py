@@ -21,8 +21,9 @@ MAX_LINES = 450
 LAYERS = (
     ("metrics", "returns", "losses", "networks", "registration", "checkpoint"),
     ("datasets.episodes", "datasets.pointmaze", "datasets.pendulum"),
-    ("datasets.parquet", "datasets.catalog"),
-    ("datasets.minari", "datasets.rllib_recorded"),
+    ("datasets.arrow", "datasets.catalog"),
+    ("datasets.parquet", "datasets.minari"),
+    ("datasets.rllib_recorded",),
     ("datasets",),
     ("callbacks", "connectors", "collection", "diagnostics", "evaluation_history", "config_checks"),
     ("replay", "transitions", "rl_module"),

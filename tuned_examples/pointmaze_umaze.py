@@ -1,7 +1,7 @@
 """The main job in Python, the same as `pointmaze_umaze.yaml`.
 
-`python tuned_examples/pointmaze_umaze.py` runs it directly, `rllib train file tuned_examples/pointmaze_umaze.py` through
-Ray Tune.
+`python tuned_examples/pointmaze_umaze.py` runs it directly,
+`rllib train file tuned_examples/pointmaze_umaze.py` through Ray Tune.
 """
 
 from rllib_calql import CalQLConfig

@@ -27,8 +27,9 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils import compression
 
+from rllib_calql.datasets.arrow import Where, decode_numbers
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, Nested, episodes_of
-from rllib_calql.datasets.parquet import ParquetReader, Where, decode_numbers, open_parquet
+from rllib_calql.datasets.parquet import ParquetReader, open_parquet
 
 _unpack: Callable[[str | bytes], Any] = compression.unpack
 
