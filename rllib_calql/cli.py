@@ -136,9 +136,6 @@ def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -
         click.echo(f"normalised score  {score:.2f}")
 
 
-# --- Running ---------------------------------------------------------------------------------------------------------
-
-
 def _prepare(verbose: bool) -> None:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

@@ -11,7 +11,9 @@ import inspect
 import math
 import re
 import runpy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,13 +120,10 @@ def read_experiments(path: str | Path) -> list[Experiment]:
         return [_read_python(path)]
     if path.suffix not in (".yaml", ".yml"):
         raise ExperimentError(f"The experiment file '{path}' must end in .yaml, .yml or .py.")
-    content = load_yaml(path)
+    content = _load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
     return [_parse_experiment(str(name), entry) for name, entry in content.items()]
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -149,24 +148,14 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def load_yaml(path: Path) -> Any:
-    """Parses a YAML file.
-
-    Raises:
-        ExperimentError: If it is not valid YAML or holds a key twice.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return yaml.load(file, Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"'{path}' is not valid YAML: {error}") from error
+def _load_yaml(path: Path) -> Any:
+    with _reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
+        return yaml.load(file, Loader=_StrictLoader)
 
 
 def _read_python(path: Path) -> Experiment:
-    try:
+    with _reported(f"'{path}' could not be run"):
         module = runpy.run_path(str(path), run_name="rllib_experiment")
-    except Exception as error:
-        raise ExperimentError(f"'{path}' could not be run: {type(error).__name__}: {error}") from error
     config = module.get("config")
     if not isinstance(config, AlgorithmConfig) or config.algo_class is None:
         raise ExperimentError(
@@ -183,25 +172,24 @@ def _read_python(path: Path) -> Experiment:
 
 
 def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, ...]:
+    """What trials may get: one value for each space, every foreseeable value once. Bad ones show before training."""
     spaces = dict(_find_spaces(vars(config)))
     examples = []
     for chosen in _foreseeable_choices(spaces):
         example = config.copy(copy_frozen=False)
         for attribute in {path[0] for path in spaces}:
             setattr(example, attribute, _substitute(getattr(config, attribute), chosen, (attribute,)))
-        _validate(example, name)
+        with _reported(f"Experiment '{name}'"):
+            example.validate()
         examples.append(example)
     return tuple(examples)
-
-
-# --- One experiment --------------------------------------------------------------------------------------------------
 
 
 def _parse_experiment(name: str, entry: Any) -> Experiment:
     _refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
     if "run" not in entry:
         raise ExperimentError(f"Experiment '{name}' has no `run`; set it to an algorithm, for example `run: CalQL`.")
-    algorithm, default_config = find_algorithm(entry["run"], name)
+    algorithm, default_config = _find_algorithm(entry["run"], name)
     settings = entry.get("config") or {}
     if not isinstance(settings, dict):
         raise ExperimentError(f"`config` of experiment '{name}' must be a mapping, got {settings!r}.")
@@ -209,7 +197,7 @@ def _parse_experiment(name: str, entry: Any) -> Experiment:
         if "env" in settings:
             raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")
         settings = {"env": entry["env"], **settings}
-    config, examples = build_config(default_config, settings, name)
+    config = _build_config(default_config, settings, name)
     num_samples = entry.get("num_samples", 1)
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
@@ -223,16 +211,12 @@ def _parse_experiment(name: str, entry: Any) -> Experiment:
         num_samples=num_samples,
         scheduler=_parse_scheduler(entry.get("scheduler"), config, name),
         checkpoint_config=checkpoint_config,
-        examples=examples,
+        examples=_examples_of(config, name),
     )
 
 
-def find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
-    """Finds the class and the default config of "CalQL" or of an algorithm that RLlib registers.
-
-    Raises:
-        ExperimentError: With the close matches, if there is no such algorithm.
-    """
+def _find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
+    """Class and default config of "CalQL" or of an algorithm that RLlib registers."""
     register()
     if not isinstance(run, str) or run not in registry.ALGORITHMS:
         raise ExperimentError(
@@ -277,52 +261,25 @@ def _parse_scheduler(entry: Any, config: AlgorithmConfig, name: str) -> TrialSch
         raise ExperimentError(
             f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
         )
-    try:
+    with _reported(where):
         return cls(**options)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ExperimentError(f"{where}: {error}") from error
 
 
-# --- Settings --------------------------------------------------------------------------------------------------------
-
-
-def build_config(
-    config: AlgorithmConfig, settings: Mapping[str, Any], name: str
-) -> tuple[AlgorithmConfig, tuple[AlgorithmConfig, ...]]:
-    """Applies settings, search spaces included, and validates every value that can be foreseen.
-
-    Args:
-        config: Default config of the algorithm; it is not changed.
-        settings: Settings by name, or grouped by method (`training: {...}`).
-        name: Name of the experiment, for messages.
-
-    Returns:
-        A config whose values may be search spaces, and valid examples of it without any.
-
-    Raises:
-        ExperimentError: For an unknown or wrong setting.
-    """
+def _build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
+    """The default config with settings applied, by name or grouped by method; values may be search spaces."""
     parsed = _parse_spaces(dict(settings))
-    spaces = dict(_find_spaces(parsed))
-    examples = []
-    for chosen in _foreseeable_choices(spaces):
-        example = config.copy(copy_frozen=False)
-        _apply(example, _substitute(parsed, chosen), name)
-        _validate(example, name)
-        examples.append(example)
-    if not spaces:
-        return example, tuple(examples)
-    result = config.copy(copy_frozen=False)
-    cannot = "of experiment '{}' cannot be searched over here; put the space on single values inside it."
-    try:
-        _apply(result, parsed, name)
-    except ExperimentError as error:
-        raise ExperimentError(f"A value {cannot.format(name)} {error}") from error
-    arrived = {id(space) for _, space in _find_spaces(vars(result))}
-    for path, space in spaces.items():
-        if id(space) not in arrived:
-            raise ExperimentError(f"`{'/'.join(map(str, path))}` {cannot.format(name)}")
-    return result, tuple(examples)
+    config = config.copy(copy_frozen=False)
+    _apply(config, parsed, name)
+    # A method that converts its argument loses a space in it; one that copies does not.
+    lost = Counter(_contents(space) for _, space in _find_spaces(parsed))
+    lost -= Counter(_contents(space) for _, space in _find_spaces(vars(config)))
+    for path, space in _find_spaces(parsed):
+        if lost[_contents(space)]:
+            raise ExperimentError(
+                f"`{'/'.join(map(str, path))}` of experiment '{name}' cannot be searched over here; put the space on "
+                "single values inside it, or write one experiment per value."
+            )
+    return config
 
 
 def settings_by_method(config_class: type) -> dict[str, dict[str, Any]]:
@@ -366,15 +323,9 @@ def _apply(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> N
                 raise ExperimentError(f"The setting `{parameter}` of experiment '{name}' is there twice; drop one.")
             calls[method][parameter] = _as_annotated(setting_value, methods[method][parameter])
     for method, arguments in calls.items():
-        _call(config, method, arguments, name)
-
-
-def _call(config: AlgorithmConfig, method: str, arguments: Mapping[str, Any], name: str) -> None:
-    try:
-        getattr(config, method)(**arguments)
-    except Exception as error:  # RLlib raises many types for bad values.
         listed = ", ".join(f"`{argument}`" for argument in arguments)
-        raise ExperimentError(f"Experiment '{name}', `{method}` ({listed}): {error}") from error
+        with _reported(f"Experiment '{name}', `{method}` ({listed})"):
+            getattr(config, method)(**arguments)
 
 
 def _find_setting(
@@ -397,19 +348,15 @@ def _find_setting(
 
 def _as_annotated(value: Any, annotation: Any) -> Any:
     """`1e4` is a float in YAML; where only whole numbers make sense it becomes one."""
+    if isinstance(value, Categorical):
+        value.categories = _as_annotated(value.categories, annotation)
+    elif _is_space(value) and isinstance(value, dict):
+        value["grid_search"] = _as_annotated(value["grid_search"], annotation)
+    elif isinstance(value, list):
+        return [_as_annotated(item, annotation) for item in value]
     text = str(annotation)
     wants_int = re.search(r"\bint\b", text) and not re.search(r"\bfloat\b|\bAny\b|Schedule", text)
     return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
-
-
-def _validate(config: AlgorithmConfig, name: str) -> None:
-    try:
-        config.validate()
-    except Exception as error:  # RLlib raises many types here too.
-        raise ExperimentError(f"Experiment '{name}': {error}") from error
-
-
-# --- Search spaces ---------------------------------------------------------------------------------------------------
 
 
 def _parse_spaces(value: Any, path: _Path = ()) -> Any:
@@ -424,15 +371,17 @@ def _parse_spaces(value: Any, path: _Path = ()) -> Any:
         where = f"`{'/'.join(map(str, path))}`: `{kind}`"
         if not isinstance(entries, list) or not entries or (length is not None and len(entries) != length):
             raise ExperimentError(f"{where} needs a list of {length or 'one or more'} values, got {entries!r}.")
-        try:
+        with _reported(where):
             return build(*entries) if length is not None else build(entries)
-        except (ValueError, TypeError) as error:
-            raise ExperimentError(f"{where}: {error}") from error
     return {key: _parse_spaces(item, (*path, key)) for key, item in value.items()}
 
 
 def _is_space(value: Any) -> bool:
     return isinstance(value, Domain) or (isinstance(value, dict) and list(value) == ["grid_search"])
+
+
+def _contents(space: Any) -> str:
+    return f"{type(space).__name__} {space if isinstance(space, dict) else space.domain_str}"
 
 
 def _find_spaces(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
@@ -456,12 +405,9 @@ def _foreseeable_values(space: Any) -> Sequence[Any]:
 
 
 def _foreseeable_choices(spaces: Mapping[_Path, Any]) -> Iterator[dict[_Path, Any]]:
-    """A first choice of every space, then each other value in turn: bad ones show before anything is trained."""
     first = {path: _foreseeable_values(space)[0] for path, space in spaces.items()}
     yield first
-    for path, space in spaces.items():
-        for value in _foreseeable_values(space)[1:]:
-            yield first | {path: value}
+    yield from (first | {path: value} for path, space in spaces.items() for value in _foreseeable_values(space)[1:])
 
 
 def _substitute(value: Any, chosen: Mapping[_Path, Any], path: _Path = ()) -> Any:
@@ -475,7 +421,13 @@ def _substitute(value: Any, chosen: Mapping[_Path, Any], path: _Path = ()) -> An
     return value
 
 
-# --- Messages --------------------------------------------------------------------------------------------------------
+@contextmanager
+def _reported(where: str) -> Iterator[None]:
+    """Says where an error comes from. RLlib raises exceptions of many types for bad values."""
+    try:
+        yield
+    except Exception as error:
+        raise ExperimentError(f"{where}: {error or type(error).__name__}") from error
 
 
 def _refuse_unknown(entry: Any, known: Sequence[str], where: str) -> None:
@@ -488,6 +440,6 @@ def _refuse_unknown(entry: Any, known: Sequence[str], where: str) -> None:
 
 
 def _did_you_mean(word: str, known: Any) -> str:
-    matches = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3)
-    matches = matches or [k for k in dict.fromkeys(known) if k.lower() == word.lower()]
-    return f"; did you mean {' or '.join(f'`{match}`' for match in matches)}?" if matches else "."
+    lowered = {str(name).lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), lowered, n=3)
+    return f"; did you mean {' or '.join(f'`{lowered[match]}`' for match in matches)}?" if matches else "."

@@ -24,9 +24,6 @@ _ENV_STEPS = "num_env_steps_sampled_lifetime"
 _ITERATIONS = "training_iteration"
 
 
-# --- Pure: results in, text out --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Totals:
     """Where a trial ends, as far as it is known.
@@ -194,9 +191,6 @@ def _first(*values: float | None) -> float | None:
 
 def _larger(a: float | None, b: float | None) -> float | None:
     return max((value for value in (a, b) if value is not None), default=None)
-
-
-# --- Tune callbacks --------------------------------------------------------------------------------------------------
 
 
 class ProgressCallback(tune.Callback):

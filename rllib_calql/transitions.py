@@ -36,8 +36,10 @@ def flatten_observations(space: gym.Space[Any], observations: Any) -> Array:
     Returns:
         Shape (T, flat_size(space)), float32.
     """
-    if isinstance(observations, np.ndarray) and observations.ndim == 2 and observations.shape[1] == flat_size(space):
-        return observations.astype(np.float32, copy=False)
+    is_integer = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
+    is_array = isinstance(observations, np.ndarray) and observations.ndim == 2
+    if is_array and not is_integer and observations.shape[1] == flat_size(space):
+        return np.asarray(observations, dtype=np.float32)
     leaves = tree.flatten_up_to(_structure(space), observations)
     parts = [_flatten_leaf(leaf, np.asarray(part)) for leaf, part in zip(_leaf_spaces(space), leaves, strict=True)]
     return np.concatenate(parts, axis=1, dtype=np.float32)
@@ -54,12 +56,19 @@ def _structure(space: gym.Space[Any]) -> Any:
 
 def _leaf_spaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
     leaves: list[gym.Space[Any]] = tree.flatten(_structure(space))
+    for leaf in leaves:
+        is_integer = isinstance(leaf, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
+        if is_integer and (np.any(getattr(leaf, "start", 0)) or np.ndim(getattr(leaf, "nvec", 0)) > 1):
+            raise ValueError(
+                f"Observation space {leaf}: RLlib's `FlattenObservations` encodes one row of integers that start at 0 "
+                "only; shift or reshape the observations."
+            )
     return leaves
 
 
 def _flatten_leaf(space: gym.Space[Any], values: Array) -> Array:
     if isinstance(space, gym.spaces.Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[values.reshape(-1).astype(np.int64) - int(space.start)]
+        return np.eye(int(space.n), dtype=np.float32)[values.reshape(-1).astype(np.int64)]
     if isinstance(space, gym.spaces.MultiDiscrete):
         columns = values.reshape(len(values), -1).astype(np.int64)
         sizes = np.asarray(space.nvec).reshape(-1)
@@ -96,7 +105,8 @@ def check_module_actions(actions: Array, where: str) -> Array:
 
 
 def _checked(scaled: Array, actions: Array, allowed: str, where: str) -> Array:
-    outside = np.flatnonzero((np.abs(scaled) > 1.0 + _BOUND_TOLERANCE).any(axis=1))
+    # Negated, because NaN compares false with everything.
+    outside = np.flatnonzero(~(np.abs(scaled) <= 1.0 + _BOUND_TOLERANCE).all(axis=1))
     if len(outside):
         row = int(outside[0])
         raise ValueError(

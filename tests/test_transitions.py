@@ -192,3 +192,31 @@ def test_the_weight_of_the_last_value_comes_along_under_bootstrapping() -> None:
 def test_actions_are_clipped_away_from_the_ends_of_the_cube() -> None:
     rows = rows_of([0.0] * 4, terminated=True, truncated=False, actions=[[-1.0], [1.0], [0.999995], [0.5]])
     np.testing.assert_array_equal(rows[Columns.ACTIONS][:, 0], [-0.99999, 0.99999, 0.99999, 0.5])
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Discrete(3, start=-1),
+        gym.spaces.MultiDiscrete([2, 3], start=[1, 0]),
+        gym.spaces.MultiDiscrete([[2, 3]]),
+        gym.spaces.Dict({"a": gym.spaces.Discrete(2, start=5)}),
+    ],
+    ids=str,
+)
+def test_integer_spaces_that_env_runners_encode_otherwise_are_refused(space: gym.Space[Any]) -> None:
+    with pytest.raises(ValueError, match="start at 0 only"):
+        flatten_observations(space, space.sample())
+
+
+def test_multi_discrete_of_one_value_each_is_still_one_hot() -> None:
+    values = np.zeros((3, 2), np.int64)
+    np.testing.assert_array_equal(flatten_observations(gym.spaces.MultiDiscrete([1, 1]), values), np.ones((3, 2)))
+
+
+def test_an_action_that_is_not_a_number_is_outside_the_bounds() -> None:
+    actions = np.array([[0.0], [np.nan]])
+    with pytest.raises(ValueError, match="data, row 1: action"):
+        to_module_actions(actions, gym.spaces.Box(-1.0, 1.0, (1,)), "data")
+    with pytest.raises(ValueError, match="data, row 1: action"):
+        check_module_actions(actions, "data")

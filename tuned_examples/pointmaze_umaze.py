@@ -7,7 +7,7 @@
 from rllib_calql import CalQLConfig
 from rllib_calql.datasets.pointmaze import evaluation_env_config
 
-stop = {"num_online_env_steps_lifetime": 4_000}
+stop = {"num_online_env_steps_lifetime": 3_000}
 
 config = (
     CalQLConfig()
@@ -24,8 +24,9 @@ config = (
         num_actions=4,
         gamma=0.98,
         actor_lr=5e-4,
-        critic_lr=1e-3,
-        alpha_lr=5e-4,
+        critic_lr=6e-4,
+        alpha_lr=3e-4,
+        initial_alpha=0.1,
         tau=0.02,
         train_batch_size_per_learner=128,
     )
