@@ -45,6 +45,7 @@ from rllib_calql.transitions import check_finite, flat_size, flatten_observation
 
 _STATE = "calql"
 _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
+_MAX_EMPTY_ROUNDS = 5  # Rounds that env runners get to come back in, after a failure of all of them.
 _MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper: progress and Ctrl-C stay responsive.
 
 
@@ -99,6 +100,7 @@ class CalQL(CQL):
         self.num_online_env_steps = 0
         self.num_online_episodes = 0
         self._updates_owed = 0.0
+        self._num_empty_rounds = 0
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         if config.env is None:
             config = with_spaces_of_data(config)
@@ -179,8 +181,6 @@ class CalQL(CQL):
             )
         else:
             self._online_step()
-        for name, value in self._counters_of_phases().items():
-            self.metrics.log_value(name, value, reduce="max")
 
     def _online_step(self) -> None:
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
@@ -208,7 +208,15 @@ class CalQL(CQL):
             local_env_runner=self.config.num_env_runners == 0,
             timeout_seconds=self.config.sample_timeout_s if self.config.num_env_runners else None,
         )
-        self.metrics.aggregate([runner_metrics for _, runner_metrics in results], key=ENV_RUNNER_RESULTS)
+        self._num_empty_rounds = 0 if results else self._num_empty_rounds + 1
+        if self._num_empty_rounds == _MAX_EMPTY_ROUNDS:
+            raise RuntimeError(
+                f"No env runner returned an episode in {_MAX_EMPTY_ROUNDS} rounds. Either the environment fails, see "
+                "the runners' log, or an episode takes longer than `sample_timeout_s`, "
+                f"{self.config.sample_timeout_s} s; raise that."
+            )
+        if results:
+            self.metrics.aggregate([runner_metrics for _, runner_metrics in results], key=ENV_RUNNER_RESULTS)
         return self._joiner.add([piece for pieces, _ in results for piece in pieces])
 
     def _num_env_steps_per_round(self) -> int:

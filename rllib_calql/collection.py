@@ -42,6 +42,7 @@ def collect(
             episodes = runner.sample(num_episodes=1, explore=True)
         else:
             episodes = runner.sample(num_timesteps=num_env_steps, explore=True)
+    runner.module.explores_randomly = False
     return episodes, runner.get_metrics()
 
 

@@ -17,7 +17,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 from typing_extensions import Self
 
-from rllib_calql.config_checks import input_as_strings, validate_config
+from rllib_calql.config_checks import DEFAULT_MODEL_CONFIG, input_as_strings, validate_config
+from rllib_calql.transitions import is_flat
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-DEFAULT_MODEL_CONFIG: dict[str, Any] = {
-    "actor_hiddens": [256, 256],  # Authors.
-    "critic_hiddens": [256, 256],  # Authors' default; AntMaze 4 layers of 256, Adroit 3 of 512.
-    "activation": "relu",  # Authors.
-    "layer_norm": False,  # Authors.
-    "orthogonal_init": True,  # Authors.
-}
 _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy worth collecting with yet.
 
 
@@ -118,6 +112,7 @@ class CalQLConfig(CQLConfig):
         self.evaluation_config = AlgorithmConfig.overrides(explore=False)  # Authors evaluate the greedy policy.
         # An environment that fails must surface, not make a runner sleep for a minute and vanish.
         self.delay_between_env_runner_restarts_s = 1.0
+        self.sample_timeout_s = 600.0  # A round is a whole episode; RLlib's 60 s would silently drop longer ones.
 
     @override(CQLConfig)
     def training(
@@ -426,11 +421,6 @@ class CalQLConfig(CQLConfig):
             flattening._env_to_module_connector = lambda *_: FlattenObservations()
             return super(CalQLConfig, flattening).build_env_to_module_connector(env, spaces, device)
         return super().build_env_to_module_connector(env, spaces, device)
-
-
-def is_flat(space: gym.Space[Any]) -> bool:
-    """Whether observations of this space are one vector of real numbers already."""
-    return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 
 
 def _single_observation_space(env: Any, spaces: Any, configured: gym.Space[Any] | None) -> gym.Space[Any] | None:

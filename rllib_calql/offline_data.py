@@ -13,7 +13,7 @@ from ray.rllib.offline.offline_data import OfflineData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config import CalQLConfig, is_flat
+from rllib_calql.config import CalQLConfig
 from rllib_calql.config_checks import check_action_space
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
@@ -22,6 +22,7 @@ from rllib_calql.transitions import (
     check_module_actions,
     flat_size,
     flatten_observations,
+    is_flat,
     to_module_actions,
     transitions_from_episode,
 )

@@ -19,6 +19,11 @@ Array = npt.NDArray[Any]
 _BOUND_TOLERANCE = 1e-5  # Relative to the width of the bounds: actions recorded in float32 may stand just outside.
 
 
+def is_flat(space: gym.Space[Any]) -> bool:
+    """Whether observations of this space are one vector of real numbers already."""
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+
+
 def flat_size(space: gym.Space[Any]) -> int:
     """Size of one flattened observation of `space`."""
     return gym.spaces.utils.flatdim(space)

@@ -43,7 +43,6 @@ DEFERRED_UPWARDS = {
     ("config", "algorithm"): "RLlib's config names the class it configures, and that class its default config",
     ("config", "offline_data"): "RLlib asks the config for the class that holds the offline data",
     ("config", "learner"): "RLlib asks the config for the class of the learner",
-    ("config_checks", "config"): "the keys of `model_config` are checked against the config's default",
 }
 
 

@@ -203,6 +203,26 @@ def test_remote_runners_collect_with_the_current_weights(tmp_path: Path, num_env
     assert result[keys.NUM_ONLINE_EPISODES_LIFETIME] == 2 * max(1, num_env_runners)
 
 
+def test_runners_that_never_return_stop_the_run_and_a_short_outage_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algo = line_config(tmp_path, offline_updates=1).build()
+    algo.train()
+    with monkeypatch.context() as outage:
+        outage.setattr(algo.env_runner_group, "foreach_env_runner", lambda *_, **__: [])
+        for _ in range(4):
+            algo.train()
+    algo.train()
+    assert algo.num_online_episodes == 1
+    monkeypatch.setattr(algo.env_runner_group, "foreach_env_runner", lambda *_, **__: [])
+    for _ in range(4):
+        algo.train()
+    with pytest.raises(RuntimeError, match=r"No env runner returned an episode in 5 rounds.*sample_timeout_s"):
+        algo.train()
+    monkeypatch.undo()
+    algo.stop()
+
+
 def test_every_result_of_both_phases_holds_what_schedulers_read(tmp_path: Path) -> None:
     algo = line_config(tmp_path, offline_updates=2).build()
     for _ in range(3):
