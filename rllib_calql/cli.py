@@ -86,6 +86,8 @@ def file(
     Ctrl-C writes a checkpoint after the current iteration and ends the run; --resume continues it.
     """
     _prepare(verbose)
+    import ray
+
     from rllib_calql.experiment import ExperimentError, read_experiments
 
     try:
@@ -104,7 +106,10 @@ def file(
     if resume:
         _refuse_missing_runs(runs, storage_path)
     _start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
-    failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
+    try:
+        failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
+    finally:
+        ray.shutdown()
     if failed:
         raise click.ClickException(f"Failed: {', '.join(failed)}.")
 
@@ -217,6 +222,7 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
     )
     if resume:
         tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
+        _refuse_unusable_trials(tuner, experiment, folder)
         # Tune restores the callbacks of the first run; the display and the signal handler are those of this one.
         tuner._local_tuner.get_run_config().callbacks = run_config.callbacks
     else:
@@ -238,6 +244,15 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
     for error in results.errors:
         click.echo(f"Error in '{experiment.name}': {error if verbose else _root_cause(error)}", err=True)
     return not results.errors
+
+
+def _refuse_unusable_trials(tuner: Any, experiment: Experiment, folder: str) -> None:
+    """Where Tune cannot restore a trial it would begin anew, over the state of the run."""
+    try:
+        for result in tuner.get_results():
+            experiment.algorithm.default_resource_request(result.config)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise UsageError(f"The run in '{folder}' cannot be resumed: {error}") from error
 
 
 def _exit_interrupted(message: str, folder: str) -> NoReturn:

@@ -258,7 +258,7 @@ def _check_ranges(config: CalQLConfig) -> None:
             raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
     clip: Any = config.conservative_gap_clip
     if (
-        not isinstance(clip, tuple)
+        not isinstance(clip, (tuple, list))  # Tune restores a tuple as a list.
         or len(clip) != 2
         or not all(_is_real(bound) for bound in clip)
         or clip[0] >= clip[1]
