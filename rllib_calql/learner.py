@@ -16,6 +16,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.numpy import convert_to_numpy
 from torch import Tensor
 
@@ -115,6 +116,7 @@ class CalQLTorchLearner(CQLTorchLearner):
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
         self._online = bool(timesteps.get(ONLINE, False))
+        self._move_learning_rates(timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0))
         data = training_data if training_data is not None else TrainingData(batch=batch, batch_refs=batch_refs)
         data.validate()
         data.solve_refs()
@@ -126,6 +128,12 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._log_update(num_rows, minibatch_size or num_rows)
         self.after_gradient_based_update(timesteps=timesteps)
         return dict(self.metrics.reduce())
+
+    def _move_learning_rates(self, env_steps: int) -> None:
+        """Sets the rates of schedules before the call's updates; RLlib does so after them, one call late."""
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            if schedule.use_schedule:
+                self._set_optimizer_lr(optimizer, lr=schedule.update(timestep=env_steps))
 
     def _columns_on_device(self, batch: MultiAgentBatch | SampleBatch) -> dict[str, Tensor]:
         columns = batch.policy_batches[DEFAULT_MODULE_ID] if isinstance(batch, MultiAgentBatch) else batch

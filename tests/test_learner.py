@@ -209,3 +209,16 @@ def test_the_learning_rate_of_the_config_survives_a_restore() -> None:
     learner = make_learner(actor_lr=7e-4)
     learner.set_state(state)
     assert learner._named_optimizers[f"{MODULE}_policy"].param_groups[0]["lr"] == pytest.approx(7e-4)
+
+
+def test_a_learning_rate_schedule_counts_env_steps_and_holds_from_the_first_update_of_a_call() -> None:
+    schedule = [[0, 1e-2], [100, 1e-4]]
+    learner = make_learner(actor_lr=schedule)
+    optimizer = learner.get_optimizer(MODULE, "policy")
+    used = []
+    step = optimizer.step
+    optimizer.step = lambda *a, **k: (used.append(float(optimizer.param_groups[0]["lr"])), step(*a, **k))[1]  # type: ignore[method-assign]
+    for env_steps in (0, 50, 100, 200):
+        batch = as_multi_agent_batch(random_rows(8))
+        learner.update(batch=batch, minibatch_size=4, timesteps={"num_env_steps_sampled_lifetime": env_steps})
+    assert used == pytest.approx([1e-2, 1e-2, 5.05e-3, 5.05e-3, 1e-4, 1e-4, 1e-4, 1e-4])

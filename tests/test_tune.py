@@ -93,7 +93,8 @@ def test_the_python_and_the_yaml_main_job_are_the_same() -> None:
     (from_yaml,) = read_experiments(EXAMPLES / "pointmaze_umaze.yaml")
     module = runpy.run_path(str(EXAMPLES / "pointmaze_umaze.py"), run_name="example")
     assert module["stop"] == from_yaml.stop
-    module["config"].validate()  # RLlib fills in `simple_optimizer`; the YAML form was validated when it was read.
+    for config in (module["config"], from_yaml.config):
+        config.validate()  # In which RLlib fills in `simple_optimizer`.
     ours, theirs = module["config"].to_dict(), from_yaml.config.to_dict()
     assert {key: value for key, value in ours.items() if theirs[key] != value} == {}
 
