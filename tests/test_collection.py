@@ -153,6 +153,7 @@ class Runner:
         """Keeps the arguments; no episode."""
         self.asked = kwargs
         self.drawn = torch.rand(3)
+        self.was_random = self.module.explores_randomly
         return []
 
     def get_metrics(self) -> dict[str, Any]:
@@ -196,4 +197,6 @@ def test_collecting_leaves_torchs_global_generator_alone() -> None:
 
 @pytest.mark.parametrize("random_actions", [True, False])
 def test_random_actions_are_asked_of_the_module(random_actions: bool) -> None:
-    assert collected(random_actions=random_actions).module.explores_randomly is random_actions
+    runner = collected(random_actions=random_actions)
+    assert runner.was_random is random_actions
+    assert runner.module.explores_randomly is False  # An evaluation on the same runner must not act randomly.
