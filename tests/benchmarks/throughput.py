@@ -9,6 +9,7 @@ writes JSON. Keep the machine quiet while it runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -142,6 +143,9 @@ def main() -> None:
             seconds["RLlib CQL train()"].append(seconds_per_step_of_training(stock, options.stock_steps))
         ours.stop()
         stock.stop()
+        del ours, stock
+        gc.collect()  # Ray Data complains about iterators that outlive Ray.
+        ray.shutdown()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     results = {
         "steps_per_s": {name: 1.0 / value for name, value in medians.items()},
