@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.returns import RewardSettings, is_failure, returns_to_go, tail_discounts
+from rllib_calql.returns import RewardSettings, returns_of_episodes, tail_discounts
 
 TAIL_DISCOUNT = "returns_to_go_tail_discount"  # gamma^(T-t): weight of the last observation's value in G_t.
 
@@ -63,30 +64,52 @@ class AddReturnsToGo(ConnectorV2):
             ValueError: If an episode has not ended, or begins in the middle.
         """
         for episode in episodes:
-            self._annotate(episode)
+            _check_is_whole(episode)
+        if episodes:
+            self._annotate(episodes)
         return batch
 
-    def _annotate(self, episode: SingleAgentEpisode) -> None:
-        if not (episode.is_terminated or episode.is_truncated):
-            raise ValueError(
-                f"Episode {episode.id_} ends neither terminated nor truncated, so its return-to-go is unknown; "
-                "drop it or mark its last step."
-            )
-        if episode.t_started != 0:
-            raise ValueError(
-                f"Episode {episode.id_} begins at step {episode.t_started}; join its pieces before computing returns."
-            )
-        rewards = np.asarray(episode.get_rewards(), dtype=np.float64)
-        settings = self.settings
-        columns = {
-            Columns.RETURNS_TO_GO: returns_to_go(
-                rewards, terminated=episode.is_terminated, settings=settings, last_value=0.0
-            )
-        }
-        if settings.truncation == "bootstrap":
-            failed = settings.failure_reward is not None and is_failure(rewards, settings.failure_reward)
-            has_tail = not episode.is_terminated and not failed
-            weights = tail_discounts(len(rewards), settings.gamma)
-            columns[TAIL_DISCOUNT] = weights if has_tail else np.zeros_like(weights)
-        for name, column in columns.items():
-            episode.extra_model_outputs[name] = InfiniteLookbackBuffer(column, lookback=0)
+    def returns_of_block(
+        self, rewards: npt.NDArray[Any], lengths: npt.NDArray[Any], terminateds: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The same for episodes that are rows of arrays, as readers of offline data deliver them.
+
+        Args:
+            rewards: Environment rewards of E whole episodes, one after another, shape (R,).
+            lengths: Steps of each episode, shape (E,).
+            terminateds: Whether each episode ended by termination, shape (E,).
+
+        Returns:
+            Returns-to-go without the value of any last observation, shape (R,), and which episodes' returns that value
+            is to be added to, shape (E,).
+        """
+        no_values = np.zeros(len(lengths))
+        return returns_of_episodes(
+            rewards, lengths, terminateds=terminateds, settings=self.settings, last_values=no_values
+        )
+
+    def _annotate(self, episodes: list[SingleAgentEpisode]) -> None:
+        lengths = np.array([len(episode) for episode in episodes])
+        rewards = np.concatenate([np.asarray(episode.get_rewards(), dtype=np.float64) for episode in episodes])
+        terminateds = np.array([episode.is_terminated for episode in episodes])
+        returns, has_tail = self.returns_of_block(rewards, lengths, terminateds)
+        stops = np.cumsum(lengths)
+        for episode, stop, tail in zip(episodes, stops.tolist(), has_tail.tolist(), strict=True):
+            columns = {Columns.RETURNS_TO_GO: returns[stop - len(episode) : stop]}
+            if self.settings.truncation == "bootstrap":
+                weights = tail_discounts(len(episode), self.settings.gamma)
+                columns[TAIL_DISCOUNT] = weights if tail else np.zeros_like(weights)
+            for name, column in columns.items():
+                episode.extra_model_outputs[name] = InfiniteLookbackBuffer(column, lookback=0)
+
+
+def _check_is_whole(episode: SingleAgentEpisode) -> None:
+    if not (episode.is_terminated or episode.is_truncated):
+        raise ValueError(
+            f"Episode {episode.id_} ends neither terminated nor truncated, so its return-to-go is unknown; "
+            "drop it or mark its last step."
+        )
+    if episode.t_started != 0:
+        raise ValueError(
+            f"Episode {episode.id_} begins at step {episode.t_started}; join its pieces before computing returns."
+        )

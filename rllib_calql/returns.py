@@ -1,4 +1,4 @@
-"""Rewards and Monte-Carlo returns-to-go of whole episodes: pure NumPy, no Ray.
+"""Rewards and Monte-Carlo returns-to-go of whole episodes: NumPy and SciPy, no Ray.
 
 Source:
     Nakamoto et al. 2023, arXiv:2303.05479, section 5 (reference value from returns) and the authors' released
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ TRUNCATION_RULES = ("none", "steady", "bootstrap")
 _FAILURE_TOLERANCE = 1e-6  # Relative. Rewards that were stored as float32 differ from the setting by about 6e-8.
 
 Float64Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,56 @@ class RewardSettings:
 
 def is_failure(rewards: npt.NDArray[Any], failure_reward: float) -> bool:
     """Whether **all** rewards of an episode (environment units) equal the failure reward, to float32 accuracy."""
-    values = np.asarray(rewards, dtype=np.float64)
-    return bool(values.size > 0 and np.allclose(values, failure_reward, rtol=_FAILURE_TOLERANCE, atol=0.0))
+    values = np.asarray(rewards)
+    return values.size > 0 and bool(failed_episodes(values, np.array([values.size]), failure_reward)[0])
 
 
-def discounted_sums(rewards: npt.NDArray[Any], gamma: float, tail: float = 0.0) -> Float64Array:
-    """Backward recursion `G_t = r_t + gamma * G_{t+1}` of one episode, `tail` standing for the G after the last step.
+def failed_episodes(rewards: npt.NDArray[Any], lengths: npt.NDArray[Any], failure_reward: float) -> Bools:
+    """Which of some episodes, one after another, have nothing but the failure reward, to float32 accuracy.
 
     Args:
-        rewards: Training rewards of one whole episode, shape (T,).
-        gamma: Discount, in [0, 1].
-        tail: Return expected after the last step.
+        rewards: Environment rewards of E whole episodes, shape (R,).
+        lengths: Steps of each episode, at least 1, shape (E,).
+        failure_reward: In environment units.
 
     Returns:
-        G, shape (T,), float64.
+        Shape (E,).
     """
-    backwards = np.asarray(rewards, dtype=np.float64)[::-1].tolist()
-    sums = accumulate(backwards, lambda following, reward: reward + gamma * following, initial=float(tail))
-    return np.fromiter(sums, dtype=np.float64, count=len(backwards) + 1)[:0:-1]
+    values = np.asarray(rewards, dtype=np.float64)
+    fails = np.isclose(values, failure_reward, rtol=_FAILURE_TOLERANCE, atol=0.0)
+    return np.asarray(np.logical_and.reduceat(fails, _starts(lengths)))
+
+
+def discounted_sums(
+    rewards: npt.NDArray[Any], lengths: npt.NDArray[Any], gamma: float, tails: npt.NDArray[Any] | float = 0.0
+) -> Float64Array:
+    """Backward recursion `G_t = r_t + gamma * G_{t+1}` within each episode, a tail standing for the G after its end.
+
+    The recursion is the filter y_n = x_n + gamma * y_{n-1} over reversed time. Episodes of one length are filtered
+    together, so that the number of calls grows with the number of different lengths, at most sqrt(2 R), and neither
+    with the number of episodes nor with their steps.
+
+    Args:
+        rewards: Training rewards of E whole episodes, one after another, shape (R,).
+        lengths: Steps of each episode, at least 1, shape (E,).
+        gamma: Discount, in [0, 1].
+        tails: Return expected after the last step of each episode, shape (E,) or one number.
+
+    Returns:
+        G, shape (R,), float64.
+    """
+    from scipy.signal import lfilter  # Slow to import, and needed only once there are data.
+
+    values = np.asarray(rewards, dtype=np.float64)
+    following = gamma * np.broadcast_to(np.asarray(tails, dtype=np.float64), np.shape(lengths))
+    starts = _starts(lengths)
+    sums = np.empty_like(values)
+    for length in np.unique(lengths):
+        episodes = np.flatnonzero(lengths == length)
+        rows = starts[episodes, None] + np.arange(length)
+        backwards, _ = lfilter([1.0], [1.0, -gamma], values[rows][:, ::-1], axis=1, zi=following[episodes, None])
+        sums[rows] = backwards[:, ::-1]
+    return sums
 
 
 def returns_to_go(
@@ -73,14 +105,7 @@ def returns_to_go(
     settings: RewardSettings,
     last_value: float | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Monte-Carlo return-to-go of every step of one whole episode.
-
-    The three rules for an episode that was cut rather than terminated, and when each is a lower bound of the policy's
-    value (the safe side: a too low reference calibrates less, a too high one raises Q without evidence):
-
-    * "none": nothing follows. A lower bound if no later reward could be negative, else it may be too high.
-    * "steady": the last reward goes on for ever. A lower bound if the last state's reward never gets worse.
-    * "bootstrap": `last_value` follows. As good as that estimate.
+    """Monte-Carlo return-to-go of every step of one whole episode; see `returns_of_episodes`.
 
     Args:
         rewards: Rewards in environment units, shape (T,), the whole episode and never a slice of it.
@@ -94,24 +119,80 @@ def returns_to_go(
     Raises:
         ValueError: If "bootstrap" is asked for without `last_value`, or an endless sum does not converge (gamma = 1).
     """
-    if settings.failure_reward is not None and is_failure(rewards, settings.failure_reward):
-        failed = float(settings.transform(np.float64(settings.failure_reward)))
-        return np.full(len(rewards), failed * _endless(settings.gamma, "failure_reward"), dtype=np.float32)
+    last_values = None if last_value is None else np.array([last_value])
+    returns, _ = returns_of_episodes(
+        rewards,
+        np.array([len(rewards)]),
+        terminateds=np.array([terminated]),
+        settings=settings,
+        last_values=last_values,
+    )
+    return returns
+
+
+def returns_of_episodes(
+    rewards: npt.NDArray[Any],
+    lengths: npt.NDArray[Any],
+    *,
+    terminateds: npt.NDArray[Any],
+    settings: RewardSettings,
+    last_values: npt.NDArray[Any] | None = None,
+) -> tuple[npt.NDArray[np.float32], Bools]:
+    """Monte-Carlo return-to-go of every step of whole episodes, one after another.
+
+    The three rules for an episode that was cut rather than terminated, and when each is a lower bound of the policy's
+    value (the safe side: a too low reference calibrates less, a too high one raises Q without evidence):
+
+    * "none": nothing follows. A lower bound if no later reward could be negative, else it may be too high.
+    * "steady": the last reward goes on for ever. A lower bound if the last state's reward never gets worse.
+    * "bootstrap": the last value follows. As good as that estimate.
+
+    Args:
+        rewards: Rewards in environment units of E whole episodes, shape (R,), never slices of them.
+        lengths: Steps of each episode, at least 1, shape (E,).
+        terminateds: Whether each episode ended by termination (a terminal state has no future), shape (E,).
+        settings: Scaling and rules.
+        last_values: Value estimate of each last observation in training-reward units, shape (E,); for "bootstrap".
+
+    Returns:
+        Returns-to-go in training-reward units, shape (R,), computed in float64, stored as float32; and which episodes
+        the last value enters, shape (E,).
+
+    Raises:
+        ValueError: If "bootstrap" is asked for without `last_values`, or an endless sum does not converge (gamma = 1).
+    """
     scaled = settings.transform(rewards)
-    tail = 0.0
-    if not terminated and settings.truncation == "steady":
+    lengths = np.asarray(lengths, dtype=np.int64)
+    cut = ~np.asarray(terminateds, dtype=bool)
+    failed = np.zeros(len(lengths), dtype=bool)
+    if settings.failure_reward is not None and len(lengths):
+        failed = failed_episodes(rewards, lengths, settings.failure_reward)
+    tails = np.zeros(len(lengths))
+    has_value = np.zeros(len(lengths), dtype=bool)
+    if settings.truncation == "steady" and cut.any():
         # r / (1 - gamma) for the last step itself means that the same value follows it.
-        tail = float(scaled[-1]) * _endless(settings.gamma, "truncation")
-    elif not terminated and settings.truncation == "bootstrap":
-        if last_value is None:
+        tails[cut] = scaled[np.cumsum(lengths)[cut] - 1] * _endless(settings.gamma, "truncation")
+    elif settings.truncation == "bootstrap":
+        has_value = cut & ~failed
+        if last_values is None and has_value.any():
             raise ValueError('`truncation="bootstrap"` needs the value of the last observation, got None.')
-        tail = last_value
-    return discounted_sums(scaled, settings.gamma, tail).astype(np.float32)
+        tails[has_value] = 0.0 if last_values is None else np.asarray(last_values)[has_value]
+    returns = discounted_sums(scaled, lengths, settings.gamma, tails).astype(np.float32)
+    if failed.any():
+        assert settings.failure_reward is not None
+        value = float(settings.transform(np.float64(settings.failure_reward)))
+        returns[np.repeat(failed, lengths)] = value * _endless(settings.gamma, "failure_reward")
+    return returns, has_value
 
 
 def tail_discounts(num_steps: int, gamma: float) -> npt.NDArray[np.float32]:
     """Weight gamma^(T-t) of the last observation's value in the return of each step t = 0 .. T-1, shape (T,)."""
     return (gamma ** np.arange(num_steps, 0, -1, dtype=np.float64)).astype(np.float32)
+
+
+def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """First row of each episode."""
+    return np.cumsum(lengths, dtype=np.int64) - np.asarray(lengths, dtype=np.int64)
 
 
 def _endless(gamma: float, setting: str) -> float:

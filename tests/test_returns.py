@@ -67,7 +67,7 @@ def test_returns_equal_explicit_double_sums_under_all_rules(
 def test_each_return_is_its_reward_plus_gamma_times_the_next_return(
     rewards: list[float], gamma: float, tail: float
 ) -> None:
-    returns = discounted_sums(np.asarray(rewards), gamma, tail)
+    returns = discounted_sums(np.asarray(rewards), np.array([len(rewards)]), gamma, tail)
     following = np.append(returns[1:], tail)
     np.testing.assert_allclose(returns, np.asarray(rewards) + gamma * following, rtol=1e-12, atol=1e-12)
 
