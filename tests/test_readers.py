@@ -18,14 +18,16 @@ import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
+from pyarrow import fs
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.connectors.env_to_module import FlattenObservations
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 
-from rllib_calql.datasets import catalog, open_input
-from rllib_calql.datasets.parquet import find_parquet_files
+from rllib_calql.datasets import ReadOptions, catalog, open_input
+from rllib_calql.datasets.episodes import CUT_AT_JUMP, CUT_AT_LENGTH, DROPPED_STEPS, REPEATED, TRUNCATED
+from rllib_calql.datasets.files import DataFile
 from rllib_calql.datasets.rllib_recorded import drop_repeated_writes
 
 Rows = dict[str, list[Any]]
@@ -69,6 +71,10 @@ def write(file: Path, rows: Rows, **kwargs: Any) -> Path:
     }
     pq.write_table(pa.table(arrays), file, **kwargs)
     return file
+
+
+def data_file(file: Path, rows: Rows) -> DataFile:
+    return DataFile(str(write(file, rows)))
 
 
 def read(input_: Any) -> list[SingleAgentEpisode]:
@@ -299,17 +305,10 @@ def test_an_error_in_interleaved_files_names_the_row_of_the_right_file(tmp_path:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["eps_id", "obs", "actions", "rewards", "terminateds", "truncateds"])
+@pytest.mark.parametrize("name", ["obs", "actions", "rewards", "terminateds"])
 def test_a_missing_column_is_named_with_the_columns_present(tmp_path: Path, name: str) -> None:
     write(tmp_path / "rows.parquet", without(GOOD, name))
-    present = "obs" if name == "eps_id" else "eps_id"
-    with pytest.raises(ValueError, match=rf"rows\.parquet' has no column `{name}`; its columns are .*`{present}`"):
-        open_input(tmp_path)
-
-
-def test_missing_next_observations_are_refused_with_the_reason(tmp_path: Path) -> None:
-    write(tmp_path / "rows.parquet", without(GOOD, "new_obs"))
-    with pytest.raises(ValueError, match=r"`new_obs`.*observation after an episode's last step is unknown; add it"):
+    with pytest.raises(ValueError, match=rf"rows\.parquet' has no column `{name}`; its columns are .*`eps_id`"):
         open_input(tmp_path)
 
 
@@ -341,7 +340,7 @@ def test_a_missing_parent_folder_is_a_missing_path(tmp_path: Path) -> None:
 
 def test_empty_inputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"folder' is empty: there is no `\*\.parquet` file"):
+    with pytest.raises(ValueError, match=r"folder' is empty: there is no `\*\.parquet`.* file"):
         open_input(tmp_path / "folder")
     file = write(tmp_path / "rows.parquet", GOOD)
     pq.write_table(pq.read_table(file).slice(0, 0), file)
@@ -353,13 +352,291 @@ def test_empty_inputs_are_refused(tmp_path: Path) -> None:
 
 def test_other_formats_and_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data.hdf5").write_bytes(b"\x89HDF not really")
-    with pytest.raises(ValueError, match=r"data\.hdf5' is not a readable Parquet file"):
+    with pytest.raises(ValueError, match=r"data\.hdf5' is not a readable HDF5 file"):
         open_input(tmp_path / "data.hdf5")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"notes\.txt' is of no format that can be read; `input_` takes `minari:.*npz"):
+        open_input(tmp_path / "notes.txt")
     with pytest.raises(TypeError, match=r"`input_` must be .* got int"):
         open_input([3])
-    with pytest.raises(ValueError, match=r"'s3://bucket/rows': only local paths"):
-        open_input("s3://bucket/rows")
+    with pytest.raises(ValueError, match=r"`input_` 'nosuch://bucket/rows': .*`s3://`"):
+        open_input("nosuch://bucket/rows")
 
+
+# --- Columns under other names, missing ones, ignored ones ------------------------------------------------------------
+
+
+def test_columns_may_have_the_names_of_other_projects(tmp_path: Path) -> None:
+    rows = episode_rows("a", 3)
+    names = {"obs": "observations", "new_obs": "next_observations", "rewards": "reward", "terminateds": "terminals"}
+    (episode,) = read(write(tmp_path / "rows.parquet", {names.get(name, name): rows[name] for name in rows}))
+    assert_holds(episode, rows)
+
+
+def test_one_column_under_two_names_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rows.parquet", GOOD | {"terminals": GOOD["terminateds"]})
+    with pytest.raises(ValueError, match=r"rows\.parquet' has the columns `terminateds`, `terminals`, which mean the"):
+        open_input(tmp_path)
+
+
+def test_dones_alone_are_refused_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path / "rows.parquet", without(GOOD, "terminateds") | {"dones": GOOD["terminateds"]})
+    with pytest.raises(ValueError, match=r"has no column `terminateds`.*`dones` does not tell terminations"):
+        open_input(tmp_path)
+
+
+def test_only_wanted_columns_are_read_and_the_others_are_listed(tmp_path: Path) -> None:
+    rows = episode_rows("a", 3) | {"value": [1.0, 2.0, 3.0], "other": [1, 2, 3], "comment": ["x", "y", "z"]}
+    write(tmp_path / "rows.parquet", rows)
+    (reader,) = open_input(tmp_path, ReadOptions(columns=frozenset({"value"})))
+    (block,) = reader.blocks()
+    assert list(block.extra_model_outputs) == ["value"]
+    assert reader.info.ignored_columns == ("other", "comment (string)")
+
+
+def test_without_truncateds_only_terminations_end_episodes(tmp_path: Path) -> None:
+    rows = joined(episode_rows("a", 3), episode_rows("b", 2))
+    first, second = read(write(tmp_path / "rows.parquet", without(rows, "truncateds")))
+    assert_holds(first, episode_rows("a", 3))
+    assert_holds(second, episode_rows("b", 2))
+
+
+@pytest.mark.parametrize(("rule", "num_steps"), [("drop_step", 3), ("repeat", 4)])
+def test_without_next_observations_the_last_step_of_a_cut_episode_follows_the_option(
+    tmp_path: Path, rule: Any, num_steps: int
+) -> None:
+    terminated, cut = episode_rows("a", 3), episode_rows("b", 4, terminated=False)
+    file = write(tmp_path / "rows.parquet", without(joined(terminated, cut), "new_obs"))
+    (reader,) = open_input(file, ReadOptions(missing_final_observation=rule))
+    first, second = reader
+    np.testing.assert_array_equal(first.get_observations(), [*terminated["obs"], terminated["obs"][-1]])
+    np.testing.assert_array_equal(second.get_observations(), [*cut["obs"], cut["obs"][-1]][: num_steps + 1])
+    np.testing.assert_array_equal(second.get_rewards(), cut["rewards"][:num_steps])
+    assert (first.is_terminated, second.is_truncated) == (True, True)
+    assert reader.remarks[DROPPED_STEPS] == (rule == "drop_step")
+    assert reader.remarks[REPEATED] == (1 if rule == "drop_step" else 2)
+
+
+def test_next_observations_of_another_kind_of_number_are_refused(tmp_path: Path) -> None:
+    rows = GOOD | {name: [value.astype(int) for value in GOOD[name]] for name in ("obs", "actions")}
+    write(tmp_path / "rows.parquet", rows)
+    with pytest.raises(ValueError, match=r"`obs` holds int64 and `new_obs` holds float32 in row 0 of .*one type"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [[0, 0, 1], [0.0, 0.0, 1.0]])
+def test_flags_may_be_numbers(tmp_path: Path, flags: list[float]) -> None:
+    (episode,) = read(write(tmp_path / "rows.parquet", episode_rows("a", 3) | {"terminateds": flags}))
+    assert episode.is_terminated
+
+
+def test_flags_that_are_neither_true_nor_false_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rows.parquet", episode_rows("a", 3) | {"terminateds": [0.0, 0.5, 1.0]})
+    with pytest.raises(ValueError, match=r"`terminateds`.*0\.5.*row 1 of"):
+        read(tmp_path)
+
+
+# --- Rows without ids -------------------------------------------------------------------------------------------------
+
+
+def slowly_divided(rows: Rows, max_steps: int | None) -> list[tuple[int, int, bool, bool]]:
+    """(first row, stop row, terminated, truncated) of every episode, found row by row."""
+    episodes = []
+    start = 0
+    for i in range(len(rows["rewards"])):
+        is_last = i + 1 == len(rows["rewards"])
+        done = rows["terminateds"][i] or rows["truncateds"][i]
+        jump = not is_last and not np.array_equal(rows["new_obs"][i], rows["obs"][i + 1])
+        if done or jump or i + 1 - start == max_steps or is_last:
+            episodes.append((start, i + 1, rows["terminateds"][i], not rows["terminateds"][i]))
+            start = i + 1
+    return episodes
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.booleans(), st.booleans()), min_size=1, max_size=6),
+    max_steps=st.none() | st.integers(1, 5),
+    row_group_size=st.integers(1, 7),
+    cut=st.integers(0, 6),
+)
+def test_rows_without_ids_are_divided_as_a_plain_loop_divides_them(
+    tmp_path: Path, lengths: list[Any], max_steps: int | None, row_group_size: int, cut: int
+) -> None:
+    parts = [
+        episode_rows(i, length, terminated=terminated, seed=i) for i, (length, terminated, _) in enumerate(lengths)
+    ]
+    for part, (_, _, has_flag) in zip(parts, lengths, strict=True):
+        if not has_flag:
+            part["truncateds"][-1] = False
+    rows = without(joined(*parts), "eps_id", "t")
+    # An episode may go on in the next file.
+    num_rows = len(rows["rewards"])
+    cut = min(cut, num_rows)
+    for number, part in enumerate([range(cut), range(cut, num_rows)]):
+        file = tmp_path / f"part-{number}.parquet"
+        file.unlink(missing_ok=True)
+        if part:
+            write(file, reordered(rows, part), row_group_size=row_group_size)
+    options = ReadOptions(max_episode_steps=max_steps, unfinished_episodes="truncate")
+    (reader,) = open_input(tmp_path, options)
+    expected = slowly_divided(rows, max_steps)
+    for episode, (start, stop, terminated, truncated) in zip(reader, expected, strict=True):
+        part = reordered(rows, range(start, stop))
+        np.testing.assert_array_equal(episode.get_observations(), [*part["obs"], part["new_obs"][-1]])
+        np.testing.assert_array_equal(episode.get_rewards(), part["rewards"])
+        assert (episode.is_terminated, episode.is_truncated) == (terminated, truncated)
+    num_flagged = sum(rows["terminateds"]) + sum(rows["truncateds"])
+    assert sum(reader.remarks[name] for name in (CUT_AT_JUMP, CUT_AT_LENGTH, TRUNCATED)) == len(expected) - num_flagged
+
+
+def test_many_rows_without_ids_are_divided_across_read_blocks(tmp_path: Path) -> None:
+    parts = [episode_rows(i, 9_000 + i, seed=i, terminated=i % 3 == 0) for i in range(20)]
+    rows = without(joined(*parts), "eps_id", "t")
+    table = pa.table(
+        {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(column)), len(column[0]))
+            if isinstance(column[0], np.ndarray)
+            else pa.array(column)
+            for name, column in rows.items()
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (reader,) = open_input(tmp_path)
+    blocks = list(reader.blocks())
+    assert len(blocks) > 1
+    assert [length for block in blocks for length in block.lengths] == [9_000 + i for i in range(20)]
+    np.testing.assert_array_equal(np.concatenate([block.rewards for block in blocks]), rows["rewards"])
+
+
+def test_rows_without_ids_and_without_an_end_name_the_settings_that_help(tmp_path: Path) -> None:
+    rows = without(changed(GOOD, "truncateds", 6, False), "eps_id", "t")
+    message = "Episode '1' ends neither .*row 6 of.*`max_episode_steps_in_data`.*`unfinished_episodes="
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / "rows.parquet", rows))
+
+
+# --- Several files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(), ("t",)], ids=["with t", "without t"])
+def test_an_id_that_two_files_use_is_named_with_both_rows(tmp_path: Path, names: tuple[str, ...]) -> None:
+    write(tmp_path / "part-1.parquet", without(episode_rows("same", 3), *names))
+    write(tmp_path / "part-2.parquet", without(episode_rows("same", 4, seed=1), *names))
+    message = r"Two files use the episode id 'same'.*row [02] of '.*part-1.* and row 0 of '.*part-2.*give every episode"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_files_that_store_a_column_in_different_types_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "part-1.parquet", episode_rows("a", 3))
+    other = episode_rows("b", 3)
+    write(tmp_path / "part-2.parquet", other | {"actions": [value.astype(np.float64) for value in other["actions"]]})
+    message = r"`actions` holds float in '.*part-1\.parquet' and double in '.*part-2\.parquet'; store it in one type"
+    with pytest.raises(ValueError, match=message):
+        open_input(tmp_path)
+
+
+def test_a_column_that_only_a_later_file_has_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "part-1.parquet", episode_rows("a", 3))
+    write(tmp_path / "part-2.parquet", episode_rows("b", 3) | {"value": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match=r"part-1\.parquet' has no column `value`, and '.*part-2\.parquet' has one"):
+        open_input(tmp_path)
+    assert len(read_with(tmp_path, ReadOptions(columns=frozenset()))) == 2  # Nobody wants it.
+
+
+def test_a_folder_of_several_formats_is_refused_with_one_file_of_each(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", GOOD)
+    (tmp_path / "b.npz").touch()
+    with pytest.raises(ValueError, match=r"several formats: Parquet \('.*a\.parquet'\), NumPy \('.*b\.npz'\); name"):
+        open_input(tmp_path)
+
+
+def test_a_file_of_an_unknown_suffix_is_recognised_by_its_content(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.parquet", episode_rows("a", 3)).rename(tmp_path / "rows.data")
+    (episode,) = read(file)
+    assert_holds(episode, episode_rows("a", 3))
+
+
+def test_any_file_system_of_pyarrow_or_fsspec_can_be_read(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    rows = episode_rows("a", 3)
+    content = write(tmp_path / "folder" / "rows.parquet", rows).read_bytes()
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/folder/rows.parquet", content)
+    for input_, filesystem in [
+        ("folder", fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())),
+        ("memory://bucket/folder", memory),
+        (f"file://{tmp_path}/folder", None),
+    ]:
+        (reader,) = open_input(input_, ReadOptions(filesystem=filesystem))
+        (episode,) = reader
+        assert_holds(episode, rows)
+        assert reader.fingerprint() == open_input(tmp_path)[0].fingerprint()
+    with pytest.raises(TypeError, match=r"`input_filesystem` must be a `pyarrow\.fs\.FileSystem` or an fsspec"):
+        open_input("folder", ReadOptions(filesystem=3))
+
+
+def test_the_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.parquet", episode_rows("a", 3))
+    (reader,) = open_input(file)
+    before = reader.fingerprint()
+    file.touch()
+    assert reader.fingerprint() == before
+    write(file, episode_rows("a", 3, seed=1))
+    assert reader.fingerprint() != before
+
+
+# --- Damaged files ----------------------------------------------------------------------------------------------------
+
+
+def read_with(input_: Any, options: ReadOptions) -> list[SingleAgentEpisode]:
+    return [episode for reader in open_input(input_, options) for episode in reader]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.6, 0.95, 0.999])
+def test_a_truncated_parquet_file_is_refused_by_name(tmp_path: Path, share: float) -> None:
+    file = write(tmp_path / "rows.parquet", GOOD)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(
+        ValueError, match=r"rows\.parquet' is not a readable Parquet file \(.*\); copy or write it again"
+    ):
+        read(file)
+
+
+@settings(max_examples=150, deadline=2_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_damage_ends_in_the_same_shapes_or_a_named_error(tmp_path: Path, data: st.DataObject) -> None:
+    file = write(tmp_path / "rows.parquet", GOOD, write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        episodes = read(file)
+    except ValueError as err:
+        if isinstance(err, pa.ArrowException | UnicodeError):
+            raise
+        return
+    for episode, length in zip(episodes, (3, 4), strict=True):
+        assert len(episode) == length
+        assert np.isfinite(episode.get_rewards()).all()
+
+
+def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path) -> None:
+    rewards = np.arange(1000, dtype=np.float64)
+    rows = episode_rows("a", 1000) | {"rewards": rewards.tolist()}
+    kwargs = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    file = write(tmp_path / "rows.parquet", rows, **kwargs)
+    content = file.read_bytes()
+    place = content.index(rewards[500:502].tobytes())
+    file.write_bytes(content[:place] + rewards[7:8].tobytes() + content[place + 8 :])
+    with pytest.raises(ValueError, match=r"rows\.parquet' is not a readable Parquet file .*CRC"):
+        read(file)
+
+
+# --- Minari -----------------------------------------------------------------------------------------------------------
 
 DICT_SPACE = gym.spaces.Dict(
     {"achieved_goal": gym.spaces.Box(-9, 9, (2,), np.float64), "observation": gym.spaces.Box(-9, 9, (3,), np.float32)}
@@ -458,10 +735,107 @@ def test_infinite_minari_values_are_refused(minari_root: Path) -> None:
         read("minari:test/inf-v0")
 
 
+def test_numbers_per_step_among_the_infos_are_read_if_wanted(minari_root: Path) -> None:
+    infos = {
+        "success": np.arange(4) > 2,  # One entry more than steps: the first is that of the reset.
+        "cost": np.array([0.5, 1.5, 2.5]),
+        "nested": {"speed": np.arange(8.0).reshape(4, 2)},
+        "constants": np.arange(7),
+    }
+    create_minari("test/infos-v0", [replace(minari_episode(3, terminated=True), infos=infos)])
+    (reader,) = open_input("minari:test/infos-v0")
+    (episode,) = reader
+    outputs = {name: episode.get_extra_model_outputs(name).tolist() for name in episode.extra_model_outputs}
+    assert outputs == {
+        "success": [False, False, True],
+        "cost": [0.5, 1.5, 2.5],
+        "nested/speed": [[2.0, 3.0], [4.0, 5.0], [6.0, 7.0]],
+    }
+    assert reader.info.ignored_columns == ("infos/constants",)
+    (reader,) = open_input("minari:test/infos-v0", ReadOptions(columns=frozenset()))
+    assert next(reader.blocks()).extra_model_outputs == {}
+    assert sorted(reader.info.ignored_columns) == [
+        "infos/constants",
+        "infos/cost",
+        "infos/nested/speed",
+        "infos/success",
+    ]
+
+
+def test_an_info_that_a_later_episode_lacks_is_named(minari_root: Path) -> None:
+    first = replace(minari_episode(3, terminated=True), infos={"cost": np.zeros(3)})
+    create_minari("test/infos-v0", [first, minari_episode(2, terminated=True)])
+    with pytest.raises(ValueError, match=r"Episode '1' of 'minari:test/infos-v0' has no `cost` for every step"):
+        read("minari:test/infos-v0")
+
+
+@pytest.mark.parametrize("format_", ["hdf5", "arrow"])
+def test_all_formats_and_spaces_of_minari_are_read(minari_root: Path, format_: str) -> None:
+    space = gym.spaces.Tuple([gym.spaces.Box(-9, 9, (2,), np.float64), gym.spaces.Discrete(9)])
+    obs = (np.arange(8.0).reshape(4, 2), np.array([3, 1, 4, 1]))
+    episode = replace(minari_episode(3, terminated=True), observations=obs, actions=np.array([2, 0, 1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            "test/tuple-v0",
+            [episode],
+            observation_space=space,
+            action_space=gym.spaces.Discrete(3),
+            data_format=format_,
+        )
+    (read_back,) = read("minari:test/tuple-v0")
+    for values, expected in zip(read_back.get_observations(), obs, strict=True):
+        np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(read_back.get_actions(), [2, 0, 1])
+
+
+def test_images_in_minari_stay_bytes(minari_root: Path) -> None:
+    image = np.tile(np.arange(4, dtype=np.uint8)[:, None, None, None] * 60, (1, 8, 8, 3))
+    episode = replace(minari_episode(3, terminated=True), observations=image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            "test/image-v0",
+            [episode],
+            observation_space=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            action_space=ACTION_SPACE,
+        )
+    (read_back,) = read("minari:test/image-v0")
+    assert read_back.get_observations().dtype == np.uint8
+    np.testing.assert_array_equal(read_back.get_observations(), image)  # Minari's JPEG keeps even surfaces exactly.
+
+
+def test_damaged_minari_data_are_refused_by_name(minari_root: Path) -> None:
+    create_minari("test/damaged-v0", [minari_episode(3, terminated=True), minari_episode(50, terminated=True)])
+    (reader,) = open_input("minari:test/damaged-v0")
+    before = reader.fingerprint()
+    file = minari_root / "test" / "damaged-v0" / "data" / "main_data.hdf5"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert reader.fingerprint() != before
+    with pytest.raises(ValueError, match=r"'minari:test/damaged-v0' cannot be read .*damaged: delete the folder"):
+        list(reader.blocks())
+    (file.parent / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match=r"'test/damaged-v0' cannot be opened .*its files are damaged"):
+        open_input("minari:test/damaged-v0")
+
+
+def test_unfinished_minari_episodes_can_be_cut_or_dropped(minari_root: Path) -> None:
+    cut = replace(minari_episode(3, terminated=True), terminations=np.zeros(3, dtype=bool))
+    create_minari("test/cut-v0", [minari_episode(4, terminated=True), cut])
+    (whole,) = read_with("minari:test/cut-v0", ReadOptions(unfinished_episodes="drop"))
+    assert len(whole) == 4
+    _, second = read_with("minari:test/cut-v0", ReadOptions(unfinished_episodes="truncate"))
+    assert (len(second), second.is_truncated) == (3, True)
+
+
 def test_without_minari_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(ImportError, match=r'pip install "rllib-calql\[examples\]"'):
+    with pytest.raises(ImportError, match=r'pip install "rllib-calql\[minari\]"'):
         open_input("minari:test/any-v0")
+
+
+# --- What RLlib records -----------------------------------------------------------------------------------------------
 
 
 class DictEnv(gym.Env[dict[str, Any], Any]):
@@ -542,7 +916,7 @@ def test_rows_that_rllib_records_in_several_writes_are_read_back_once(tmp_path: 
     chunks = [chunk for _ in range(2) for chunk in runner.sample(num_timesteps=200)]
     runner.stop()
     sampled = whole_episodes(chunks)
-    num_rows = sum(pq.read_metadata(file).num_rows for file in find_parquet_files(tmp_path))
+    num_rows = sum(pq.read_metadata(file).num_rows for file in tmp_path.rglob("*.parquet"))
     assert num_rows > sum(map(len, sampled.values())), "RLlib no longer repeats earlier rows in later writes"
 
     (reader,) = open_input(tmp_path)
@@ -631,10 +1005,10 @@ def test_flattened_observations_are_recorded_flat(tmp_path: Path, write_episodes
 def test_only_writes_that_a_longer_write_repeats_are_left_out(tmp_path: Path) -> None:
     rows = episode_rows("a", 6)
     writes = {"first": [0, 1], "repeats": [0, 1, 2], "other-end": [0, 5], "other-start": [4, 1]}
-    files = [write(tmp_path / f"{name}_000000-0.parquet", reordered(rows, order)) for name, order in writes.items()]
+    files = [data_file(tmp_path / f"{name}_000000-0.parquet", reordered(rows, order)) for name, order in writes.items()]
     assert drop_repeated_writes(files, "eps_id") == files[1:]
     # One write in several files is left out as a whole.
-    parts = [write(tmp_path / f"parts_00000{i}-0.parquet", reordered(rows, [i])) for i in range(2)]
+    parts = [data_file(tmp_path / f"parts_00000{i}-0.parquet", reordered(rows, [i])) for i in range(2)]
     assert drop_repeated_writes([*parts, files[1]], "eps_id") == [files[1]]
 
 
@@ -643,6 +1017,23 @@ def test_without_msgpack_numpy_the_error_says_what_to_install(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "msgpack_numpy", None)
     with pytest.raises(ImportError, match="pip install msgpack-numpy"):
         open_input(tmp_path)
+
+
+def test_bytes_that_are_no_episode_are_refused_with_their_row(tmp_path: Path) -> None:
+    pytest.importorskip("msgpack_numpy")
+    file = tmp_path / "episodes.parquet"
+    pq.write_table(pa.table({"item": pa.array([b"\x81\xa1a\x01"])}), file)
+    with pytest.raises(ValueError, match=r"no episode that RLlib packed in row 0 of '.*episodes\.parquet'"):
+        open_input(tmp_path)
+
+
+@pytest.mark.usefixtures("few_files")
+def test_unfinished_recordings_can_be_truncated(tmp_path: Path) -> None:
+    runner = recorder(PPOConfig().environment("Pendulum-v1"), tmp_path, output_write_episodes=False)
+    runner.sample(num_timesteps=20)
+    runner.stop()
+    (episode,) = read_with(tmp_path, ReadOptions(unfinished_episodes="truncate"))
+    assert (len(episode), episode.is_truncated) == (20, True)
 
 
 def test_importing_the_readers_does_not_import_minari(monkeypatch: pytest.MonkeyPatch) -> None:

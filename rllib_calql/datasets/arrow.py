@@ -20,22 +20,31 @@ Where = Callable[[int], str]
 def decode_numbers(field: Any, array: Any, where: Where) -> Nested:
     """Turns an Arrow column of numbers, lists, tensors or structs into NumPy arrays, without a loop over rows.
 
+    A struct becomes a dict, or a tuple if its fields are called "0", "1", and so on.
+
     Raises:
         ValueError: If a value is missing, is no number, or rows differ in shape.
     """
     if array.null_count:
-        row = pc.index(pc.is_null(array), True).as_py()
+        row = first_null(array)
         raise ValueError(f"`{field.name}` has no value in {where(row)}; fill it in, or drop the row's episode.")
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     shape = _tensor_shape(field, array)
     if isinstance(array, pa.ExtensionArray):
+        if shape is None and pa.types.is_struct(array.type.storage_type):
+            raise ValueError(
+                f"`{field.name}` holds tensors of different shapes ({array.type}) at or after {where(0)}; every row "
+                "must have the same shape."
+            )
         array = array.storage
     if pa.types.is_struct(array.type):
-        return {
+        children = {
             array.type.field(i).name: decode_numbers(array.type.field(i), child, where)
             for i, child in enumerate(array.flatten())
         }
+        is_tuple = list(children) == [str(i) for i in range(len(children))]
+        return tuple(children.values()) if is_tuple else children
     if not is_numeric(array.type):
         raise ValueError(f"`{field.name}` must hold numbers or lists of numbers, got {array.type} in {where(0)}.")
     values = _decode_lists(field.name, array, where)
@@ -47,6 +56,26 @@ def is_numeric(type_: Any) -> bool:
     while isinstance(type_, pa.BaseExtensionType) or _is_list(type_):
         type_ = type_.storage_type if isinstance(type_, pa.BaseExtensionType) else type_.value_type
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_))
+
+
+def is_text_or_bytes(type_: Any) -> bool:
+    """Whether a column of this Arrow type holds strings."""
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(check(type_) for check in checks)
+
+
+def describe_type(type_: Any) -> str:
+    """Names what decides about the decoded arrays, so that all ways to store the same vectors are called the same."""
+    while isinstance(type_, pa.BaseExtensionType) or _is_list(type_) or pa.types.is_dictionary(type_):
+        type_ = type_.storage_type if isinstance(type_, pa.BaseExtensionType) else type_.value_type
+    if pa.types.is_struct(type_):
+        return ", ".join(f"{field.name}: {describe_type(field.type)}" for field in type_).join("{}")
+    return str(type_).removeprefix("large_")
+
+
+def first_null(array: Any) -> int:
+    """Index of the first missing value of an array that has one."""
+    return int(pc.index(pc.is_null(array), True).as_py())
 
 
 def _is_list(type_: Any) -> bool:
@@ -65,10 +94,18 @@ def _tensor_shape(field: Any, array: Any) -> tuple[int, ...] | None:
     return None
 
 
-def _decode_lists(name: str, array: Any, where: Where) -> NDArray[Any]:
-    """Decodes numbers and (nested) lists of one length: one array axis per level."""
+def _decode_lists(name: str, array: Any, where: Where, per_row: int = 1) -> NDArray[Any]:
+    """Decodes numbers and (nested) lists of one length: one array axis per level.
+
+    Args:
+        name: Of the column.
+        array: The column, or the values of its lists.
+        where: Says where a row was read.
+        per_row: How many entries of `array` belong to one row.
+    """
     if array.null_count:
-        raise ValueError(f"`{name}` has a list with a missing value, at or after {where(0)}; fill it in.")
+        row = first_null(array) // max(per_row, 1)
+        raise ValueError(f"`{name}` has a list with a missing value in {where(row)}; fill it in.")
     if not _is_list(array.type):
         return np.asarray(array.to_numpy(zero_copy_only=False))
     if pa.types.is_fixed_size_list(array.type):
@@ -77,10 +114,10 @@ def _decode_lists(name: str, array: Any, where: Where) -> NDArray[Any]:
         lengths = np.diff(array.offsets.to_numpy())
         length = int(lengths[0]) if len(lengths) else 0
         if np.any(lengths != length):
-            row = int(np.argmax(lengths != length))
+            entry = int(np.argmax(lengths != length))
             raise ValueError(
-                f"`{name}` has {lengths[row]} values in {where(row)} and {length} in {where(0)}; every row must have "
-                "the same shape."
+                f"`{name}` has {lengths[entry]} values in {where(entry // max(per_row, 1))} and {length} in "
+                f"{where(0)}; every row must have the same shape."
             )
-    values = _decode_lists(name, array.flatten(), where)
+    values = _decode_lists(name, array.flatten(), where, per_row * length)
     return values.reshape(len(array), length, *values.shape[1:])

@@ -1,13 +1,16 @@
-"""What every reader of offline data shares: its description, and the way from checked arrays to RLlib episodes.
+"""What every reader of offline data shares: its description, its options, and blocks of whole episodes.
 
-A reader turns its format into `EpisodeBlock`s, rows of whole episodes one after another. `episodes_of` checks a block
-as a whole (vectorised over all of its rows) and cuts it into `SingleAgentEpisode`s that already hold NumPy arrays.
+A reader turns its format into `EpisodeBlock`s: rows of whole, finished episodes, one after another, as arrays. Loading
+works on blocks, without a Python object per row or episode; `episodes_of` cuts a block into `SingleAgentEpisode`s for
+those who want these.
 """
 
 import difflib
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +23,55 @@ Nested: TypeAlias = Any
 """An array, or dicts and tuples of arrays; every array has one row per time step."""
 
 ActionsKind: TypeAlias = Literal["environment", "module"]
+
+# What readers remark about the episodes they yielded, counted in `EpisodeReader.remarks`.
+CUT_AT_JUMP = "episodes ended by a jump of the observation"
+CUT_AT_LENGTH = "episodes ended by `max_episode_steps_in_data`"
+TRUNCATED = "unfinished episodes taken as truncated"
+DROPPED = "unfinished episodes dropped"
+DROPPED_STEPS = "last steps dropped, since no observation follows them"
+REPEATED = "missing final observations replaced by the last one"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How incomplete data are read. Every choice that is made is counted in the reader's `remarks`.
+
+    Attributes:
+        unfinished_episodes: What becomes of an episode that ends neither terminated nor truncated: "error",
+            "truncate" (its last row counts as a time-out) or "drop".
+        missing_final_observation: What becomes of an episode's last step if the format does not store the observation
+            after it and the episode was not terminated: "drop_step" (the observation of the last row becomes the
+            final one) or "repeat" (the last observation stands for the one after it). After a terminated step the
+            observation is never bootstrapped from, so it is repeated in any case.
+        max_episode_steps: In rows without episode ids, an episode ends after this many steps at the latest; None: no
+            limit.
+        observation_jump: In rows without episode ids, an episode ends where `next_obs[t]` and `obs[t + 1]` differ by
+            more than this, relative to max(1, |obs|). With ids the same difference is an error.
+        columns: Names of further numeric columns that are wanted; None: all of them.
+        filesystem: PyArrow filesystem on which paths are looked up; None: the local one, or what a URI says.
+    """
+
+    unfinished_episodes: Literal["error", "truncate", "drop"] = "error"
+    missing_final_observation: Literal["drop_step", "repeat"] = "drop_step"
+    max_episode_steps: int | None = None
+    observation_jump: float = 1e-6
+    columns: frozenset[str] | None = None
+    filesystem: Any = None
+
+    @property
+    def key_parts(self) -> dict[str, Any]:
+        """What the episodes read depend on, JSON-safe."""
+        return {
+            "unfinished_episodes": self.unfinished_episodes,
+            "missing_final_observation": self.missing_final_observation,
+            "max_episode_steps": self.max_episode_steps,
+            "observation_jump": self.observation_jump,
+        }
+
+    def wants(self, column: str) -> bool:
+        """Whether a further column of numbers is to be read."""
+        return self.columns is None or column in self.columns
 
 
 @dataclass(frozen=True)
@@ -34,8 +86,9 @@ class DatasetInfo:
         actions: "environment" if actions are in the environment's own bounds, "module" if they are what an RLModule
             put out and RLlib scales to the environment's bounds, where [-1, 1] stands for the whole range. Values
             outside [-1, 1] occur (PPO's Gaussian has no bounds): RLlib clips them on the way to the environment.
-        num_transitions: Number of transitions, if it is known before reading.
+        num_transitions: Number of transitions at most, if it is known before reading.
         reference_scores: Returns (min, max) that stand for a normalised score of 0 and 1, if recorded.
+        ignored_columns: Columns of the data that are not read, with the reason where it is not obvious.
     """
 
     name: str
@@ -44,82 +97,105 @@ class DatasetInfo:
     actions: ActionsKind
     num_transitions: int | None
     reference_scores: tuple[float, float] | None = None
-
-
-class EpisodeReader(Protocol):
-    """Whole, finished episodes of one input, in file order; it can be iterated again and again."""
-
-    @property
-    def info(self) -> DatasetInfo:
-        """What is known before reading."""
-        ...
-
-    def __iter__(self) -> Iterator[SingleAgentEpisode]:
-        """Yields terminated or truncated episodes that hold NumPy arrays in the dtypes of the storage.
-
-        Raises:
-            ValueError: If the data are not whole episodes of finite numbers; the message names episode and row.
-        """
-        ...
+    ignored_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EpisodeBlock:
-    """Rows of one or more whole episodes, one after another; R is the number of rows, the sum of `lengths`.
+    """Rows of E >= 1 whole, finished episodes, one after another; R is the number of rows, the sum of `lengths`.
 
     Attributes:
         ids: One id per episode.
-        lengths: Number of rows of each episode, at least 1.
-        observations: [R, ...], possibly nested.
-        next_observations: [R, ...], the observation after each row's action.
+        lengths: [E] Number of rows of each episode, at least 1.
+        observations: [R, ...], possibly nested: the observation before each row's action.
+        final_observations: [E, ...] in the same structure: the observation after each episode's last row.
         actions: [R, ...], possibly nested.
         rewards: [R]
-        terminateds: [R] bool
-        truncateds: [R] bool
-        extra_model_outputs: Further columns, [R, ...] each.
+        terminateds: [E] Whether each episode ended by termination.
+        truncateds: [E] Whether each episode was cut; one of the two is true.
         where: Says where a row of this block was read, e.g. "row 17 of data/part-2.parquet".
-        unfinished_remedy: What to do about an episode that ends neither terminated nor truncated.
+        extra_model_outputs: Further columns of numbers, [R, ...] each.
     """
 
     ids: list[str]
     lengths: NDArray[np.int64]
     observations: Nested
-    next_observations: Nested
+    final_observations: Nested
     actions: Nested
     rewards: NDArray[Any]
     terminateds: NDArray[np.bool_]
     truncateds: NDArray[np.bool_]
     where: Callable[[int], str]
     extra_model_outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
-    unfinished_remedy: str = "drop it or mark its last step"
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.rewards)
+
+    def id_of(self, row: int) -> str:
+        """Id of the episode that a row belongs to."""
+        return self.ids[int(np.searchsorted(np.cumsum(self.lengths), row, side="right"))]
+
+
+class EpisodeReader(ABC):
+    """Whole, finished episodes of one input, in file order; it can be iterated again and again.
+
+    Attributes:
+        info: What is known before reading.
+        remarks: What had to be decided about incomplete data, counted by kind during the latest `blocks()`.
+    """
+
+    info: DatasetInfo
+
+    def __init__(self) -> None:
+        self.remarks: Counter[str] = Counter()
+
+    @abstractmethod
+    def blocks(self) -> Iterator[EpisodeBlock]:
+        """Yields checked blocks in the dtypes of the storage; resets `remarks` first.
+
+        Raises:
+            ValueError: If the data are not whole episodes of finite numbers; the message names episode and row.
+        """
+
+    def fingerprint(self) -> str | None:
+        """Digest of everything that `blocks()` reads: contents, never file times. None if there is no such thing."""
+        return None
+
+    def __iter__(self) -> Iterator[SingleAgentEpisode]:
+        """Yields terminated or truncated episodes that hold NumPy arrays in the dtypes of the storage.
+
+        Raises:
+            ValueError: As `blocks()`.
+        """
+        for block in self.blocks():
+            yield from episodes_of(block)
 
 
 def episodes_of(block: EpisodeBlock) -> Iterator[SingleAgentEpisode]:
-    """Checks a block and yields its episodes, with copies of the rows.
-
-    Raises:
-        ValueError: If numbers are not finite, rows are out of order or missing, an episode goes on after its end, or
-            it has no end.
-    """
-    check_block(block)
+    """Yields the episodes of a block, with copies of the rows."""
     stops = np.cumsum(block.lengths).tolist()
     starts = [0, *stops[:-1]]
-    for id_, start, stop in zip(block.ids, starts, stops, strict=True):
-        yield _episode(block, id_, start, stop)
+    for episode, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        yield _episode(block, episode, start, stop)
 
 
-def check_block(block: EpisodeBlock) -> None:
-    """Raises a ValueError that names episode and row if the rows are not whole episodes of finite numbers."""
+def check_finite(block: EpisodeBlock) -> None:
+    """Raises a ValueError that names episode and row if a number of the block is not finite, or is no number."""
     if block.rewards.ndim != 1:
         raise ValueError(
             f"`{Columns.REWARDS}` must hold one number per row, got arrays of shape {block.rewards.shape[1:]} in "
             f"{block.where(0)}; store a scalar."
         )
-    _check_finite(block, Columns.OBS, block.observations)
-    _check_finite(block, Columns.NEXT_OBS, block.next_observations)
-    _check_finite(block, Columns.ACTIONS, block.actions)
-    _check_finite(block, Columns.REWARDS, block.rewards)
-    _check_order_and_ends(block)
+    last_rows = np.cumsum(block.lengths) - 1
+    _check_column(block, Columns.OBS, block.observations, None)
+    _check_column(block, Columns.NEXT_OBS, block.final_observations, last_rows)
+    _check_column(block, Columns.ACTIONS, block.actions, None)
+    _check_column(block, Columns.REWARDS, block.rewards, None)
+    for name, column in block.extra_model_outputs.items():
+        if len(column) != block.num_rows:
+            raise ValueError(f"`{name}` has {len(column)} rows, the other columns have {block.num_rows}.")
 
 
 def close_matches(name: str, candidates: Iterable[str]) -> str:
@@ -128,31 +204,32 @@ def close_matches(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
-def _episode(block: EpisodeBlock, id_: str, start: int, stop: int) -> SingleAgentEpisode:
+def _episode(block: EpisodeBlock, episode: int, start: int, stop: int) -> SingleAgentEpisode:
     """Cuts one episode out of a block. Everything is copied: a kept episode must not keep its whole block alive."""
 
     # `Any`, because RLlib annotates these arguments as lists and takes arrays as well.
     def rows(array: NDArray[Any]) -> Any:
         return array[start:stop].copy()
 
-    def rows_and_final(array: NDArray[Any], next_array: NDArray[Any]) -> Any:
-        return np.concatenate([array[start:stop], next_array[stop - 1 : stop]])
+    def rows_and_final(array: NDArray[Any], final: NDArray[Any]) -> Any:
+        return np.concatenate([array[start:stop], final[episode : episode + 1]])
 
     return SingleAgentEpisode(
-        id_=id_,
-        observations=tree.map_structure(rows_and_final, block.observations, block.next_observations),
+        id_=block.ids[episode],
+        observations=tree.map_structure(rows_and_final, block.observations, block.final_observations),
         # Spelled out because the constructor's own default counts the keys of a dict observation, not its rows.
         infos=[{} for _ in range(stop - start + 1)],
         actions=tree.map_structure(rows, block.actions),
         rewards=rows(block.rewards),
-        terminated=bool(block.terminateds[stop - 1]),
-        truncated=bool(block.truncateds[stop - 1]),
+        terminated=bool(block.terminateds[episode]),
+        truncated=bool(block.truncateds[episode]),
         extra_model_outputs={name: rows(column) for name, column in block.extra_model_outputs.items()},
         len_lookback_buffer=0,
     )
 
 
-def _check_finite(block: EpisodeBlock, column: str, values: Nested) -> None:
+def _check_column(block: EpisodeBlock, column: str, values: Nested, rows: NDArray[np.int64] | None) -> None:
+    """Checks one column; `rows` are the block's rows that its entries belong to, None if they are all rows in order."""
     for array in tree.flatten(values):
         if array.dtype.kind not in "fiub":
             raise ValueError(f"`{column}` must hold numbers, got {array.dtype} in {block.where(0)}.")
@@ -161,54 +238,10 @@ def _check_finite(block: EpisodeBlock, column: str, values: Nested) -> None:
             continue
         finite = np.isfinite(array)
         if not finite.all():
-            row = int(np.argmin(finite.all(axis=tuple(range(1, finite.ndim)))))
-            value = np.atleast_1d(array[row])[~np.atleast_1d(finite[row])][0]
+            entry = int(np.argmin(finite.all(axis=tuple(range(1, finite.ndim)))))
+            row = entry if rows is None else int(rows[entry])
+            value = np.atleast_1d(array[entry])[~np.atleast_1d(finite[entry])][0]
             raise ValueError(
-                f"`{column}` holds {value} in episode {_id_of(block, row)!r}, {block.where(row)}; observations, "
+                f"`{column}` holds {value} in episode {block.id_of(row)!r}, {block.where(row)}; observations, "
                 "actions and rewards must be finite: repair the value or drop the episode."
             )
-
-
-def _check_order_and_ends(block: EpisodeBlock) -> None:
-    last_rows = np.cumsum(block.lengths) - 1
-    done = block.terminateds | block.truncateds
-    unfinished = np.flatnonzero(~done[last_rows])
-    broken = _broken_rows(block, last_rows)
-    ended_early = np.setdiff1d(np.flatnonzero(done), last_rows, assume_unique=True)
-
-    # Two episodes under one id break the chain exactly where the first of them ends; anything else is disorder.
-    out_of_order = np.setdiff1d(broken, ended_early, assume_unique=True)
-    if out_of_order.size:
-        row = int(out_of_order[0])
-        raise ValueError(
-            f"Rows of episode {_id_of(block, row)!r} are out of order or missing: `{Columns.NEXT_OBS}` in "
-            f"{block.where(row)} is not the `{Columns.OBS}` that follows in {block.where(row + 1)}; store the rows of "
-            f"an episode in order of time, or number them in a column `{Columns.T}`."
-        )
-    if ended_early.size:
-        row = int(ended_early[0])
-        flag = Columns.TERMINATEDS if block.terminateds[row] else Columns.TRUNCATEDS
-        raise ValueError(
-            f"Episode {_id_of(block, row)!r} goes on after its end: `{flag}` is true in {block.where(row)}, which is "
-            f"not its last row; set the flag on the last row only, or give every episode its own `{Columns.EPS_ID}`."
-        )
-    if unfinished.size:
-        row = int(last_rows[unfinished[0]])
-        raise ValueError(
-            f"Episode {_id_of(block, row)!r} ends neither terminated nor truncated (its last step is "
-            f"{block.where(row)}), so its return-to-go is unknown; {block.unfinished_remedy}."
-        )
-
-
-def _broken_rows(block: EpisodeBlock, last_rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows within an episode whose next observation is not the observation of the row after."""
-    differs = np.zeros(max(len(block.rewards) - 1, 0), dtype=bool)
-    for obs, next_obs in zip(tree.flatten(block.observations), tree.flatten(block.next_observations), strict=True):
-        unequal = obs[1:] != next_obs[:-1]
-        differs |= unequal.any(axis=tuple(range(1, unequal.ndim)))
-    differs[last_rows[:-1]] = False
-    return np.flatnonzero(differs)
-
-
-def _id_of(block: EpisodeBlock, row: int) -> str:
-    return block.ids[int(np.searchsorted(np.cumsum(block.lengths), row, side="right"))]

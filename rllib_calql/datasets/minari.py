@@ -1,83 +1,221 @@
 """Reads local Minari data sets: `minari:<dataset id>`."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import tree
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from numpy.typing import NDArray
 
 from rllib_calql.datasets import catalog
-from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, Nested, close_matches, episodes_of
+from rllib_calql.datasets.boundaries import whole_episodes
+from rllib_calql.datasets.chunks import Chunk, gather
+from rllib_calql.datasets.columns import ALIASES
+from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions, close_matches
+from rllib_calql.datasets.files import DataFile, fingerprint_of
 
 SCHEME = "minari:"
 
+# What deflate reaches at most; beyond it, the size in the file is damaged, and allocating it would end the program.
+_MAX_COMPRESSION = 1032
+_UNFINISHED_REMEDY = "drop it or mark its last step"
 
-class MinariReader:
+
+class MinariReader(EpisodeReader):
     """Episodes of one local Minari data set, with environment actions and the observations' structure kept.
 
     A data set that this package generates is made on first use. Nothing is downloaded.
+
+    Wanted entries of `infos` become `extra_model_outputs` if they are numbers, one per step. Minari stores one entry
+    more, that of the reset, which is left out.
     """
 
-    def __init__(self, dataset_id: str) -> None:
+    def __init__(self, dataset_id: str, options: ReadOptions) -> None:
         """Opens the data set.
 
         Args:
             dataset_id: Minari's id, without the scheme, e.g. "mujoco/pen/human-v0".
+            options: How incomplete data are read.
 
         Raises:
             ImportError: If Minari is not installed.
             FileNotFoundError: If there is no such data set on this machine.
-            ValueError: If it has no episodes.
+            ValueError: If it has no episodes, or cannot be read.
         """
+        super().__init__()
         if catalog.is_generated(dataset_id):
             catalog.ensure_dataset(dataset_id)
         self._dataset = _load(dataset_id)
+        self._name = SCHEME + dataset_id
+        self._options = options
+        if self._dataset.total_episodes == 0 or self._dataset.total_steps == 0:
+            raise ValueError(f"Dataset {dataset_id!r} is empty: it has no transitions.")
+        self._infos, ignored = self._divide_infos()
         self.info = DatasetInfo(
-            name=SCHEME + dataset_id,
+            name=self._name,
             observation_space=self._dataset.observation_space,
             action_space=self._dataset.action_space,
             actions="environment",
-            num_transitions=self._dataset.total_steps,
+            num_transitions=int(self._dataset.total_steps),
             reference_scores=_reference_scores(self._dataset.storage.metadata),
+            ignored_columns=tuple(ignored),
         )
-        if self._dataset.total_episodes == 0 or self._dataset.total_steps == 0:
-            raise ValueError(f"Dataset {dataset_id!r} is empty: it has no transitions.")
 
-    def __iter__(self) -> Iterator[SingleAgentEpisode]:
+    def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields the episodes by their number in the data set.
 
         Raises:
             ValueError: If an episode is not whole or holds numbers that are not finite.
         """
-        for episode in self._dataset.iterate_episodes():
-            if len(episode.rewards):
-                yield from episodes_of(self._block(episode))
+        self.remarks.clear()
+        chunks = ([self._chunk(episode)] for episode in self._episodes() if len(episode["rewards"]))
+        for rows in gather(chunks, unfinished_remedy=_UNFINISHED_REMEDY):
+            block = whole_episodes(rows, self._options, self.remarks)
+            if block is not None:
+                yield block
 
-    def _block(self, episode: Any) -> EpisodeBlock:
-        id_ = str(episode.id)
-        num_steps = len(episode.rewards)
-        for array in tree.flatten(episode.observations):
-            if len(array) != num_steps + 1:
+    def fingerprint(self) -> str:
+        """Digest of all files of the data set."""
+        folder = Path(self._dataset.storage.data_path)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return fingerprint_of(DataFile(str(path)) for path in files)
+
+    def _divide_infos(self) -> tuple[list[str], list[str]]:
+        """Names of the infos that are read and that are not, judged by the first episode."""
+        for episode in self._episodes(with_infos=True):
+            num_steps = len(episode["rewards"])
+            infos = dict(_flattened(episode["infos"] or {}))
+            taken = [
+                name
+                for name, values in infos.items()
+                if name not in ALIASES and self._options.wants(name) and _is_per_step(values, num_steps)
+            ]
+            return taken, [f"infos/{name}" for name in infos if name not in taken]
+        return [], []
+
+    def _episodes(self, *, with_infos: bool | None = None) -> Iterator[dict[str, Any]]:
+        """Yields what Minari's storage yields; infos only where they are needed.
+
+        Raises:
+            ValueError: If the files are broken.
+        """
+        dataset = self._dataset
+        with_infos = bool(self._infos) if with_infos is None else with_infos
+        if not with_infos and _is_plain_hdf5(dataset):
+            episodes = _hdf5_episodes(dataset)
+        else:
+            episodes = iter(dataset.storage.get_episodes(dataset.episode_indices))
+        for number in dataset.episode_indices:
+            try:
+                episode = next(episodes)
+            except (ImportError, MemoryError):
+                raise
+            # Storage libraries report broken files by errors of every kind.
+            except Exception as err:
                 raise ValueError(
-                    f"Episode {id_!r} of {self.info.name!r} has {num_steps} rewards and {len(array)} observations; "
-                    "there must be one observation more than rewards."
+                    f"Episode {str(number)!r} of {self._name!r} cannot be read ({type(err).__name__}: {err}); its "
+                    f"files in {str(dataset.storage.data_path)!r} are damaged: delete the folder, then download or "
+                    "generate the data set again."
+                ) from err
+            yield episode
+
+    def _chunk(self, episode: dict[str, Any]) -> Chunk:
+        num_steps = len(episode["rewards"])
+        id_ = str(episode["id"])
+        infos = dict(_flattened(episode["infos"] or {})) if self._infos else {}
+        for name in self._infos:
+            if name not in infos or not _is_per_step(infos[name], num_steps):
+                raise ValueError(
+                    f"Episode {id_!r} of {self._name!r} has no `{name}` for every step among its infos, as the first "
+                    "episode has; leave the column out."
                 )
-        return EpisodeBlock(
-            ids=[id_],
-            lengths=np.array([num_steps]),
-            observations=_rows(episode.observations, slice(None, -1)),
-            next_observations=_rows(episode.observations, slice(1, None)),
-            actions=_rows(episode.actions, slice(None)),
-            rewards=np.asarray(episode.rewards),
-            terminateds=np.asarray(episode.terminations, dtype=bool),
-            truncateds=np.asarray(episode.truncations, dtype=bool),
-            where=lambda row: f"step {row} of {self.info.name!r}",
+        return Chunk(
+            id_=id_,
+            observations=tree.map_structure(np.asarray, episode["observations"]),
+            actions=tree.map_structure(np.asarray, episode["actions"]),
+            rewards=np.asarray(episode["rewards"]),
+            terminateds=np.asarray(episode["terminations"], dtype=bool),
+            truncateds=np.asarray(episode["truncations"], dtype=bool),
+            where=lambda step: f"step {step} of {self._name!r}",
+            extra_model_outputs={name: np.asarray(infos[name])[-num_steps:] for name in self._infos},
         )
 
 
-def _rows(values: Nested, rows: slice) -> Nested:
-    return tree.map_structure(lambda array: np.asarray(array)[rows], values)
+def _flattened(infos: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, values in infos.items():
+        if isinstance(values, dict):
+            yield from _flattened(values, f"{prefix}{name}/")
+        else:
+            yield prefix + name, values
+
+
+def _is_per_step(values: Any, num_steps: int) -> bool:
+    return (
+        isinstance(values, np.ndarray)
+        and values.dtype.kind in "fiub"
+        and values.ndim > 0
+        and len(values) in (num_steps, num_steps + 1)
+    )
+
+
+def _is_plain_hdf5(dataset: Any) -> bool:
+    """Whether episodes are stored as plain HDF5 arrays: no images, which Minari may encode, and no text."""
+    if dataset.storage.FORMAT != "hdf5":
+        return False
+
+    def is_plain(space: gym.Space[Any]) -> bool:
+        if isinstance(space, gym.spaces.Dict):
+            return all(map(is_plain, space.spaces.values()))
+        if isinstance(space, gym.spaces.Tuple):
+            return all(map(is_plain, space.spaces))
+        if isinstance(space, gym.spaces.Box):
+            return space.dtype != np.uint8
+        return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
+
+    return is_plain(dataset.observation_space) and is_plain(dataset.action_space)
+
+
+def _hdf5_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The same as Minari's `get_episodes`, four times as fast for many short episodes."""
+    import h5py
+
+    with h5py.File(Path(dataset.storage.data_path) / "main_data.hdf5", "r") as file:
+        for number in dataset.episode_indices:
+            group = h5py.h5g.open(file.id, b"episode_%d" % number)
+            yield {
+                "id": number,
+                "observations": _hdf5_values(h5py, group, b"observations", dataset.observation_space),
+                "actions": _hdf5_values(h5py, group, b"actions", dataset.action_space),
+                "infos": None,
+                **{
+                    name: _hdf5_array(h5py, group, name.encode()) for name in ("rewards", "terminations", "truncations")
+                },
+            }
+
+
+def _hdf5_values(h5py: Any, group: Any, name: bytes, space: gym.Space[Any]) -> Nested:
+    if isinstance(space, gym.spaces.Dict):
+        inner = h5py.h5g.open(group, name)
+        return {key: _hdf5_values(h5py, inner, key.encode(), part) for key, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        inner = h5py.h5g.open(group, name)
+        return tuple(_hdf5_values(h5py, inner, b"_index_%d" % i, part) for i, part in enumerate(space.spaces))
+    return _hdf5_array(h5py, group, name)
+
+
+def _hdf5_array(h5py: Any, group: Any, name: bytes) -> NDArray[Any]:
+    stored = h5py.h5d.open(group, name)
+    num_bytes = math.prod(stored.shape) * stored.dtype.itemsize
+    if num_bytes > max(_MAX_COMPRESSION * stored.get_storage_size(), 2**30):
+        raise ValueError(f"`{name.decode()}` claims {num_bytes} bytes and holds {stored.get_storage_size()}")
+    values = np.empty(stored.shape, stored.dtype)
+    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
 
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
@@ -89,9 +227,7 @@ def _load(dataset_id: str) -> Any:
     try:
         import minari
     except ImportError as err:
-        raise ImportError(
-            'Reading Minari data needs the `minari` package: pip install "rllib-calql[examples]"'
-        ) from err
+        raise ImportError('Reading Minari data needs the `minari` package: pip install "rllib-calql[minari]"') from err
     try:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError as err:
@@ -99,4 +235,11 @@ def _load(dataset_id: str) -> Any:
         raise FileNotFoundError(
             f"There is no Minari dataset {dataset_id!r} on this machine.{close_matches(dataset_id, known)} "
             f"Datasets that the Minari project hosts are fetched with: minari download {dataset_id}"
+        ) from err
+    except ImportError:
+        raise
+    except Exception as err:
+        raise ValueError(
+            f"Dataset {dataset_id!r} cannot be opened ({type(err).__name__}: {err}); if its id is right, its files are "
+            "damaged: delete its folder, then download or generate it again."
         ) from err

@@ -1,0 +1,68 @@
+"""Names of the columns in files of rows: this package's (RLlib's), and what other projects call the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from ray.rllib.core.columns import Columns
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    Columns.OBS: ("observations", "observation"),
+    Columns.NEXT_OBS: ("next_observations", "next_observation", "next_obs"),
+    Columns.ACTIONS: ("action",),
+    Columns.REWARDS: ("reward",),
+    Columns.TERMINATEDS: ("terminals", "terminations", "terminated"),
+    Columns.TRUNCATEDS: ("timeouts", "truncations", "truncated"),
+    Columns.EPS_ID: ("episode_ids", "episode_id"),
+    Columns.T: (),
+}
+"""RLlib's name -> other names of the same column: those of D4RL, Gymnasium, Minari and LeRobot."""
+
+DONES_REMEDY = (
+    "`dones` does not tell terminations, which have no future, from time-outs, which have; split it into "
+    f"`{Columns.TERMINATEDS}` and `{Columns.TRUNCATEDS}`"
+)
+
+
+def find_columns(present: Collection[str], where: str) -> dict[str, str]:
+    """Maps RLlib's names to the names by which a file calls the columns it has.
+
+    Args:
+        present: Names in the file.
+        where: The file, for the message.
+
+    Raises:
+        ValueError: If one column occurs under two names.
+    """
+    found: dict[str, str] = {}
+    for canonical, others in ALIASES.items():
+        names = [name for name in (canonical, *others) if name in present]
+        if len(names) > 1:
+            raise ValueError(
+                f"{where} has the columns {', '.join(f'`{name}`' for name in names)}, which mean the same; keep one."
+            )
+        if names:
+            found[canonical] = names[0]
+    return found
+
+
+def require_columns(found: Collection[str], needed: Iterable[str], present: Collection[str], where: str) -> None:
+    """Refuses a file that lacks a column.
+
+    Args:
+        found: RLlib's names of the columns that were found.
+        needed: RLlib's names of the columns that must be there.
+        present: All names in the file.
+        where: The file, for the message.
+
+    Raises:
+        ValueError: Naming what is missing, what is there, and the remedy.
+    """
+    missing = [name for name in needed if name not in found]
+    if not missing:
+        return
+    remedy = DONES_REMEDY if "dones" in present else "rename the column, or add it"
+    raise ValueError(
+        f"{where} has no column {', '.join(f'`{name}`' for name in missing)}; "
+        f"its columns are {', '.join(f'`{name}`' for name in sorted(present))}; {remedy}."
+    )

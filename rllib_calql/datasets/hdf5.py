@@ -1,0 +1,150 @@
+"""Reads HDF5 files of flat columns, as D4RL writes them (`observations`, `actions`, `rewards`, `terminals`, ...)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.rllib.core.columns import Columns
+
+from rllib_calql.datasets.columns import ALIASES
+from rllib_calql.datasets.files import DataFile
+from rllib_calql.datasets.flat import FlatFile, FlatReader, reading
+from rllib_calql.datasets.flat_columns import ArrayHeader
+
+_NESTED_COLUMNS = frozenset(
+    name for column in (Columns.OBS, Columns.NEXT_OBS, Columns.ACTIONS) for name in (column, *ALIASES[column])
+)
+_MAX_DEPTH = 8
+_FORMAT = "HDF5"
+
+# Decompressed chunks per array that HDF5 keeps. Chunks are rarely aligned with the rows that are read at a time.
+_CHUNK_CACHE_BYTES = 8 * 2**20
+_MAX_CHUNK_CACHE_BYTES = 512 * 2**20
+_CHUNK_CACHE_SLOTS = 10_007
+
+
+class Hdf5Reader(FlatReader):
+    """Episodes from HDF5 files with the columns at the root or in one group.
+
+    Observations and actions may be groups of arrays, which become dicts, or tuples if their names are 0 to n-1. The
+    root's attributes `ref_min_score` and `ref_max_score` are the reference scores.
+    """
+
+    @contextmanager
+    def _open(self, file: DataFile) -> Iterator[FlatFile]:
+        try:
+            import h5py
+        except ImportError as err:
+            raise ImportError('Reading HDF5 files needs the `h5py` package: pip install "rllib-calql[hdf5]"') from err
+        source = file.local_path
+        opened: Any = None
+        try:
+            with reading(file, _FORMAT):
+                opened = file.open() if source is None else source
+                root = h5py.File(opened, "r")
+                cache_bytes = min(_bytes_of_chunk_rows(h5py, root), _MAX_CHUNK_CACHE_BYTES)
+                root.close()
+                root = h5py.File(
+                    opened,
+                    "r",
+                    rdcc_nbytes=max(cache_bytes, _CHUNK_CACHE_BYTES),
+                    rdcc_nslots=_CHUNK_CACHE_SLOTS,
+                )
+            with root:
+                yield _Hdf5File(file, root, h5py)
+        finally:
+            if source is None and opened is not None:
+                opened.close()
+
+
+class _Hdf5File(FlatFile):
+    def __init__(self, file: DataFile, root: Any, h5py: Any) -> None:
+        self._file = file
+        with reading(file, _FORMAT):
+            names = {name: list(root[name]) for name in root if isinstance(root.get(name), h5py.Group)}
+            group_names = [name for name, inner in names.items() if not _NESTED_COLUMNS.isdisjoint(inner)]
+            is_flat = not _NESTED_COLUMNS.isdisjoint(root)
+        _refuse_groups_of_episodes(file, names)
+        if not is_flat and len(group_names) > 1:
+            raise ValueError(
+                f"{str(file)!r} has columns in {len(group_names)} groups ({', '.join(sorted(group_names)[:5])}, ...); "
+                "store one data set per file, its columns at the root or in one group."
+            )
+        with reading(file, _FORMAT):
+            group = root if is_flat or not group_names else root[group_names[0]]
+            self.arrays = _arrays_of(h5py, group)
+            self._datasets: dict[str, Any] = {name: group[name] for name in self.arrays if not name.endswith("/*")}
+            self.reference_scores = _reference_scores(root.attrs)
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        with reading(self._file, _FORMAT):
+            rows = np.asarray(self._datasets[name][start:stop])
+            # Text of any length arrives as Python objects.
+            rows = rows.astype("S") if rows.dtype == object else rows
+            if len(rows) != stop - start:
+                raise EOFError(f"`{name}` ends after row {start + len(rows)}")
+            return rows.astype(rows.dtype.newbyteorder("="), copy=False)
+
+
+def _arrays_of(h5py: Any, group: Any, prefix: str = "") -> dict[str, ArrayHeader]:
+    """Shapes and types below a group; groups other than those of columns are named "group/*"."""
+    arrays: dict[str, ArrayHeader] = {}
+    for name in group:
+        entry = group.get(name)
+        path = prefix + name
+        if isinstance(entry, h5py.Dataset):
+            # Text of any length has no NumPy type of its own.
+            is_text = h5py.check_string_dtype(entry.dtype) is not None
+            arrays[path] = ArrayHeader(entry.shape or (), np.dtype("S") if is_text else entry.dtype)
+        elif isinstance(entry, h5py.Group):
+            is_column = bool(prefix) or name in _NESTED_COLUMNS
+            if is_column and path.count("/") < _MAX_DEPTH:
+                arrays.update(_arrays_of(h5py, entry, path + "/"))
+            else:
+                arrays[path + "/*"] = ArrayHeader((), np.dtype(object))
+    return arrays
+
+
+def _refuse_groups_of_episodes(file: DataFile, names: dict[str, list[str]]) -> None:
+    """Refuses the layouts of Minari and robomimic, which have one group per episode."""
+    if any(re.fullmatch(r"episode_\d+", name) for name in names):
+        raise ValueError(
+            f"{str(file)!r} has one group per episode, which is Minari's own layout; give Minari's id of the data "
+            "set as `input_`: `minari:<dataset id>`."
+        )
+    if any(re.fullmatch(r"demo_\d+", name) for name in (*names, *names.get("data", ()))):
+        raise ValueError(
+            f"{str(file)!r} has one group per demonstration, which is robomimic's layout; concatenate the "
+            "demonstrations into the columns `observations`, `actions`, `rewards`, `terminals` and `timeouts` (true in "
+            "each one's last row)."
+        )
+
+
+def _bytes_of_chunk_rows(h5py: Any, root: Any) -> int:
+    """Bytes of the chunks that a row of an array touches, for the array where these are most."""
+    most = 0
+
+    def visit(_: str, entry: Any) -> None:
+        nonlocal most
+        if isinstance(entry, h5py.Dataset) and entry.chunks:
+            across = (-(-size // chunk) * chunk for size, chunk in zip(entry.shape[1:], entry.chunks[1:], strict=True))
+            most = max(most, entry.chunks[0] * math.prod(across) * entry.dtype.itemsize)
+
+    root.visititems(visit)
+    return most
+
+
+def _reference_scores(attributes: Any) -> tuple[float, float] | None:
+    scores = []
+    for name in ("ref_min_score", "ref_max_score"):
+        value = np.asarray(attributes.get(name, np.nan))
+        if value.shape not in ((), (1,)) or value.dtype.kind not in "fiu" or not np.isfinite(value).all():
+            return None
+        scores.append(float(value.reshape(())))
+    return scores[0], scores[1]

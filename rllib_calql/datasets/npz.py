@@ -1,0 +1,125 @@
+"""Reads NumPy archives (`.npz`) of flat columns, OGBench's among them, without unpacking them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+from ray.rllib.core.columns import Columns
+
+from rllib_calql.datasets.columns import ALIASES
+from rllib_calql.datasets.files import DataFile
+from rllib_calql.datasets.flat import FlatFile, FlatReader, reading
+from rllib_calql.datasets.flat_columns import MASKS, ArrayHeader
+
+_FORMAT = "NumPy `.npz`"
+_SUFFIX = ".npy"
+
+
+class NpzReader(FlatReader):
+    """Episodes from archives that `numpy.savez` or `numpy.savez_compressed` wrote; nothing is ever unpickled.
+
+    The names of nested observations and actions are paths, such as "observations/camera".
+
+    In OGBench's archives `terminals` marks the last row of every trajectory, and `masks` is 0 where an episode
+    terminates: with `masks`, a row is terminated if that is 0, and truncated if `terminals` is 1 and it is not
+    terminated.
+    Source: Park et al. (2024), arXiv:2410.20092, and its code, `ogbench/utils.py` (`load_dataset`) and
+    `ogbench/relabel_utils.py` (`relabel_dataset`).
+    """
+
+    @contextmanager
+    def _open(self, file: DataFile) -> Iterator[FlatFile]:
+        with ExitStack() as stack:
+            with reading(file, _FORMAT):
+                source = stack.enter_context(file.open())
+                archive = stack.enter_context(zipfile.ZipFile(source))
+            yield _NpzFile(file, archive, stack)
+
+
+class _NpzFile(FlatFile):
+    def __init__(self, file: DataFile, archive: zipfile.ZipFile, stack: ExitStack) -> None:
+        self._file = file
+        self._archive = archive
+        self._stack = stack
+        self._streams: dict[str, Any] = {}
+        self._stored_by_columns: set[str] = set()
+        self.arrays = {}
+        for info in archive.infolist():
+            if info.filename.endswith(_SUFFIX):
+                with reading(file, _FORMAT), archive.open(info) as stream:
+                    header, is_by_columns = _read_header(stream, info)
+                name = info.filename[: -len(_SUFFIX)]
+                self.arrays[name] = header
+                if is_by_columns:
+                    self._stored_by_columns.add(name)
+        _refuse_ends_for_terminations(file, self.arrays)
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        if name in self._stored_by_columns:
+            raise ValueError(
+                f"`{name}` in {str(self._file)!r} is stored column by column, so its rows cannot be read one after "
+                "another; save `numpy.ascontiguousarray(...)` of it."
+            )
+        with reading(self._file, _FORMAT):
+            header = self.arrays[name]
+            if start == 0:
+                self._streams[name] = self._stack.enter_context(self._archive.open(name + _SUFFIX))
+                _read_header(self._streams[name], self._archive.getinfo(name + _SUFFIX))
+            row_shape = header.shape[1:]
+            num_bytes = (stop - start) * math.prod(row_shape) * header.dtype.itemsize
+            content = self._streams[name].read(num_bytes)
+            if len(content) != num_bytes:
+                raise EOFError(f"`{name}` ends before row {stop}")
+            if stop == header.shape[0]:
+                # The archive's checksum is compared once the end has been met.
+                self._streams[name].read(1)
+            rows = np.frombuffer(content, header.dtype).reshape(stop - start, *row_shape)
+            return rows.astype(header.dtype.newbyteorder("="), copy=False)
+
+
+def _read_header(stream: Any, info: zipfile.ZipInfo) -> tuple[ArrayHeader, bool]:
+    """Reads the header of an array and whether it is stored by columns; checks that its size is that of the content."""
+    version = npy_format.read_magic(stream)
+    read = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}.get(version)
+    if read is None:
+        # Version 3 differs in the names of fields, which columns of numbers have not.
+        return ArrayHeader((), np.dtype(object)), False
+    with warnings.catch_warnings():
+        # NumPy warns of archives from Python 2, which are read all the same.
+        warnings.simplefilter("ignore", UserWarning)
+        shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        return ArrayHeader(shape, np.dtype(object)), False
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if stream.tell() + num_bytes != info.file_size:
+        raise ValueError(
+            f"`{info.filename}` should hold {num_bytes} bytes of an array of shape {shape}, and holds "
+            f"{info.file_size - stream.tell()}"
+        )
+    return ArrayHeader(shape, dtype), bool(is_fortran and len(shape) > 1)
+
+
+def _refuse_ends_for_terminations(file: DataFile, arrays: dict[str, ArrayHeader]) -> None:
+    """Refuses OGBench's archives as they are downloaded: without rewards, and with ends in place of terminations."""
+    if {Columns.REWARDS, *ALIASES[Columns.REWARDS]}.isdisjoint(arrays):
+        raise ValueError(
+            f"{str(file)!r} has no column `{Columns.REWARDS}`; its columns are "
+            f"{', '.join(f'`{name}`' for name in sorted(arrays))}. OGBench's play data have no rewards until a task "
+            "relabels them: load the task's `-singletask` data set with `ogbench` and save its `rewards` and `masks` "
+            "too."
+        )
+    is_told = MASKS in arrays or not {Columns.TRUNCATEDS, *ALIASES[Columns.TRUNCATEDS]}.isdisjoint(arrays)
+    if {"qpos", "qvel"} <= set(arrays) and not is_told:
+        raise ValueError(
+            f"{str(file)!r} has the columns `qpos` and `qvel`, as OGBench's archives have, where `terminals` marks the "
+            "ends of trajectories and not terminations; add `masks` (0 where an episode terminates), or `timeouts` if "
+            "`terminals` are terminations."
+        )
