@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 
 import rllib_calql
+from rllib_calql.dataset_cli import dataset
 
 if TYPE_CHECKING:
     from rllib_calql.experiment import Experiment
@@ -46,14 +47,12 @@ def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
 
 
-@main.group()
-def train() -> None:
-    r"""Train algorithms.
+main.add_command(dataset)
 
-    \b
-    Example:
-      rllib train file tuned_examples/pointmaze_umaze.yaml
-    """
+
+@main.group(epilog="Example: rllib train file tuned_examples/pointmaze_umaze.yaml")
+def train() -> None:
+    """Train algorithms."""
 
 
 @train.command()
