@@ -41,7 +41,13 @@ from rllib_calql.offline_data import as_multi_agent_batch, with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
 from rllib_calql.returns import RewardSettings
-from rllib_calql.transitions import check_finite, flat_size, flatten_observations, transitions_from_episode
+from rllib_calql.transitions import (
+    check_finite,
+    flat_size,
+    flatten_observations,
+    observation_dtype,
+    transitions_from_episode,
+)
 
 _STATE = "calql"
 _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
@@ -122,6 +128,7 @@ class CalQL(CQL):
             online_capacity=config.online_capacity,
             seed=config.seed,
             track_tails=config.truncation == "bootstrap",
+            obs_dtype=observation_dtype(self._observation_space),
         )
         if self.offline_data is not None:
             self.offline_data.load(

@@ -1,37 +1,33 @@
-"""`CalQLConfig`: every setting of Cal-QL, its default's provenance, and the checks.
-
-"Authors" below means the authors' released code (nakamotoo/Cal-QL), "paper" Nakamoto et al. 2023, arXiv:2303.05479.
-"""
+"""`CalQLConfig`: what the settings mean for RLlib, and their checks."""
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.cql.cql import CQLConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
-from typing_extensions import Self
 
-from rllib_calql.config_checks import DEFAULT_MODEL_CONFIG, input_as_strings, validate_config
+from rllib_calql.config_checks import filesystem_of, validate_config
+from rllib_calql.datasets.episodes import ReadOptions
+from rllib_calql.settings import CalQLSettings
+from rllib_calql.table_cache import default_memory_limit
 from rllib_calql.transitions import is_flat
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
     from ray.rllib.core.learner.learner import Learner
+    from typing_extensions import Self
 
     from rllib_calql.algorithm import CalQL
 
-PathLike = str | os.PathLike[str]
-
 _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy worth collecting with yet.
+_RETURNS_TO_GO = "returns_to_go"
 
 
-class CalQLConfig(CQLConfig):
+class CalQLConfig(CalQLSettings):
     """Configures Cal-QL: offline pre-training with calibrated CQL, then online fine-tuning.
 
     Example:
@@ -51,52 +47,6 @@ class CalQLConfig(CQLConfig):
 
         super().__init__(algo_class=algo_class or CalQL)
 
-        # .training()
-        self.calibrate = True
-        self.reference_value = "returns_to_go"
-        self.min_q_weight = 5.0  # Paper, AntMaze; 1.0 for Adroit.
-        self.num_actions = 10  # Authors.
-        self.temperature = 1.0  # Authors.
-        self.importance_sampling = True  # Authors.
-        self.lagrangian = False
-        self.lagrangian_thresh = 0.8  # Paper, AntMaze.
-        self.max_target_backup = True  # Authors; RLlib's CQL has no such option.
-        self.deterministic_backup = True  # Authors (`backup_entropy=False`).
-        self.conservative_gap_clip: tuple[float, float] = (float("-inf"), float("inf"))
-        self.num_critics = 2
-        self.actor_lr = 1e-4  # Authors.
-        self.critic_lr = 3e-4  # Authors; RLlib's CQL 1e-3.
-        self.alpha_lr = 1e-4  # Authors: the policy's rate.
-        self.tau = 5e-3
-        self.target_update_period = 1
-        self.bc_updates = 0
-        self.precision = "fp32"
-        self.gamma = 0.99
-        self.grad_clip = None
-        self.train_batch_size_per_learner = 256
-
-        # .offline_data()
-        self.reward_scale = 1.0
-        self.reward_bias = 0.0
-        self.failure_reward: float | None = None
-        self.truncation = "none"  # Authors.
-        self.action_space_of_data = "environment"
-        self.normalize_observations = False  # Authors.
-
-        # .fine_tuning()
-        self.offline_updates: int | None = None
-        self.updates_per_iteration = 1_000
-        self.mixing_ratio: float | str = 0.5  # Authors.
-        self.updates_per_env_step: float = 1  # Authors' UTD ratio.
-        self.min_q_weight_online: float | None = None
-        self.conservative_online = True
-        self.calibrate_online = True  # Authors; CORL switches it off.
-        self.warmup_env_steps: int | None = None
-        self.online_capacity = 1_000_000
-
-        # .rl_module()
-        self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
-
         # RLlib's settings whose inherited defaults do not fit; the first group is refused if set, see config_checks.py.
         self.lr = None
         self.bc_iters = None
@@ -114,130 +64,6 @@ class CalQLConfig(CQLConfig):
         self.delay_between_env_runner_restarts_s = 1.0
         self.sample_timeout_s = 600.0  # A round is a whole episode; RLlib's 60 s would silently drop longer ones.
 
-    @override(CQLConfig)
-    def training(
-        self,
-        *,
-        calibrate: bool = NotProvided,
-        reference_value: Literal["returns_to_go"] = NotProvided,
-        min_q_weight: float = NotProvided,
-        num_actions: int = NotProvided,
-        temperature: float = NotProvided,
-        importance_sampling: bool = NotProvided,
-        lagrangian: bool = NotProvided,
-        lagrangian_thresh: float = NotProvided,
-        max_target_backup: bool = NotProvided,
-        deterministic_backup: bool = NotProvided,
-        conservative_gap_clip: Sequence[float] = NotProvided,
-        num_critics: int = NotProvided,
-        actor_lr: Any = NotProvided,
-        critic_lr: Any = NotProvided,
-        alpha_lr: Any = NotProvided,
-        tau: float = NotProvided,
-        target_update_period: int = NotProvided,
-        bc_updates: int = NotProvided,
-        precision: Literal["fp32"] = NotProvided,
-        **kwargs: Any,
-    ) -> Self:
-        """Sets loss, critics, learning rates and targets.
-
-        Args:
-            calibrate: Whether the push-down of Q stops at the reference value. False is CQL(H).
-            reference_value: What Q is bounded by: "returns_to_go", the Monte-Carlo return of the data's policy.
-            min_q_weight: Weight w of the conservative term, at least 0.
-            num_actions: Actions drawn per source (uniform, current, next) and state, N.
-            temperature: T of the soft maximum, positive.
-            importance_sampling: Whether each action's Q is divided by its proposal density.
-            lagrangian: Whether w is multiplied by a dual variable that holds the gap at `lagrangian_thresh`.
-            lagrangian_thresh: That gap, in units of Q.
-            max_target_backup: Whether the target takes the best of `num_actions` next actions.
-            deterministic_backup: Whether the target leaves out the entropy term.
-            conservative_gap_clip: Bounds of the gap of each transition.
-            num_critics: Size of the critic ensemble; targets and actor use its minimum.
-            actor_lr: Learning rate of the policy, or RLlib's schedule [[env_steps, value], ...].
-            critic_lr: Learning rate of critics and dual variable, or a schedule.
-            alpha_lr: Learning rate of the entropy temperature, or a schedule.
-            tau: Step of the target networks towards the critics, in (0, 1].
-            target_update_period: Gradient updates between two steps of the targets.
-            bc_updates: First gradient updates in which the actor clones the data's actions.
-            precision: "fp32".
-            **kwargs: RLlib's own settings (`gamma`, `train_batch_size_per_learner`, `grad_clip`, `initial_alpha`,
-                `target_entropy`, ...).
-
-        Returns:
-            This config.
-        """
-        super().training(**kwargs)
-        if isinstance(conservative_gap_clip, list):
-            conservative_gap_clip = tuple(conservative_gap_clip)
-        self._set_provided(
-            calibrate=calibrate,
-            reference_value=reference_value,
-            min_q_weight=min_q_weight,
-            num_actions=num_actions,
-            temperature=temperature,
-            importance_sampling=importance_sampling,
-            lagrangian=lagrangian,
-            lagrangian_thresh=lagrangian_thresh,
-            max_target_backup=max_target_backup,
-            deterministic_backup=deterministic_backup,
-            conservative_gap_clip=conservative_gap_clip,
-            num_critics=num_critics,
-            actor_lr=actor_lr,
-            critic_lr=critic_lr,
-            alpha_lr=alpha_lr,
-            tau=tau,
-            target_update_period=target_update_period,
-            bc_updates=bc_updates,
-            precision=precision,
-        )
-        return self
-
-    @override(CQLConfig)
-    def offline_data(
-        self,
-        *,
-        input_: PathLike | Sequence[PathLike] = NotProvided,
-        reward_scale: float = NotProvided,
-        reward_bias: float = NotProvided,
-        failure_reward: float | None = NotProvided,
-        truncation: Literal["none", "steady", "bootstrap"] = NotProvided,
-        action_space_of_data: Literal["environment", "module"] = NotProvided,
-        normalize_observations: bool = NotProvided,
-        **kwargs: Any,
-    ) -> Self:
-        """Sets where the data come from and how rewards and returns are computed.
-
-        Args:
-            input_: One or more of: "minari:<dataset id>", a Parquet file, a folder of Parquet rows or of what RLlib
-                recorded.
-            reward_scale: Factor on every reward, offline and online.
-            reward_bias: Added after scaling. Reported returns stay in the environment's units.
-            failure_reward: In a sparse-reward task, the reward (environment units) of every step of a failed episode;
-                such an episode counts as failing for ever.
-            truncation: What follows the last step of an episode that was cut: nothing ("none"), its last reward for
-                ever ("steady"), or the learner's value estimate of the last observation ("bootstrap").
-            action_space_of_data: Whether actions in data without metadata are in the environment's units or in the
-                module's [-1, 1].
-            normalize_observations: Whether observations are normalised by the offline data's mean and deviation.
-            **kwargs: RLlib's own settings.
-
-        Returns:
-            This config.
-        """
-        if input_ is not NotProvided:
-            kwargs["input_"] = input_as_strings(input_)
-        super().offline_data(**kwargs)
-        self._set_provided(
-            reward_scale=reward_scale,
-            reward_bias=reward_bias,
-            failure_reward=failure_reward,
-            truncation=truncation,
-            action_space_of_data=action_space_of_data,
-            normalize_observations=normalize_observations,
-        )
-        return self
-
     @override(AlgorithmConfig)
     def callbacks(self, callbacks_class: Any = NotProvided, **kwargs: Any) -> Self:
         """Sets callbacks, RLlib's signature. The package's own one, which logs the success rate, stays in place."""
@@ -249,78 +75,35 @@ class CalQLConfig(CQLConfig):
         super().callbacks(callbacks_class, **kwargs)
         return self
 
-    def fine_tuning(
-        self,
-        *,
-        offline_updates: int = NotProvided,
-        updates_per_iteration: int = NotProvided,
-        mixing_ratio: float | Literal["proportional"] = NotProvided,
-        updates_per_env_step: float = NotProvided,
-        min_q_weight_online: float | None = NotProvided,
-        conservative_online: bool = NotProvided,
-        calibrate_online: bool = NotProvided,
-        warmup_env_steps: int | None = NotProvided,
-        online_capacity: int = NotProvided,
-    ) -> Self:
-        """Sets the two phases and the switch between them.
-
-        Args:
-            offline_updates: Gradient updates before the switch. Required with offline data; 0 starts online at once.
-            updates_per_iteration: Gradient updates of one `train()` call in the offline phase.
-            mixing_ratio: Share of offline rows in every online batch, exactly `round(B * mixing_ratio)` rows, or
-                "proportional" to the two amounts of data.
-            updates_per_env_step: Gradient updates per env step collected, the update-to-data ratio.
-            min_q_weight_online: `min_q_weight` after the switch; None keeps the offline one.
-            conservative_online: Whether the conservative term stays on after the switch. False is SAC.
-            calibrate_online: Whether calibration stays on after the switch.
-            warmup_env_steps: Env steps collected after the switch before the first online update: by the pre-trained
-                policy, or by random actions if there was no pre-training. None: 0 with offline data, 1,000 without.
-            online_capacity: Transitions of online data kept; the oldest give way.
-
-        Returns:
-            This config.
-        """
-        self._set_provided(
-            offline_updates=offline_updates,
-            updates_per_iteration=updates_per_iteration,
-            mixing_ratio=mixing_ratio,
-            updates_per_env_step=updates_per_env_step,
-            min_q_weight_online=min_q_weight_online,
-            conservative_online=conservative_online,
-            calibrate_online=calibrate_online,
-            warmup_env_steps=warmup_env_steps,
-            online_capacity=online_capacity,
-        )
-        return self
-
-    @override(AlgorithmConfig)
-    def rl_module(self, *, model_config: Any = NotProvided, **kwargs: Any) -> Self:
-        """Sets the networks.
-
-        Args:
-            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`;
-                the others keep their defaults.
-            **kwargs: RLlib's own settings.
-
-        Returns:
-            This config.
-        """
-        if model_config is not NotProvided and isinstance(model_config, dict):
-            model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG | model_config)
-        super().rl_module(model_config=model_config, **kwargs)
-        return self
-
-    def _set_provided(self, **settings: Any) -> None:
-        for name, value in settings.items():
-            if value is not NotProvided:
-                setattr(self, name, value)
-
     # --- What the settings mean for the other parts ------------------------------------------------------------------
 
     @property
     def num_offline_updates(self) -> int:
         """Gradient updates of the offline phase; 0 without offline data."""
         return (self.offline_updates or 0) if self.is_offline else 0
+
+    @property
+    def reference_column(self) -> str | None:
+        """Column of the offline data that holds the reference value; None if returns-to-go are computed."""
+        is_computed = self.reference_value == _RETURNS_TO_GO and not self.use_recorded_returns
+        return None if is_computed else self.reference_value
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What the readers of `input_` are told."""
+        return ReadOptions(
+            unfinished_episodes=self.unfinished_episodes,  # type: ignore[arg-type]
+            missing_final_observation=self.missing_final_observation,  # type: ignore[arg-type]
+            max_episode_steps=self.max_episode_steps_in_data,
+            observation_jump=self.observation_jump_tolerance,
+            columns=frozenset([self.reference_column] if self.reference_column else []),
+            filesystem=filesystem_of(self.input_filesystem, self.input_filesystem_kwargs),
+        )
+
+    @property
+    def memory_limit_of_store(self) -> int:
+        """Bytes of memory for offline transitions."""
+        return default_memory_limit() if self.store_memory_limit is None else self.store_memory_limit
 
     @property
     def num_warmup_env_steps(self) -> int:
@@ -344,6 +127,11 @@ class CalQLConfig(CQLConfig):
         return self.min_q_weight
 
     # --- RLlib's hooks -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether there are offline data. RLlib takes strings only for such."""
+        return bool(self.input_) and self.input_ != "sampler"
 
     @property
     def is_online(self) -> bool:

@@ -63,8 +63,6 @@ UNUSED_SETTINGS: dict[str, str] = {
     "input_read_episodes": f"{_READ_BY_US}, which tell episodes from rows by themselves",
     "input_read_sample_batches": _READ_BY_US,
     "input_read_batch_size": _READ_BY_US,
-    "input_filesystem": _READ_BY_US,
-    "input_filesystem_kwargs": _READ_BY_US,
     "input_compress_columns": f"{_READ_BY_US}, which find compressed columns by themselves",
     "materialize_data": _READ_BY_US,
     "materialize_mapped_data": _READ_BY_US,
@@ -102,6 +100,7 @@ _BOOLEANS = (
     "normalize_observations",
     "conservative_online",
     "calibrate_online",
+    "use_recorded_returns",
 )
 
 
@@ -117,6 +116,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         parent_validate()
     _check_ranges(config)
     _check_choices(config)
+    _check_data(config)
     _check_model_config(config)
     _check_phases(config)
 
@@ -166,17 +166,69 @@ def check_action_space(space: gym.Space[Any], name: str) -> None:
         raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
 
 
-def input_as_strings(input_: Any) -> str | list[str]:
-    """Returns `input_` without `pathlib.Path`, which RLlib would silently take for no input.
+def checked_input(input_: Any) -> Any:
+    """Returns `input_` as strings, or as objects that survive copies of the config.
+
+    RLlib would silently take a `pathlib.Path` for no input, and copy a list of episodes with every copy of the config.
 
     Raises:
-        TypeError: If it is neither a string, a path, nor a list or tuple of them.
+        TypeError: If it is none of the things that can be read.
     """
-    if isinstance(input_, (str, os.PathLike)):
-        return os.fspath(input_)
-    if not isinstance(input_, (list, tuple)) or not all(isinstance(item, (str, os.PathLike)) for item in input_):
-        raise TypeError(f"`input_` must be a string, a path or a non-empty list of them, got {input_!r}.")
-    return [os.fspath(item) for item in input_]
+    if isinstance(input_, (list, tuple)) and not _is_list_of_episodes(input_):
+        parts = [_checked_part(part) for part in input_]
+        if parts and None not in parts:
+            return parts
+    elif (part := _checked_part(input_)) is not None:
+        return part
+    raise TypeError(
+        "`input_` must be a string, a path, a `ray.data.Dataset`, a list of `SingleAgentEpisode`, or a non-empty list "
+        f"of these, got {input_!r}."
+    )
+
+
+def _checked_part(part: Any) -> Any:
+    """One input as it is kept in a config; None if it is none."""
+    if isinstance(part, (str, os.PathLike)):
+        return os.fspath(part)
+    from rllib_calql.datasets.in_memory import InMemoryDataset, InMemoryEpisodes
+
+    if isinstance(part, (InMemoryDataset, InMemoryEpisodes)):
+        return part
+    if _is_list_of_episodes(part):
+        return InMemoryEpisodes(part)
+    # Told by name, because importing Ray Data takes seconds that most configs need not wait for.
+    if any(base.__module__.startswith("ray.data.") and base.__name__ == "Dataset" for base in type(part).__mro__):
+        return InMemoryDataset(part)
+    return None
+
+
+def _is_list_of_episodes(part: Any) -> bool:
+    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+    return isinstance(part, (list, tuple)) and bool(part) and isinstance(part[0], SingleAgentEpisode)
+
+
+def filesystem_of(setting: Any, kwargs: dict[str, Any]) -> Any:
+    """The PyArrow file system that `input_filesystem` and `input_filesystem_kwargs` describe, or None.
+
+    Raises:
+        ValueError: If it is neither a file system nor the name of one.
+    """
+    if setting is None:
+        return None
+    from pyarrow import fs
+
+    if isinstance(setting, fs.FileSystem):
+        return setting
+    by_name = {"s3": "S3FileSystem", "gcs": "GcsFileSystem", "abs": "AzureFileSystem"}
+    if isinstance(setting, str) and hasattr(fs, by_name.get(setting, "")):
+        return getattr(fs, by_name[setting])(**kwargs)
+    if hasattr(setting, "protocol") and hasattr(setting, "open"):
+        return fs.PyFileSystem(fs.FSSpecHandler(setting))
+    raise ValueError(
+        f'`input_filesystem` must be a `pyarrow.fs.FileSystem`, an fsspec file system, "s3", "gcs" or "abs", got '
+        f"{setting!r}."
+    )
 
 
 @contextmanager
@@ -269,9 +321,19 @@ def _check_ranges(config: CalQLConfig) -> None:
 def _check_choices(config: CalQLConfig) -> None:
     from rllib_calql.returns import TRUNCATION_RULES
 
-    if config.reference_value != "returns_to_go":
+    if not isinstance(config.reference_value, str) or not config.reference_value:
         raise ValueError(
-            f'`reference_value` must be "returns_to_go", got {config.reference_value!r}, which is not yet available.'
+            '`reference_value` must be "returns_to_go" or the name of a column of the offline data, got '
+            f"{config.reference_value!r}."
+        )
+    if config.reference_value != "returns_to_go" and config.use_recorded_returns:
+        raise ValueError(
+            f"`use_recorded_returns` is True and `reference_value` is {config.reference_value!r}; use one of them."
+        )
+    if config.reference_column is not None and not config.is_offline:
+        raise ValueError(
+            "`reference_value` and `use_recorded_returns` name columns of offline data, and there are none; set "
+            "`input_` or drop them."
         )
     if config.precision != "fp32":
         raise ValueError(f'`precision` must be "fp32", got {config.precision!r}, which is not yet available.')
@@ -296,6 +358,27 @@ def _check_choices(config: CalQLConfig) -> None:
         raise ValueError(
             "`lagrangian_thresh` is set but `lagrangian` is False; set `lagrangian=True` or drop the threshold."
         )
+
+
+def _check_data(config: CalQLConfig) -> None:
+    for name, allowed in (
+        ("unfinished_episodes", ("error", "truncate", "drop")),
+        ("missing_final_observation", ("drop_step", "repeat")),
+    ):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(config, name)!r}.")
+    for name in ("max_episode_steps_in_data", "store_memory_limit"):
+        value = getattr(config, name)
+        if value is not None and not _is_integer(value, 1):
+            raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
+    tolerance = config.observation_jump_tolerance
+    if not (_is_real(tolerance) and 0 <= tolerance < math.inf):
+        raise ValueError(f"`observation_jump_tolerance` must be a number of at least 0, got {tolerance!r}.")
+    if config.cache_dir is not None and not (isinstance(config.cache_dir, str) and config.cache_dir):
+        raise ValueError(f"`cache_dir` must be None or the path of a folder, got {config.cache_dir!r}.")
+    if config.input_filesystem is None and config.input_filesystem_kwargs:
+        raise ValueError("`input_filesystem_kwargs` is set but `input_filesystem` is not; set it or drop them.")
+    filesystem_of(config.input_filesystem, config.input_filesystem_kwargs)
 
 
 def _check_model_config(config: CalQLConfig) -> None:

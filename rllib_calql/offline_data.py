@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.offline.offline_data import OfflineData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
@@ -17,15 +17,13 @@ from rllib_calql.config import CalQLConfig
 from rllib_calql.config_checks import check_action_space
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
+from rllib_calql.datasets.episodes import REPEATED
+from rllib_calql.datasets.report import DatasetReport
+from rllib_calql.ingestion import Conversion
+from rllib_calql.loading import StorageSettings, load_table
 from rllib_calql.replay import TransitionStore
-from rllib_calql.transitions import (
-    check_module_actions,
-    flat_size,
-    flatten_observations,
-    is_flat,
-    to_module_actions,
-    transitions_from_episode,
-)
+from rllib_calql.table_cache import default_cache_dir
+from rllib_calql.transitions import flat_size, is_flat
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,8 @@ class CalQLOfflineData(OfflineData):
         self.module_spec: Any = None
         self.spaces: dict[str, Any] | None = None
         self.store: TransitionStore | None = None
-        self.readers: list[EpisodeReader] = open_input(config.input_)
+        self.report: DatasetReport | None = None  # What the data hold; made by `load`.
+        self.readers: list[EpisodeReader] = open_input(config.input_, config.read_options)
 
     @property
     def observation_space(self) -> gym.Space[Any] | None:
@@ -77,60 +76,68 @@ class CalQLOfflineData(OfflineData):
         observation_space: gym.Space[Any],
         action_space: gym.spaces.Box,
     ) -> None:
-        """Reads everything into `store`.
+        """Reads everything into `store`, and makes the `report`.
 
         Args:
-            store: Receives the offline rows.
-            connector: Attaches returns.
+            store: Receives the offline table.
+            connector: Computes returns.
             observation_space: The environment's (or configured) observation space, before flattening.
             action_space: The environment's (or configured) action space.
 
         Raises:
-            ValueError: If the data's spaces differ, an action is out of bounds, or there is nothing to read.
+            ValueError: If the data's spaces differ, an action is out of bounds, or there is nothing to learn from.
+            OSError: If the data cannot be read, or do not fit into the cache.
         """
         check_action_space(action_space, "The action space")
         for reader in self.readers:
             _check_spaces(reader.info, observation_space, action_space)
-        known = [reader.info.num_transitions for reader in self.readers]
-        if all(count is not None for count in known):
-            store.reserve_offline(sum(count or 0 for count in known))
-        for reader in self.readers:
-            for episode in reader:
-                connector(batch={}, episodes=[episode])
-                store.add_offline(self._rows(reader.info, episode, observation_space, action_space, connector))
-        if store.num_offline == 0:
-            raise ValueError(f"`input_` {self.config.input_!r} holds no transition.")
-        self.store = store
-        logger.info("Loaded %d offline transitions from %s.", store.num_offline, self.config.input_)
-
-    def _rows(
-        self,
-        info: DatasetInfo,
-        episode: SingleAgentEpisode,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        connector: AddReturnsToGo,
-    ) -> dict[str, Any]:
-        where = f"Dataset {info.name!r}, episode {episode.id_}"
-        try:
-            observations = flatten_observations(observation_space, episode.get_observations())
-        except (ValueError, TypeError, IndexError, KeyError) as err:
-            raise ValueError(
-                f"{where}: observations do not fit the observation space {observation_space}: {err}"
-            ) from err
-        _check_size(where, "observations", observations.shape[1], flat_size(observation_space))
-        actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
-        _check_size(where, "actions", actions.shape[1], flat_size(action_space))
-        if info.actions == "module":
-            # RLlib clips what a policy without bounds proposes only on the way to the environment, after recording.
-            actions = np.clip(actions, -1.0, 1.0)
-        elif self.config.action_space_of_data == "module":
-            actions = check_module_actions(actions, where)
-        else:
-            actions = to_module_actions(actions, action_space, where)
-        return transitions_from_episode(
-            episode, observations=observations, actions=actions, settings=connector.settings
+        conversion = Conversion(
+            observation_space=observation_space,
+            action_space=action_space,
+            connector=connector,
+            actions_without_metadata=self.config.action_space_of_data,
+            reference_column=self.config.reference_column,
+            obs_dtype=store.obs_dtype,
         )
+        loaded = load_table(
+            self.readers,
+            conversion.columns,
+            StorageSettings(
+                memory_limit=self.config.memory_limit_of_store,
+                cache_dir=Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_cache_dir(),
+                gamma=connector.settings.gamma,
+                key_parts=[conversion.key_parts, self.config.read_options.key_parts],
+            ),
+            action_dim=flat_size(action_space),
+            failure_reward=self.config.failure_reward,
+        )
+        if loaded is None:
+            raise ValueError(f"`input_` {self.config.input_!r} holds no transition.")
+        store.offline, self.report = loaded
+        self.store = store
+        self._check_report()
+
+    def _check_report(self) -> None:
+        """Says what was decided about the data, and refuses data that tell success from failure nowhere."""
+        report = self.report
+        assert report is not None
+        names = ", ".join(report.names)
+        logger.info("Offline data:\n%s", report)
+        for remark, count in report.remarks.items():
+            if remark == REPEATED and self.config.missing_final_observation != "repeat":
+                continue  # After terminations only, where nothing is bootstrapped from it; the report says it.
+            logger.warning("%s: %d %s.", names, count, remark)
+        if (
+            report.constant_reward is not None
+            and report.share_terminated == 0.0
+            and self.config.failure_reward is None
+            and self.config.reference_column is None
+        ):
+            raise ValueError(
+                f"Every reward in {names} is {report.constant_reward} and no episode terminates, so nothing "
+                f"tells success from failure; if all of them failed, set `failure_reward={report.constant_reward}`, "
+                "else relabel the rewards."
+            )
 
     @override(OfflineData)
     def sample(
@@ -184,14 +191,6 @@ def as_multi_agent_batch(columns: dict[str, Any]) -> MultiAgentBatch:
     from ray.rllib.core import DEFAULT_MODULE_ID
 
     return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(columns)}, len(next(iter(columns.values()))))
-
-
-def _check_size(where: str, what: str, size: int, expected: int) -> None:
-    if size != expected:
-        raise ValueError(
-            f"{where}: {what} have {size} numbers, the environment's have {expected}; use the environment the data "
-            "come from, or convert the data."
-        )
 
 
 def _check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:

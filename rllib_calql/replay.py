@@ -1,4 +1,4 @@
-"""`TransitionStore`: offline columns and an online ring, sampled uniformly at an exact ratio."""
+"""`TransitionStore`: an offline table and an online ring, sampled uniformly at an exact ratio."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.connectors import TAIL_DISCOUNT
+from rllib_calql.offline_table import OfflineTable
 
 IS_OFFLINE = "is_offline"  # 1.0 for offline rows: which part of a batch a row came from.
 
@@ -22,44 +23,39 @@ RowColumns = Mapping[str, Array]
 
 
 class _Table:
-    """Rows in columns of fixed type. A ring if `limit` is given, else it grows; rows of an episode are adjacent."""
+    """A ring of rows in columns of fixed type, which grows to its limit; rows of an episode are adjacent."""
 
-    def __init__(self, column_shapes: Mapping[str, tuple[int, ...]], limit: int | None = None) -> None:
+    def __init__(self, column_shapes: Mapping[str, tuple[int, ...]], *, limit: int, obs_dtype: np.dtype[Any]) -> None:
         self.limit = limit
         self.size = 0
         self.position = 0  # Next row to write.
+        dtypes = {Columns.OBS: obs_dtype, Columns.NEXT_OBS: obs_dtype, _LAST_ROW: np.dtype(np.int64)}
         self.columns: dict[str, Array] = {
-            name: np.empty((0, *shape), dtype=np.int64 if name == _LAST_ROW else np.float32)
-            for name, shape in column_shapes.items()
+            name: np.empty((0, *shape), dtype=dtypes.get(name, np.float32)) for name, shape in column_shapes.items()
         }
 
-    def reserve(self, num_rows: int) -> None:
-        """Makes room for `num_rows` rows in total. Untouched rows cost no memory until they are written."""
+    def _grow(self, num_rows: int) -> None:
         for name, column in self.columns.items():
-            if len(column) < num_rows:
-                grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
-                grown[: self.size] = column[: self.size]
-                self.columns[name] = grown
+            grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
+            grown[: self.size] = column[: self.size]
+            self.columns[name] = grown
 
     def append(self, rows: RowColumns) -> None:
         """Adds one episode's rows."""
         num_rows = len(rows[Columns.REWARDS])
-        if self.limit is not None and num_rows > self.limit:
+        if num_rows > self.limit:
             raise ValueError(
                 f"An episode of {num_rows} steps does not fit into `online_capacity` {self.limit}; raise the capacity."
             )
         capacity = len(self.columns[Columns.REWARDS])
         needed = self.size + num_rows
-        if needed > capacity and (self.limit is None or capacity < self.limit):
-            doubled = max(needed, 2 * capacity, _MIN_CAPACITY)
-            self.reserve(doubled if self.limit is None else min(doubled, self.limit))
+        if needed > capacity and capacity < self.limit:
+            self._grow(min(max(needed, 2 * capacity, _MIN_CAPACITY), self.limit))
             capacity = len(self.columns[Columns.REWARDS])
         where = (self.position + np.arange(num_rows)) % capacity
         for name, column in self.columns.items():
             column[where] = where[-1] if name == _LAST_ROW else rows[name]
-        self.position += num_rows
-        if self.limit is not None:
-            self.position %= self.limit
+        self.position = (self.position + num_rows) % self.limit
         self.size = min(self.size + num_rows, capacity)
 
     def get_state(self) -> dict[str, Any]:
@@ -84,7 +80,7 @@ class _Table:
 
 
 class TransitionStore:
-    """Transitions with their reference values, offline and online.
+    """Transitions with their reference values: an offline table and an online ring.
 
     Both parts are sampled uniformly with replacement. Every batch holds exactly the asked number of offline rows,
     never that number in expectation.
@@ -95,6 +91,7 @@ class TransitionStore:
         online_capacity: Rows of the online ring; the oldest give way.
         seed: Seed of the one random generator, or None for an unpredictable one.
         track_tails: Whether returns hold a value of the last observation that `refresh_returns` renews.
+        obs_dtype: Type of observations in the ring and in batches.
     """
 
     def __init__(
@@ -105,6 +102,7 @@ class TransitionStore:
         online_capacity: int,
         seed: int | None = None,
         track_tails: bool = False,
+        obs_dtype: npt.DTypeLike = np.float32,
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {
             Columns.OBS: (obs_dim,),
@@ -118,14 +116,14 @@ class TransitionStore:
         if track_tails:
             shapes |= {TAIL_DISCOUNT: (), _REWARD_SUM: (), _LAST_ROW: ()}
         self._track_tails = track_tails
-        self._offline = _Table(shapes)
-        self._online = _Table(shapes, limit=online_capacity)
+        self.offline: OfflineTable | None = None
+        self._online = _Table(shapes, limit=online_capacity, obs_dtype=np.dtype(obs_dtype))
         self._rng = np.random.default_rng(seed)
 
     @property
     def num_offline(self) -> int:
         """Offline rows held."""
-        return self._offline.size
+        return 0 if self.offline is None else len(self.offline)
 
     @property
     def num_online(self) -> int:
@@ -133,37 +131,29 @@ class TransitionStore:
         return self._online.size
 
     @property
+    def obs_dtype(self) -> np.dtype[Any]:
+        """Type of observations in batches."""
+        return self._online.columns[Columns.OBS].dtype
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of one sampled row."""
-        return sum(self._offline.columns[name][:0].dtype.itemsize * self._width(name) for name in self._batch_columns)
-
-    def _width(self, name: str) -> int:
-        return int(np.prod(self._offline.columns[name].shape[1:], dtype=np.int64))
-
-    def reserve_offline(self, num_rows: int) -> None:
-        """Allocates room for `num_rows` offline rows at once, where their number is known."""
-        self._offline.reserve(num_rows)
-
-    def add_offline(self, rows: RowColumns) -> None:
-        """Adds the rows of one whole offline episode, columns as in `transitions_from_episode`."""
-        self._offline.append(self._with_tail_columns(rows))
+        columns = (self._online.columns[name] for name in self._batch_columns)
+        return sum(c.dtype.itemsize * int(np.prod(c.shape[1:], dtype=np.int64)) for c in columns)
 
     def add_online(self, rows: RowColumns) -> None:
-        """Adds the rows of one whole online episode.
+        """Adds the rows of one whole online episode, columns as in `transitions_from_episode`.
 
         Raises:
             ValueError: If the episode is longer than the capacity.
         """
-        self._online.append(self._with_tail_columns(rows))
-
-    def _with_tail_columns(self, rows: RowColumns) -> RowColumns:
-        return {**rows, _REWARD_SUM: rows[Columns.RETURNS_TO_GO]} if self._track_tails else rows
+        self._online.append({**rows, _REWARD_SUM: rows[Columns.RETURNS_TO_GO]} if self._track_tails else rows)
 
     def offline_column(self, name: str) -> Array:
-        """Read-only view of an offline column, shape (num_offline, ...)."""
-        view = self._offline.columns[name][: self._offline.size]
-        view.flags.writeable = False
-        return view
+        """Copy of an offline column in memory, shape (num_offline, ...), read-only."""
+        if self.offline is None:
+            raise ValueError("The store holds no offline data.")
+        return self.offline.column(name)
 
     def online_column(self, name: str) -> Array:
         """Read-only view of an online column, shape (num_online, ...), in storage order."""
@@ -198,31 +188,49 @@ class TransitionStore:
             ValueError: If a part that is asked for is empty.
         """
         num_online_rows = batch_size - num_offline_rows
-        parts = [
-            (self._offline, "offline", 0, num_offline_rows),
-            (self._online, "online", num_offline_rows, num_online_rows),
-        ]
         batch = {
-            name: np.empty((num_batches, batch_size, *self._offline.columns[name].shape[1:]), dtype=np.float32)
-            for name in self._batch_columns
+            name: np.empty((num_batches, batch_size, *column.shape[1:]), dtype=column.dtype)
+            for name, column in self._online.columns.items()
+            if name in self._batch_columns
         }
-        for table, kind, start, num_rows in parts:
-            if num_rows == 0:
-                continue
-            if table.size == 0:
-                raise ValueError(f"A batch needs {num_rows} {kind} rows, but the store holds none.")
-            index = self._rng.integers(table.size, size=(num_batches, num_rows))
+        if num_offline_rows:
+            rows = self._draw("offline", self.num_offline, num_batches, num_offline_rows)
+            assert self.offline is not None
+            self._gather_offline(rows, {name: column[:, :num_offline_rows] for name, column in batch.items()})
+        if num_online_rows:
+            rows = self._draw("online", self.num_online, num_batches, num_online_rows)
             for name, column in batch.items():
-                column[:, start : start + num_rows] = table.columns[name][index]
+                column[:, num_offline_rows:] = self._online.columns[name][rows]
         is_offline = np.zeros((num_batches, batch_size), dtype=np.float32)
         is_offline[:, :num_offline_rows] = 1.0
         batch[IS_OFFLINE] = is_offline
         return {name: column.reshape(num_batches * batch_size, *column.shape[2:]) for name, column in batch.items()}
 
+    def _draw(self, kind: str, size: int, num_batches: int, num_rows: int) -> npt.NDArray[np.int64]:
+        if size == 0:
+            raise ValueError(f"A batch needs {num_rows} {kind} rows, but the store holds none.")
+        return self._rng.integers(size, size=(num_batches, num_rows))
+
+    def _gather_offline(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
+        """Gathers all batches at once, straight into the batch where offline rows fill it."""
+        assert self.offline is not None
+        is_whole = all(column.flags.c_contiguous for column in out.values())
+        flat = {
+            name: column.reshape(rows.size, *column.shape[2:])
+            if is_whole
+            else np.empty((rows.size, *column.shape[2:]), column.dtype)
+            for name, column in out.items()
+        }
+        self.offline.gather(rows.reshape(-1), flat)
+        if not is_whole:
+            for name, column in out.items():
+                column[...] = flat[name].reshape(column.shape)
+
     def observation_statistics(self) -> tuple[Array, Array]:
         """Mean and standard deviation of the offline observations, in float64, each of shape (obs_dim,)."""
-        obs = self.offline_column(Columns.OBS)
-        return obs.mean(axis=0, dtype=np.float64), obs.std(axis=0, dtype=np.float64)
+        if self.offline is None:
+            raise ValueError("The store holds no offline data.")
+        return self.offline.observation_statistics()
 
     def refresh_returns(self, estimate_values: Callable[[Array], Array]) -> None:
         """Renews the value of the last observation in the returns of all episodes that were cut ("bootstrap").
@@ -230,15 +238,17 @@ class TransitionStore:
         Args:
             estimate_values: Maps observations (n, obs_dim) to values (n,).
         """
-        for table in (self._offline, self._online):
-            rows = np.flatnonzero(table.columns[TAIL_DISCOUNT][: table.size])
-            if len(rows) == 0:
-                continue
-            # The ring overwrites an episode from its start, so the last row outlives every row that points to it.
-            last_rows, episode_of_row = np.unique(table.columns[_LAST_ROW][rows], return_inverse=True)
-            values = estimate_values(table.columns[Columns.NEXT_OBS][last_rows])
-            tails = table.columns[TAIL_DISCOUNT][rows] * values[episode_of_row]
-            table.columns[Columns.RETURNS_TO_GO][rows] = table.columns[_REWARD_SUM][rows] + tails
+        if self.offline is not None:
+            self.offline.refresh_tails(estimate_values)
+        table = self._online
+        rows = np.flatnonzero(table.columns[TAIL_DISCOUNT][: table.size])
+        if len(rows) == 0:
+            return
+        # The ring overwrites an episode from its start, so the last row outlives every row that points to it.
+        last_rows, episode_of_row = np.unique(table.columns[_LAST_ROW][rows], return_inverse=True)
+        values = estimate_values(table.columns[Columns.NEXT_OBS][last_rows])
+        tails = table.columns[TAIL_DISCOUNT][rows] * values[episode_of_row]
+        table.columns[Columns.RETURNS_TO_GO][rows] = table.columns[_REWARD_SUM][rows] + tails
 
     def get_state(self) -> dict[str, Any]:
         """Online data and random state. Offline data are read again from their source at restore."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -29,7 +30,13 @@ def flat_size(space: gym.Space[Any]) -> int:
     return gym.spaces.utils.flatdim(space)
 
 
-def flatten_observations(space: gym.Space[Any], observations: Any) -> Array:
+def observation_dtype(space: gym.Space[Any]) -> np.dtype[Any]:
+    """Type of observations in the online store and in batches: small integers, such as images, stay what they are."""
+    dtype = np.dtype(space.dtype) if isinstance(space, gym.spaces.Box) else np.dtype(np.float32)
+    return dtype if dtype.kind in "iu" and dtype.itemsize <= 2 else np.dtype(np.float32)
+
+
+def flatten_observations(space: gym.Space[Any], observations: Any, *, keep_dtype: bool = False) -> Array:
     """Flattens a batch of observations as RLlib's `FlattenObservations` does on env runners.
 
     Dict keys are taken in sorted order, Discrete parts become one-hot, everything becomes float32.
@@ -37,17 +44,21 @@ def flatten_observations(space: gym.Space[Any], observations: Any) -> Array:
     Args:
         space: Space of one observation. Data that are flat already, of the flattened size, pass.
         observations: Arrays of shape (T, ...) in the structure of `space`.
+        keep_dtype: Whether parts that are arrays of one type are left in that type, to be converted when they are
+            sampled: images stay uint8.
 
     Returns:
-        Shape (T, flat_size(space)), float32.
+        Shape (T, flat_size(space)), float32 unless the type is kept.
     """
     is_integer = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
     is_array = isinstance(observations, np.ndarray) and observations.ndim == 2
     if is_array and not is_integer and observations.shape[1] == flat_size(space):
-        return np.asarray(observations, dtype=np.float32)
+        return observations if keep_dtype else np.asarray(observations, dtype=np.float32)
     leaves = tree.flatten_up_to(_structure(space), observations)
     parts = [_flatten_leaf(leaf, np.asarray(part)) for leaf, part in zip(_leaf_spaces(space), leaves, strict=True)]
-    return np.concatenate(parts, axis=1, dtype=np.float32)
+    dtypes = {part.dtype for part in parts}
+    dtype = dtypes.pop() if keep_dtype and len(dtypes) == 1 else np.dtype(np.float32)
+    return parts[0].astype(dtype, copy=False) if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=dtype)
 
 
 def _structure(space: gym.Space[Any]) -> Any:
@@ -78,16 +89,16 @@ def _flatten_leaf(space: gym.Space[Any], values: Array) -> Array:
         columns = values.reshape(len(values), -1).astype(np.int64)
         sizes = np.asarray(space.nvec).reshape(-1)
         return np.concatenate([np.eye(n, dtype=np.float32)[columns[:, i]] for i, n in enumerate(sizes)], axis=1)
-    return values.reshape(len(values), -1).astype(np.float32)
+    return values.reshape(len(values), -1)
 
 
-def to_module_actions(actions: Array, space: gym.spaces.Box, where: str) -> Array:
+def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[int], str]) -> Array:
     """Maps actions within the bounds of `space` to [-1, 1], the inverse of RLlib's unsquashing.
 
     Args:
         actions: Environment actions, shape (T, A).
         space: Bounded Box.
-        where: What is named if an action stands outside.
+        where: Says where a row was read, if its action stands outside.
 
     Returns:
         Module actions, shape (T, A).
@@ -100,7 +111,7 @@ def to_module_actions(actions: Array, space: gym.spaces.Box, where: str) -> Arra
     return _checked(scaled, actions, f"the bounds of {space}", where)
 
 
-def check_module_actions(actions: Array, where: str) -> Array:
+def check_module_actions(actions: Array, where: Callable[[int], str]) -> Array:
     """Checks that actions lie in [-1, 1], shape (T, A), and returns them.
 
     Raises:
@@ -109,16 +120,21 @@ def check_module_actions(actions: Array, where: str) -> Array:
     return _checked(actions.astype(np.float64), actions, "[-1, 1], the range of module actions", where)
 
 
-def _checked(scaled: Array, actions: Array, allowed: str, where: str) -> Array:
+def _checked(scaled: Array, actions: Array, allowed: str, where: Callable[[int], str]) -> Array:
     # Negated, because NaN compares false with everything.
     outside = np.flatnonzero(~(np.abs(scaled) <= 1.0 + _BOUND_TOLERANCE).all(axis=1))
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"{where}, row {row}: action {actions[row].tolist()} is outside {allowed}; clip the recorded actions, or "
+            f"{where(row)}: action {actions[row].tolist()} is outside {allowed}; clip the recorded actions, or "
             "set `action_space_of_data` to what they are."
         )
     return scaled
+
+
+def clipped_actions(actions: Array) -> Array:
+    """Module actions within the bounds that the policy can produce, float32."""
+    return np.clip(actions, -DATA_ACTION_LIMIT, DATA_ACTION_LIMIT).astype(np.float32)
 
 
 def transitions_from_episode(
@@ -141,7 +157,7 @@ def transitions_from_episode(
     rows = {
         Columns.OBS: observations[:-1],
         Columns.NEXT_OBS: observations[1:],
-        Columns.ACTIONS: np.clip(actions, -DATA_ACTION_LIMIT, DATA_ACTION_LIMIT),
+        Columns.ACTIONS: clipped_actions(actions),
         Columns.REWARDS: rewards,
         Columns.TERMINATEDS: terminateds,
     }

@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import LocalFileSystem
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.callbacks import EpisodeOutcomeCallback
 from rllib_calql.config_checks import UNUSED_SETTINGS
+from rllib_calql.datasets import InMemoryEpisodes
 
 INF = float("inf")
 NAN = float("nan")
@@ -60,6 +63,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "truncation": "none",
         "action_space_of_data": "environment",
         "normalize_observations": False,
+        "use_recorded_returns": False,
+        "unfinished_episodes": "error",
+        "missing_final_observation": "drop_step",
+        "max_episode_steps_in_data": None,
+        "observation_jump_tolerance": 1e-6,
+        "store_memory_limit": None,
+        "cache_dir": None,
     },
     "fine_tuning": {
         "offline_updates": None,
@@ -106,6 +116,14 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "truncation": "steady",
         "action_space_of_data": "module",
         "normalize_observations": True,
+        "use_recorded_returns": True,
+        "unfinished_episodes": "drop",
+        "missing_final_observation": "repeat",
+        "max_episode_steps_in_data": 1000,
+        "observation_jump_tolerance": 0.5,
+        "store_memory_limit": 10**9,
+        "cache_dir": "cache",
+        "input_filesystem": LocalFileSystem(),
     },
     "fine_tuning": {
         "offline_updates": 20_000,
@@ -170,8 +188,6 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "input_read_episodes": ("offline_data", True),
     "input_read_sample_batches": ("offline_data", True),
     "input_read_batch_size": ("offline_data", 8),
-    "input_filesystem": ("offline_data", "s3"),
-    "input_filesystem_kwargs": ("offline_data", {"region": "eu"}),
     "input_compress_columns": ("offline_data", ["actions"]),
     "materialize_data": ("offline_data", True),
     "materialize_mapped_data": ("offline_data", False),
@@ -262,7 +278,8 @@ def test_a_setting_arrives_through_its_method_and_is_accepted(method: str, name:
 
 
 def test_every_setting_of_the_design_is_tried() -> None:
-    not_yet_available = {("training", "reference_value"), ("training", "precision")}
+    # Of the reference value the other form excludes `use_recorded_returns`; it has a test of its own.
+    not_yet_available = {("training", "precision"), ("training", "reference_value")}
     tried = {(method, name) for method, name, _ in flat(OTHER_VALUES)}
     assert {(method, name) for method, name, _ in flat(DEFAULTS)} - not_yet_available <= tried
 
@@ -513,7 +530,15 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
         ((1.0, 1.0), (2.0, -2.0), (0.0,), (0.0, 1.0, 2.0), (NAN, 1.0), ("a", "b"), 3.0, None),
         r"must be a pair \(low, high\) with low < high",
     ),
-    ("training.reference_value", ("quantile", None), 'must be "returns_to_go".*not yet available'),
+    ("training.reference_value", ("", None, 3), 'must be "returns_to_go" or the name of a column'),
+    ("offline_data.use_recorded_returns", ("yes", None, 1), "must be True or False"),
+    ("offline_data.unfinished_episodes", ("keep", None), r"must be one of \('error', 'truncate', 'drop'\)"),
+    ("offline_data.missing_final_observation", ("drop", None), r"must be one of \('drop_step', 'repeat'\)"),
+    ("offline_data.max_episode_steps_in_data", (0, -1, 2.5, "9", True), "must be None or a positive integer"),
+    ("offline_data.store_memory_limit", (0, -1, 2.5, "1GB", True), "must be None or a positive integer"),
+    ("offline_data.observation_jump_tolerance", (-1.0, NAN, INF, "0", None, True), "must be a number of at least 0"),
+    ("offline_data.cache_dir", ("",), "must be None or the path of a folder"),
+    ("offline_data.input_filesystem", ("ftp", 3), "must be a `pyarrow.fs.FileSystem`, an fsspec file system"),
     ("training.precision", ("bf16", 32), 'must be "fp32".*not yet available'),
     ("offline_data.truncation", ("time-out", None, False), r"must be one of \('none', 'steady', 'bootstrap'\)"),
     ("offline_data.action_space_of_data", ("env", None), 'must be "environment" or "module"'),
@@ -566,11 +591,54 @@ def test_a_wrong_network_setting_is_refused(networks: dict[str, Any], message: s
 
 @pytest.mark.parametrize("input_", [3, [3], [None], {"pendulum": 1.0}, None], ids=repr)
 def test_an_input_that_is_no_path_is_refused_by_name(input_: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"`input_` must be a string, a path or a non-empty list"):
+    with pytest.raises((TypeError, ValueError), match=r"`input_` must be a string, a path, a `ray\.data\.Dataset`, a"):
         CalQLConfig().offline_data(input_=input_).fine_tuning(offline_updates=1).validate()
 
 
+def test_an_input_that_is_data_is_held_and_not_copied_with_the_config() -> None:
+    episode = SingleAgentEpisode(observations=[0, 1], actions=[0], rewards=[1.0], len_lookback_buffer=0)
+    for input_ in ([episode], ["rows.parquet", [episode]]):
+        config = CalQLConfig().offline_data(input_=input_).fine_tuning(offline_updates=1)
+        assert config.is_offline
+        held = config.input_ if isinstance(config.input_, InMemoryEpisodes) else config.input_[1]
+        assert held.episodes[0] is episode
+        copied = config.copy().input_
+        assert (copied if isinstance(copied, InMemoryEpisodes) else copied[1]) is held
+
+
+def test_a_cache_folder_may_be_a_path() -> None:
+    assert CalQLConfig().offline_data(cache_dir=Path("some/folder")).cache_dir == "some/folder"
+
+
 # --- What must fit together -------------------------------------------------------------------------------------------
+
+
+def test_the_reference_column_is_named_or_none() -> None:
+    config = complete_config()
+    assert (config.reference_column, config.read_options.columns) == (None, frozenset())
+    config.training(reference_value="value").validate()
+    assert (config.reference_column, config.read_options.columns) == ("value", frozenset({"value"}))
+    recorded = complete_config().offline_data(use_recorded_returns=True)
+    recorded.validate()
+    assert recorded.reference_column == "returns_to_go"
+
+
+def test_a_reference_column_needs_offline_data_and_one_name() -> None:
+    for config in (
+        CalQLConfig().training(reference_value="value"),
+        CalQLConfig().offline_data(use_recorded_returns=True),
+    ):
+        with pytest.raises(ValueError, match="name columns of offline data, and there are none"):
+            config.environment("Pendulum-v1").validate()
+    both = complete_config().training(reference_value="value").offline_data(use_recorded_returns=True)
+    with pytest.raises(ValueError, match="`use_recorded_returns` is True and `reference_value` is 'value'; use one"):
+        both.validate()
+
+
+def test_filesystem_arguments_without_a_filesystem_are_refused() -> None:
+    config = complete_config().offline_data(input_filesystem_kwargs={"region": "eu"})
+    with pytest.raises(ValueError, match="`input_filesystem_kwargs` is set but `input_filesystem` is not"):
+        config.validate()
 
 
 def test_a_lagrangian_threshold_without_a_lagrangian_is_refused() -> None:

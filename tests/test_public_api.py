@@ -151,6 +151,13 @@ SIGNATURES = {
         "truncation",
         "action_space_of_data",
         "normalize_observations",
+        "use_recorded_returns",
+        "unfinished_episodes",
+        "missing_final_observation",
+        "max_episode_steps_in_data",
+        "observation_jump_tolerance",
+        "store_memory_limit",
+        "cache_dir",
         "kwargs",
     ],
     "fine_tuning": [

@@ -14,6 +14,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from scipy import stats
 
 from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.offline_table import EpisodeColumns, OfflineTable, OfflineTableBuilder
 from rllib_calql.replay import IS_OFFLINE, TransitionStore
 from rllib_calql.returns import RewardSettings
 from rllib_calql.transitions import transitions_from_episode
@@ -42,12 +43,30 @@ def ids_of(columns: dict[str, np.ndarray]) -> list[int]:
     return [int(i) for i in ids]
 
 
+def table_of(*ids: int) -> OfflineTable:
+    """The same rows as offline episodes of one step each."""
+    rows = rows_of(*ids)
+    columns = EpisodeColumns(
+        lengths=np.ones(len(ids), np.int64),
+        observations=rows[Columns.OBS].astype(np.float32),
+        final_observations=rows[Columns.NEXT_OBS].astype(np.float32),
+        actions=rows[Columns.ACTIONS],
+        rewards=rows[Columns.REWARDS],
+        returns_to_go=rows[Columns.RETURNS_TO_GO],
+        terminateds=rows[Columns.TERMINATEDS] == 1.0,
+        has_tail=np.zeros(len(ids), bool),
+    )
+    builder = OfflineTableBuilder(action_dim=ACTION_DIM)
+    builder.add(columns)
+    return builder.build(gamma=0.9)
+
+
 def make_store(num_offline: int = 0, num_online: int = 0, *, seed: int = 0, **settings: Any) -> TransitionStore:
     """Offline rows are 0, 1, ...; online rows 1000, 1001, ..."""
     sizes = {"obs_dim": OBS_DIM, "action_dim": ACTION_DIM, "online_capacity": 10_000}
     store = TransitionStore(seed=seed, **(sizes | settings))
     if num_offline:
-        store.add_offline(rows_of(*range(num_offline)))
+        store.offline = table_of(*range(num_offline))
     if num_online:
         store.add_online(rows_of(*range(1000, 1000 + num_online)))
     return store
@@ -199,45 +218,55 @@ def test_the_ring_holds_the_newest_rows_of_a_plain_list_while_it_grows(lengths: 
         assert store.num_online == min(len(model), capacity)
 
 
-@settings(max_examples=30, deadline=None)
-@given(lengths=EPISODE_LENGTHS, reserved=st.integers(0, 3000))
-def test_offline_rows_are_those_of_a_plain_list_whatever_was_reserved(lengths: list[int], reserved: int) -> None:
-    store = make_store()
-    store.reserve_offline(reserved)
-    assert store.num_offline == 0
-    start = 0
-    for length in lengths:
-        store.add_offline(rows_of(*range(start, start + length)))
-        start += length
-    assert offline_ids(store) == list(range(start))
-
-
 def test_columns_are_handed_out_read_only() -> None:
     store = make_store(3, 3)
     for column in (store.offline_column(Columns.OBS), store.online_column(Columns.OBS)):
         with pytest.raises(ValueError, match="read-only"):
             column[0] = 0.0
-    store.add_offline(rows_of(3))  # The store itself still writes.
-    assert offline_ids(store) == [0, 1, 2, 3]
+    store.add_online(rows_of(1003))  # The store itself still writes.
+    assert online_ids(store) == [1000, 1001, 1002, 1003]
 
 
-def test_observation_statistics_are_those_of_the_offline_part_in_double_precision() -> None:
-    store = make_store(0, 5)
-    rows = rows_of(*range(4))
-    rows[Columns.OBS] = np.array([[1e4, 0.0, -2.0], [1e4 + 1, 0.0, 4.0], [1e4 + 2, 0.0, -2.0], [1e4 + 3, 0.0, 4.0]])
-    store.add_offline(rows)
-    mean, std = store.observation_statistics()
-    np.testing.assert_allclose(mean, [1e4 + 1.5, 0.0, 1.0], rtol=1e-12)
-    np.testing.assert_allclose(std, [np.sqrt(1.25), 0.0, 3.0], rtol=1e-12)
+@pytest.mark.parametrize("num_offline_rows", [0, 3, 8])
+def test_images_stay_bytes_in_the_ring_and_in_batches(num_offline_rows: int) -> None:
+    store = make_store(obs_dtype=np.uint8)
+    pixels = np.arange(250 - 12, 250, dtype=np.uint8).reshape(4, 3)
+    rows = rows_of(0, 1, 2, 3) | {Columns.OBS: pixels, Columns.NEXT_OBS: pixels + 1}
+    store.add_online(rows)
+    columns = EpisodeColumns(
+        lengths=np.array([4]),
+        observations=pixels,
+        final_observations=pixels[:1],
+        actions=rows[Columns.ACTIONS],
+        rewards=rows[Columns.REWARDS],
+        returns_to_go=rows[Columns.RETURNS_TO_GO],
+        terminateds=np.array([True]),
+        has_tail=np.array([False]),
+    )
+    builder = OfflineTableBuilder(action_dim=ACTION_DIM)
+    builder.add(columns)
+    store.offline = builder.build(gamma=0.9)
+    assert store.offline_column(Columns.OBS).dtype == store.online_column(Columns.OBS).dtype == np.uint8
+    batch = sample(store, 5, 8, num_offline_rows)
+    assert batch[Columns.OBS].dtype == batch[Columns.NEXT_OBS].dtype == np.uint8
+    assert {tuple(row) for row in batch[Columns.OBS].tolist()} <= {tuple(row) for row in pixels.tolist()}
+    assert store.row_nbytes == 2 * 3 + 4 * (2 + 1 + 1 + 1)
+
+
+def test_a_store_without_offline_data_has_no_offline_columns() -> None:
+    with pytest.raises(ValueError, match="holds no offline data"):
+        make_store(0, 2).offline_column(Columns.OBS)
+    with pytest.raises(ValueError, match="holds no offline data"):
+        make_store(0, 2).observation_statistics()
 
 
 # Returns with the value of the last observation
 
 
 def add_cut_episodes(
-    store: TransitionStore, lengths: list[int], rules: RewardSettings, *, online: bool, seed: int = 0
+    store: TransitionStore, lengths: list[int], rules: RewardSettings, *, seed: int = 0
 ) -> list[tuple[list[float], np.ndarray, bool]]:
-    """Adds random episodes by the real path, every third one terminated; returns rewards, last obs, terminated."""
+    """Adds random online episodes, every third one terminated; returns rewards, last obs, terminated."""
     rng = np.random.default_rng(seed)
     added = []
     for index, length in enumerate(lengths):
@@ -255,7 +284,7 @@ def add_cut_episodes(
         rows = transitions_from_episode(
             episode, observations=observations, actions=np.zeros((length, ACTION_DIM)), settings=rules
         )
-        (store.add_online if online else store.add_offline)(rows)
+        store.add_online(rows)
         added.append((rewards, observations[-1], terminated))
     return added
 
@@ -280,22 +309,19 @@ def directly(episodes: list[tuple[list[float], np.ndarray, bool]], gamma: float,
 def test_renewed_returns_hold_the_latest_value_of_each_episodes_last_observation() -> None:
     rules = RewardSettings(0.9, truncation="bootstrap")
     store = make_store(track_tails=True)
-    lengths = [4, 1, 6, 3, 5]
-    offline = add_cut_episodes(store, lengths, rules, online=False)
-    online = add_cut_episodes(store, lengths, rules, online=True, seed=1)
-    np.testing.assert_allclose(store.offline_column(Columns.RETURNS_TO_GO), directly(offline, 0.9, 0.0), rtol=1e-5)
+    episodes = add_cut_episodes(store, [4, 1, 6, 3, 5], rules)
+    np.testing.assert_allclose(store.online_column(Columns.RETURNS_TO_GO), directly(episodes, 0.9, 0.0), rtol=1e-5)
     for scale in (10.0, -3.0):  # The second call replaces the first one's values and does not add to them.
         store.refresh_returns(lambda obs, scale=scale: scale * obs.sum(axis=1))
-        for column, episodes in ((store.offline_column, offline), (store.online_column, online)):
-            expected = directly(episodes, 0.9, scale)
-            np.testing.assert_allclose(column(Columns.RETURNS_TO_GO), expected, rtol=1e-4, atol=1e-5)
+        expected = directly(episodes, 0.9, scale)
+        np.testing.assert_allclose(store.online_column(Columns.RETURNS_TO_GO), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[4, 3, 2, 5], [7, 6, 8], [10, 1], [3, 3, 3, 3, 3, 3, 3]])
 def test_renewed_returns_are_right_where_the_ring_has_overwritten_the_start_of_an_episode(lengths: list[int]) -> None:
     rules = RewardSettings(0.9, truncation="bootstrap")
     store = make_store(track_tails=True, online_capacity=10)
-    episodes = add_cut_episodes(store, lengths, rules, online=True)
+    episodes = add_cut_episodes(store, lengths, rules)
     assert sum(lengths) > 10
     store.refresh_returns(lambda obs: 10.0 * obs.sum(axis=1))
     expected = np.empty(10)
@@ -306,7 +332,7 @@ def test_renewed_returns_are_right_where_the_ring_has_overwritten_the_start_of_a
 
 def test_each_last_observation_is_valued_once_and_terminated_episodes_not_at_all() -> None:
     store = make_store(track_tails=True)
-    episodes = add_cut_episodes(store, [4, 2, 6], RewardSettings(0.9, truncation="bootstrap"), online=False)
+    episodes = add_cut_episodes(store, [4, 2, 6], RewardSettings(0.9, truncation="bootstrap"))
     asked: list[np.ndarray] = []
 
     def estimate(obs: np.ndarray) -> np.ndarray:
@@ -361,7 +387,7 @@ def test_a_saved_state_does_not_change_with_the_store() -> None:
 def test_renewed_returns_survive_a_restore() -> None:
     rules = RewardSettings(0.9, truncation="bootstrap")
     original = make_store(track_tails=True, online_capacity=10)
-    add_cut_episodes(original, [4, 5, 3], rules, online=True)
+    add_cut_episodes(original, [4, 5, 3], rules)
     restored = make_store(track_tails=True, online_capacity=10)
     restored.set_state(original.get_state())
     for store in (original, restored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -21,6 +22,7 @@ from rllib_calql.transitions import (
     check_module_actions,
     flat_size,
     flatten_observations,
+    observation_dtype,
     to_module_actions,
     transitions_from_episode,
 )
@@ -88,14 +90,49 @@ def test_dict_parts_are_taken_in_sorted_order_whatever_order_the_data_have() -> 
     assert flatten_observations(space, data).tolist() == [[1.0, 2.0, 3.0]]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float16, np.float32, np.float64])
+def test_arrays_keep_their_type_on_request_and_become_single_precision_otherwise(dtype: Any) -> None:
+    images = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(dtype)
+    space = Box(0, 255, (3, 4), np.uint8)
+    kept = flatten_observations(space, images, keep_dtype=True)
+    assert kept.dtype == dtype
+    np.testing.assert_array_equal(kept, images.reshape(2, 12))
+    assert flatten_observations(space, images).dtype == np.float32
+    pair = gym.spaces.Dict({"a": space, "b": space})
+    both = flatten_observations(pair, {"a": images, "b": images}, keep_dtype=True)
+    assert both.dtype == dtype
+    mixed = flatten_observations(pair, {"a": images, "b": images.astype(np.int64)}, keep_dtype=True)
+    assert mixed.dtype == np.float32
+    np.testing.assert_array_equal(mixed, both)
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (Box(0, 255, (4, 4, 3), np.uint8), np.uint8),
+        (Box(-5, 5, (2,), np.int16), np.int16),
+        (Box(-5, 5, (2,), np.int64), np.float32),
+        (Box(-5, 5, (2,), np.float64), np.float32),
+        (gym.spaces.Discrete(3), np.float32),
+    ],
+    ids=str,
+)
+def test_small_integers_stay_what_they_are_in_batches(space: gym.Space[Any], expected: Any) -> None:
+    assert observation_dtype(space) == expected
+
+
 # Actions
+
+
+def rows_named(data: str) -> Callable[[int], str]:
+    return lambda row: f"{data}, row {row}"
 
 
 def test_actions_are_mapped_to_the_cube_for_each_dimension_by_its_own_bounds() -> None:
     space = Box(np.array([-2.0, 0.0, 10.0], np.float32), np.array([2.0, 8.0, 11.0], np.float32))
     actions = np.array([[-2.0, 0.0, 10.0], [2.0, 8.0, 11.0], [0.0, 4.0, 10.5], [1.0, 2.0, 10.75]])
     expected = [[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.5]]
-    np.testing.assert_allclose(to_module_actions(actions, space, "Data"), expected, atol=1e-12)
+    np.testing.assert_allclose(to_module_actions(actions, space, rows_named("Data")), expected, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -110,29 +147,29 @@ def test_mapping_actions_is_the_inverse_of_rllibs_unsquashing(
     space = Box(np.array(low, np.float64), np.array(low) + np.array(width), dtype=np.float64)
     actions = np.array(module_actions)
     environment_actions = np.stack([unsquash_action(action, space) for action in actions])
-    np.testing.assert_allclose(to_module_actions(environment_actions, space, "Data"), actions, atol=1e-9)
+    np.testing.assert_allclose(to_module_actions(environment_actions, space, rows_named("Data")), actions, atol=1e-9)
 
 
 def test_actions_of_a_single_precision_recording_may_stand_just_outside() -> None:
     space = Box(-0.3, 0.3, (1,))
     recorded = np.array([[np.nextafter(np.float32(0.3), np.float32(1.0))]])
-    np.testing.assert_allclose(to_module_actions(recorded, space, "Data"), [[1.0]], atol=1e-6)
+    np.testing.assert_allclose(to_module_actions(recorded, space, rows_named("Data")), [[1.0]], atol=1e-6)
 
 
 def test_the_row_of_the_first_action_outside_the_bounds_is_named() -> None:
     space = Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 8.0], np.float32))
     actions = np.array([[0.0, 1.0], [2.0, 8.0], [0.0, 8.5], [9.0, 0.0]])
     with pytest.raises(ValueError, match=r"^Data of mine, row 2: action \[0.0, 8.5\] is outside the bounds"):
-        to_module_actions(actions, space, "Data of mine")
+        to_module_actions(actions, space, rows_named("Data of mine"))
     with pytest.raises(ValueError, match=r"row 0: action \[-0.1, -0.1\] .*; clip the recorded actions, or set"):
-        to_module_actions(np.array([[-0.1, -0.1]]), space, "Data")
+        to_module_actions(np.array([[-0.1, -0.1]]), space, rows_named("Data"))
 
 
 def test_module_actions_pass_unchanged_or_are_refused_by_row() -> None:
     actions = np.array([[0.5, -1.0], [1.0, 0.25]], np.float32)
-    np.testing.assert_array_equal(check_module_actions(actions, "Data"), actions)
+    np.testing.assert_array_equal(check_module_actions(actions, rows_named("Data")), actions)
     with pytest.raises(ValueError, match=r"^Data, row 1: action \[1.0, -1.5\] is outside \[-1, 1\], the range"):
-        check_module_actions(np.array([[0.0, 0.0], [1.0, -1.5]]), "Data")
+        check_module_actions(np.array([[0.0, 0.0], [1.0, -1.5]]), rows_named("Data"))
 
 
 # Rows
@@ -191,7 +228,7 @@ def test_the_weight_of_the_last_value_comes_along_under_bootstrapping() -> None:
 
 def test_actions_are_clipped_away_from_the_ends_of_the_cube() -> None:
     rows = rows_of([0.0] * 4, terminated=True, truncated=False, actions=[[-1.0], [1.0], [0.999995], [0.5]])
-    np.testing.assert_array_equal(rows[Columns.ACTIONS][:, 0], [-0.99999, 0.99999, 0.99999, 0.5])
+    np.testing.assert_array_equal(rows[Columns.ACTIONS][:, 0], np.float32([-0.99999, 0.99999, 0.99999, 0.5]))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +254,6 @@ def test_multi_discrete_of_one_value_each_is_still_one_hot() -> None:
 def test_an_action_that_is_not_a_number_is_outside_the_bounds() -> None:
     actions = np.array([[0.0], [np.nan]])
     with pytest.raises(ValueError, match="data, row 1: action"):
-        to_module_actions(actions, gym.spaces.Box(-1.0, 1.0, (1,)), "data")
+        to_module_actions(actions, gym.spaces.Box(-1.0, 1.0, (1,)), rows_named("data"))
     with pytest.raises(ValueError, match="data, row 1: action"):
-        check_module_actions(actions, "data")
+        check_module_actions(actions, rows_named("data"))

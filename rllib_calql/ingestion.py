@@ -1,0 +1,177 @@
+"""From blocks of whole episodes to what the store keeps: flat observations, module actions, scaled rewards, returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import tree
+from ray.rllib.connectors.env_to_module import FlattenObservations
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.datasets.episodes import EpisodeBlock, EpisodeReader
+from rllib_calql.offline_table import EpisodeColumns
+from rllib_calql.transitions import (
+    check_module_actions,
+    clipped_actions,
+    flat_size,
+    flatten_observations,
+    is_flat,
+    to_module_actions,
+)
+
+Array = npt.NDArray[Any]
+_NUM_COMPARED = 4  # Observations of each input whose flattening is compared with RLlib's.
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How blocks become columns.
+
+    Attributes:
+        observation_space: The environment's, before flattening.
+        action_space: The environment's.
+        connector: Computes returns.
+        actions_without_metadata: "environment" or "module": what actions are where the data do not say.
+        reference_column: Column of the data that holds the reference value, in units of training rewards; None:
+            returns-to-go are computed.
+        obs_dtype: Type of observations in batches.
+    """
+
+    observation_space: gym.Space[Any]
+    action_space: gym.spaces.Box
+    connector: AddReturnsToGo
+    actions_without_metadata: str
+    reference_column: str | None
+    obs_dtype: np.dtype[Any]
+    _compared: set[int] = field(default_factory=set)
+
+    @property
+    def key_parts(self) -> dict[str, Any]:
+        """Everything that the columns depend on beside the data, JSON-safe."""
+        action_bounds = [self.action_space.low.tolist(), self.action_space.high.tolist()]
+        return {
+            "observation_space": str(self.observation_space),
+            "action_bounds": action_bounds,
+            "rewards": asdict(self.connector.settings),
+            "actions": self.actions_without_metadata,
+            "reference": self.reference_column,
+            "obs_dtype": str(self.obs_dtype),
+        }
+
+    def columns(self, reader: EpisodeReader, block: EpisodeBlock) -> EpisodeColumns:
+        """Converts one block.
+
+        Raises:
+            ValueError: If observations or actions do not fit the spaces, or the reference column is missing.
+        """
+
+        def where(row: int) -> str:
+            return f"Dataset {reader.info.name!r}, episode {block.id_of(row)!r}, {block.where(row)}"
+
+        observations = self._observations(block.observations, where(0))
+        final_observations = self._observations(block.final_observations, where(0))
+        self._compare_with_rllib(reader, block, observations)
+        returns, has_tail = self._reference_values(block, where)
+        return EpisodeColumns(
+            lengths=block.lengths,
+            observations=observations,
+            final_observations=final_observations,
+            actions=self._actions(reader, block, where),
+            rewards=self.connector.settings.transform(block.rewards),
+            returns_to_go=returns,
+            terminateds=block.terminateds,
+            has_tail=has_tail,
+        )
+
+    def _observations(self, observations: Any, where: str) -> Array:
+        space = self.observation_space
+        try:
+            flat = flatten_observations(space, observations, keep_dtype=True)
+        except (ValueError, TypeError, IndexError, KeyError) as err:
+            raise ValueError(f"{where}: observations do not fit the observation space {space}: {err}") from err
+        _check_size(where, "observations", flat.shape[1], flat_size(space))
+        if self.obs_dtype.kind in "iu" and flat.dtype != self.obs_dtype:
+            converted = flat.astype(self.obs_dtype)
+            if not np.array_equal(converted, flat):
+                raise ValueError(
+                    f"{where}: observations are not the {self.obs_dtype} numbers of the observation space {space}; "
+                    "give the environment a space of the type that the data have."
+                )
+            return converted
+        return flat
+
+    def _actions(self, reader: EpisodeReader, block: EpisodeBlock, where: Any) -> Array:
+        if not isinstance(block.actions, np.ndarray):
+            raise ValueError(f"{where(0)}: actions are nested, those of {self.action_space} are not; flatten them.")
+        actions = block.actions.reshape(block.num_rows, -1)
+        _check_size(where(0), "actions", actions.shape[1], flat_size(self.action_space))
+        if reader.info.actions == "module":
+            # RLlib clips what a policy without bounds proposes only on the way to the environment, after recording.
+            return clipped_actions(actions)
+        if self.actions_without_metadata == "module":
+            return clipped_actions(check_module_actions(actions, where))
+        return clipped_actions(to_module_actions(actions, self.action_space, where))
+
+    def _reference_values(self, block: EpisodeBlock, where: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
+        if self.reference_column is None:
+            return self.connector.returns_of_block(block.rewards, block.lengths, block.terminateds)
+        if self.reference_column not in block.extra_model_outputs:
+            raise ValueError(
+                f"{where(0)}: there is no column of numbers `{self.reference_column}`, which holds the reference "
+                "value by `reference_value` or `use_recorded_returns`; add it, or use computed returns."
+            )
+        values = np.asarray(block.extra_model_outputs[self.reference_column])
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if values.ndim != 1:
+            raise ValueError(
+                f"{where(0)}: `{self.reference_column}` must hold one number per row, got shape {values.shape[1:]}."
+            )
+        finite = np.isfinite(values)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise ValueError(f"{where(row)}: `{self.reference_column}` holds {values[row]}; it must be finite.")
+        return values, np.zeros(len(block.lengths), dtype=bool)
+
+    def _compare_with_rllib(self, reader: EpisodeReader, block: EpisodeBlock, flat: Array) -> None:
+        """Compares the first observations of an input with what env runners will make of them."""
+        if id(reader) in self._compared:
+            return
+        self._compared.add(id(reader))
+        already_flat = isinstance(block.observations, np.ndarray) and block.observations.ndim == 2
+        if is_flat(self.observation_space) or (already_flat and not _is_integer(self.observation_space)):
+            return
+        connector = FlattenObservations(
+            input_observation_space=self.observation_space, input_action_space=self.action_space
+        )
+        for row in range(min(_NUM_COMPARED, block.num_rows)):
+            observation = tree.map_structure(lambda array, row=row: array[row], block.observations)
+            episode = SingleAgentEpisode(
+                observations=[observation], observation_space=self.observation_space, action_space=self.action_space
+            )
+            connector(rl_module=None, batch={}, episodes=[episode], explore=False, shared_data={})
+            expected = np.asarray(episode.get_observations(-1))
+            if not np.array_equal(expected.reshape(-1), flat[row].astype(np.float32)):
+                raise ValueError(
+                    f"Dataset {reader.info.name!r}, {block.where(row)}: RLlib's `FlattenObservations` makes another "
+                    f"vector of this observation of {self.observation_space} than the one that would be stored; "
+                    f"store the columns {Columns.OBS} and {Columns.NEXT_OBS} as flat vectors."
+                )
+
+
+def _is_integer(space: gym.Space[Any]) -> bool:
+    return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
+
+
+def _check_size(where: str, what: str, size: int, expected: int) -> None:
+    if size != expected:
+        raise ValueError(
+            f"{where}: {what} have {size} numbers, the environment's have {expected}; use the environment the data "
+            "come from, or convert the data."
+        )

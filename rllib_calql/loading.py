@@ -1,0 +1,127 @@
+"""From readers to an `OfflineTable`: in memory if it fits, else in memory-mapped files that the next start finds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rllib_calql.datasets.episodes import EpisodeBlock, EpisodeReader
+from rllib_calql.datasets.report import DatasetReport, ReportBuilder
+from rllib_calql.offline_table import EpisodeColumns, OfflineTable, OfflineTableBuilder
+from rllib_calql.table_cache import TableCache, TableWriter, cache_key
+
+logger = logging.getLogger(__name__)
+
+ToColumns = Callable[[EpisodeReader, EpisodeBlock], EpisodeColumns]
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """Where the table may lie.
+
+    Attributes:
+        memory_limit: Bytes that its records may take in memory; a larger table goes to files.
+        cache_dir: Folder for these files.
+        gamma: Discount of the table.
+        key_parts: All settings that the records depend on, JSON-safe; with the fingerprints of the inputs they name
+            the entry in the cache.
+    """
+
+    memory_limit: int
+    cache_dir: Path
+    gamma: float
+    key_parts: Any
+
+
+def load_table(
+    readers: Sequence[EpisodeReader],
+    to_columns: ToColumns,
+    settings: StorageSettings,
+    *,
+    action_dim: int,
+    failure_reward: float | None,
+) -> tuple[OfflineTable, DatasetReport] | None:
+    """Reads all episodes.
+
+    Args:
+        readers: The inputs, in order.
+        to_columns: Turns a block of one reader into what the table keeps.
+        settings: Where the table may lie.
+        action_dim: Size of an action.
+        failure_reward: Tells the report which episodes failed.
+
+    Returns:
+        The table and the report about the data; None if there is no transition.
+
+    Raises:
+        ValueError: If the data are broken.
+        OSError: If they cannot be read, or the cache cannot be written.
+    """
+    known = [reader.info.num_transitions for reader in readers]
+    num_rows = sum(count or 0 for count in known) if all(count is not None for count in known) else None
+    builder = OfflineTableBuilder(action_dim=action_dim, num_rows=num_rows)
+    report = ReportBuilder(failure_reward=failure_reward)
+    cache = TableCache(settings.cache_dir)
+    key: str | None = None
+    writer: TableWriter | None = None
+    with ExitStack() as stack:
+        for columns in _columns(readers, to_columns, report):
+            if writer is None and builder.nbytes_with(columns) > settings.memory_limit:
+                key = _key_of(readers, settings)
+                if found := _find(cache, key, settings, stack):
+                    return found
+                writer = stack.enter_context(cache.build(key))
+                builder.move_to(writer)
+            builder.add(columns)
+        if builder.num_rows == 0:
+            return None
+        built = report.build()
+        if writer is None:
+            return builder.build(gamma=settings.gamma), built
+        assert builder.dtype is not None
+        table = writer.finish(
+            dtype=builder.dtype,
+            episodes=builder.episodes(),
+            stored_with=built.to_dict(),
+            gamma=settings.gamma,
+            memory_limit=settings.memory_limit,
+        )
+        logger.info("Wrote %.1f GB of offline data to %s.", table.nbytes / 1e9, settings.cache_dir)
+        return table, built
+
+
+def _columns(
+    readers: Sequence[EpisodeReader], to_columns: ToColumns, report: ReportBuilder
+) -> Iterator[EpisodeColumns]:
+    for reader in readers:
+        for block in reader.blocks():
+            report.add(block)
+            yield to_columns(reader, block)
+        report.add_reader(reader)
+
+
+def _key_of(readers: Sequence[EpisodeReader], settings: StorageSettings) -> str | None:
+    """The cache's key, or None if an input has no fingerprint, such as objects handed over in Python."""
+    fingerprints = [reader.fingerprint() for reader in readers]
+    return None if None in fingerprints else cache_key([fingerprints, settings.key_parts])
+
+
+def _find(
+    cache: TableCache, key: str | None, settings: StorageSettings, stack: ExitStack
+) -> tuple[OfflineTable, DatasetReport] | None:
+    """The entry of that key; if there is none, its lock is taken until `stack` is left."""
+    if key is None:
+        return None
+    for is_locked in (False, True):
+        if is_locked:
+            stack.enter_context(cache.lock(key))
+        found = cache.load(key, gamma=settings.gamma, memory_limit=settings.memory_limit)
+        if found is not None:
+            table, stored = found
+            logger.info("Found %.1f GB of offline data in %s.", table.nbytes / 1e9, settings.cache_dir)
+            return table, DatasetReport.from_dict(stored)
+    return None

@@ -1,0 +1,290 @@
+"""`OfflineTable`: the transitions of all offline episodes, in memory or in memory-mapped files, and how it is filled.
+
+One record per transition holds observation, action, reward and return; the next observation is the observation of the
+record after it, or the episode's final one. So every observation is kept once, and a drawn transition is one stretch of
+memory, or of a file, and not one per column.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from ray.rllib.core.columns import Columns
+
+Array = npt.NDArray[Any]
+RECORDS = "records"
+FINAL_OBSERVATIONS = "final_observations"
+
+_FAULT_BYTES = 64 * 2**10  # The kernel maps this much around a page that is touched (fault-around).
+_MIN_ROWS_AT_ONCE = 256
+_STATISTICS_ROWS = 2**16
+
+
+@dataclass(frozen=True)
+class EpisodeColumns:
+    """What the store keeps of E whole episodes, one after another; R rows.
+
+    Attributes:
+        lengths: [E] Steps of each episode, at least 1.
+        observations: [R, obs_dim]
+        final_observations: [E, obs_dim], the observation after each episode's last step.
+        actions: [R, action_dim], module actions.
+        rewards: [R], scaled.
+        returns_to_go: [R], the reference value, without the value of any last observation.
+        terminateds: [E]
+        has_tail: [E] Whether the value of the last observation is to be added to the episode's returns.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    observations: Array
+    final_observations: Array
+    actions: Array
+    rewards: Array
+    returns_to_go: Array
+    terminateds: npt.NDArray[np.bool_]
+    has_tail: npt.NDArray[np.bool_]
+
+
+def record_dtype(observations: Array, action_dim: int) -> np.dtype[Any]:
+    """Layout of one transition, observations in their own type."""
+    return np.dtype(
+        [
+            (Columns.OBS, observations.dtype, observations.shape[1:]),
+            (Columns.ACTIONS, np.float32, (action_dim,)),
+            (Columns.REWARDS, np.float32),
+            (Columns.RETURNS_TO_GO, np.float32),
+        ]
+    )
+
+
+class OfflineTable:
+    """Transitions of whole episodes, which do not change.
+
+    Args:
+        records: [R] of `record_dtype`, an array or a memory map.
+        final_observations: [E, obs_dim], an array or a memory map.
+        lengths: [E] Steps of each episode.
+        terminateds: [E]
+        has_tail: [E] Whether returns hold a value of the last observation, see `refresh_tails`.
+        gamma: Discount of that value.
+        memory_limit: Bytes that pages of a memory map may occupy; they are let go before there are more.
+    """
+
+    def __init__(
+        self,
+        records: Array,
+        final_observations: Array,
+        *,
+        lengths: npt.NDArray[np.int64],
+        terminateds: npt.NDArray[np.bool_],
+        has_tail: npt.NDArray[np.bool_],
+        gamma: float,
+        memory_limit: int | None = None,
+    ) -> None:
+        self.records = records
+        self.final_observations = final_observations
+        self.lengths = lengths
+        self.terminateds = terminateds
+        self.has_tail = has_tail
+        self._gamma = gamma
+        self._stops = np.cumsum(lengths, dtype=np.int64)
+        self._tail_values: Array | None = None
+        # Rows as bytes: `take` then copies whole records, several times faster than NumPy gathers structured ones.
+        self._bytes = np.asarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
+        self._maps: list[mmap.mmap] = [m for m in (_map_of(records), _map_of(final_observations)) if m is not None]
+        pages_per_row = 1 + records.dtype.itemsize // _FAULT_BYTES
+        limit = memory_limit if self._maps and memory_limit is not None else None
+        self._rows_at_once = (
+            None if limit is None else max(_MIN_ROWS_AT_ONCE, limit // (4 * _FAULT_BYTES * pages_per_row))
+        )
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.records)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the records lie in files."""
+        return bool(self._maps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of records and final observations."""
+        return int(self.records.nbytes + self.final_observations.nbytes)
+
+    def gather(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
+        """Writes transitions into columns, converting observations to the columns' type.
+
+        Args:
+            rows: [n] Row numbers.
+            out: Arrays of n rows: obs, next_obs, actions, rewards, terminateds, returns_to_go.
+        """
+        at_once = self._rows_at_once or max(1, len(rows))
+        for start in range(0, len(rows), at_once):
+            piece = slice(start, start + at_once)
+            self._gather(rows[piece], {name: column[piece] for name, column in out.items()})
+            self._let_go()
+
+    def _gather(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
+        episodes = np.searchsorted(self._stops, rows, side="right")
+        is_last = rows + 1 == self._stops[episodes]
+        records = self._take(rows)
+        for name in (Columns.OBS, Columns.ACTIONS, Columns.REWARDS):
+            out[name][...] = records[name]
+        out[Columns.NEXT_OBS][...] = self._take(np.minimum(rows + 1, len(self) - 1))[Columns.OBS]
+        out[Columns.NEXT_OBS][is_last] = self.final_observations[episodes[is_last]]
+        out[Columns.TERMINATEDS][...] = is_last & self.terminateds[episodes]
+        out[Columns.RETURNS_TO_GO][...] = self._with_tails(records[Columns.RETURNS_TO_GO], rows, episodes)
+
+    def _take(self, rows: npt.NDArray[np.int64]) -> Array:
+        taken: Array = np.take(self._bytes, rows, axis=0).view(self.records.dtype)[:, 0]
+        return taken
+
+    def _with_tails(self, returns: Array, rows: npt.NDArray[np.int64], episodes: npt.NDArray[np.int64]) -> Array:
+        if self._tail_values is None:
+            return returns
+        return returns + self._gamma ** (self._stops[episodes] - rows) * self._tail_values[episodes]
+
+    def refresh_tails(self, estimate_values: Callable[[Array], Array]) -> None:
+        """Renews the value of the last observation in the returns of all episodes that have such a tail.
+
+        Args:
+            estimate_values: Maps observations (n, obs_dim) to values (n,).
+        """
+        episodes = np.flatnonzero(self.has_tail)
+        if len(episodes) == 0:
+            return
+        self._tail_values = np.zeros(len(self.lengths))
+        self._tail_values[episodes] = estimate_values(np.asarray(self.final_observations[episodes]))
+        self._let_go()
+
+    def column(self, name: str) -> Array:
+        """A whole column in memory, shape (R, ...), read-only; for tests and diagnostics."""
+        obs, actions = self.records.dtype[Columns.OBS], self.records.dtype[Columns.ACTIONS]
+        layout = {
+            Columns.OBS: (obs.base, obs.shape),
+            Columns.NEXT_OBS: (obs.base, obs.shape),
+            Columns.ACTIONS: (actions.base, actions.shape),
+            Columns.REWARDS: (np.float32, ()),
+            Columns.TERMINATEDS: (np.float32, ()),
+            Columns.RETURNS_TO_GO: (np.float32, ()),
+        }
+        columns = {key: np.empty((len(self), *shape), dtype) for key, (dtype, shape) in layout.items()}
+        self.gather(np.arange(len(self)), columns)
+        column: Array = columns[name]
+        column.flags.writeable = False
+        return column
+
+    def observation_statistics(self) -> tuple[Array, Array]:
+        """Mean and standard deviation of the observations in float64, each of shape (obs_dim,), in two passes."""
+        mean = sum((obs.sum(axis=0, dtype=np.float64) for obs in self._observations()), np.float64(0.0)) / len(self)
+        squares = sum((((obs - mean) ** 2).sum(axis=0) for obs in self._observations()), np.float64(0.0))
+        return np.asarray(mean), np.sqrt(squares / len(self))
+
+    def _observations(self) -> Iterator[Array]:
+        for start in range(0, len(self), _STATISTICS_ROWS):
+            yield self.records[Columns.OBS][start : start + _STATISTICS_ROWS]
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Unmaps the pages that were touched. They stay in the page cache, from where they are mapped again."""
+        if self._rows_at_once is not None:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class RecordSink(Protocol):
+    """Takes what does not fit into memory; `TableCache.build` has one."""
+
+    def write(self, name: str, array: Array) -> None:
+        """Appends the rows of a C-contiguous array to the file of that name."""
+        ...
+
+
+class OfflineTableBuilder:
+    """Fills an `OfflineTable` episode by episode: in memory as long as it fits, then in files.
+
+    Args:
+        action_dim: Size of an action.
+        num_rows: Rows to expect at most, if known; room for them is taken at once.
+    """
+
+    def __init__(self, *, action_dim: int, num_rows: int | None = None) -> None:
+        self._action_dim = action_dim
+        self._num_expected = num_rows or 0
+        self._records: Array | None = None
+        self._sink: RecordSink | None = None
+        self._final_observations: list[Array] = []
+        self._episodes: list[tuple[Array, Array, Array]] = []
+        self.dtype: np.dtype[Any] | None = None
+        self.num_rows = 0
+
+    def nbytes_with(self, columns: EpisodeColumns) -> int:
+        """Bytes of the records once these episodes, and all that are expected, have been added."""
+        itemsize = (self.dtype or record_dtype(columns.observations, self._action_dim)).itemsize
+        return max(self._num_expected, self.num_rows + len(columns.rewards)) * itemsize
+
+    def add(self, columns: EpisodeColumns) -> None:
+        """Adds whole episodes; observations are converted to the type of the first ones.
+
+        Raises:
+            OSError: If they are written to a disk, and it is full.
+        """
+        if self.dtype is None:
+            self.dtype = record_dtype(columns.observations, self._action_dim)
+        num_new = len(columns.rewards)
+        rows = self._room_for(num_new) if self._sink is None else np.empty(num_new, dtype=self.dtype)
+        rows[Columns.OBS] = columns.observations
+        rows[Columns.ACTIONS] = columns.actions
+        rows[Columns.REWARDS] = columns.rewards
+        rows[Columns.RETURNS_TO_GO] = columns.returns_to_go
+        final = columns.final_observations.astype(self.dtype[Columns.OBS].base)
+        if self._sink is None:
+            self._final_observations.append(final)
+        else:
+            self._sink.write(RECORDS, rows)
+            self._sink.write(FINAL_OBSERVATIONS, final)
+        self.num_rows += num_new
+        self._episodes.append((columns.lengths, columns.terminateds, columns.has_tail))
+
+    def move_to(self, sink: RecordSink) -> None:
+        """Hands the records so far, and all that follow, to `sink`."""
+        if self._records is not None:
+            sink.write(RECORDS, self._records[: self.num_rows])
+            sink.write(FINAL_OBSERVATIONS, np.concatenate(self._final_observations))
+        self._records, self._final_observations, self._sink = None, [], sink
+
+    def episodes(self) -> dict[str, Any]:
+        """`lengths`, `terminateds` and `has_tail` of the episodes so far."""
+        lengths, terminateds, has_tail = (np.concatenate(parts) for parts in zip(*self._episodes, strict=True))
+        return {"lengths": lengths, "terminateds": terminateds, "has_tail": has_tail}
+
+    def build(self, *, gamma: float) -> OfflineTable:
+        """The table of records held in memory."""
+        assert self._records is not None
+        final_observations = np.concatenate(self._final_observations)
+        return OfflineTable(self._records[: self.num_rows], final_observations, gamma=gamma, **self.episodes())
+
+    def _room_for(self, num_new: int) -> Array:
+        needed = self.num_rows + num_new
+        if self._records is None:
+            # Untouched rows cost no memory until they are written.
+            self._records = np.empty(max(needed, self._num_expected), dtype=self.dtype)
+        elif len(self._records) < needed:
+            # In place: large blocks are moved by their page table, so that there are never two copies.
+            self._records.resize(max(needed, len(self._records) * 3 // 2), refcheck=False)
+        return self._records[self.num_rows : needed]
+
+
+def _map_of(array: Array) -> mmap.mmap | None:
+    base: Any = array
+    while base is not None:
+        if isinstance(base, mmap.mmap):
+            return base
+        base = getattr(base, "base", None)
+    return None
