@@ -360,6 +360,8 @@ class CalQL(CQL):
             keys.NUM_OFFLINE_TRANSITIONS: self.store.num_offline,
             keys.NUM_ONLINE_TRANSITIONS: self.store.num_online,
         }
+        if self.offline_data is not None:
+            results[keys.OFFLINE_DATA] = self.offline_data.report.headline
         if self._seconds_timed:
             results[keys.UPDATES_PER_S] = self._num_updates_timed / self._seconds_timed
             self._num_updates_timed, self._seconds_timed = 0, 0.0

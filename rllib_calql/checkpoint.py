@@ -1,8 +1,9 @@
-"""Checks of checkpoint folders, so that a wrong path gets a clear error instead of one from inside RLlib."""
+"""Checkpoint folders: checked, so that a wrong path gets a clear error instead of one from inside RLlib, and read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 _MARK = "class_and_ctor_args.pkl"  # RLlib writes it into every folder that an object can be restored from.
 
@@ -23,3 +24,16 @@ def checked_checkpoint(path: Path) -> Path:
         hint = f" Did you mean {str(inside[-1])!r}?" if inside else ""
         raise ValueError(f"{str(path)!r} is no checkpoint of an algorithm; {remedy}.{hint}")
     return path
+
+
+def config_of(checkpoint: Path) -> Any:
+    """The config in the checkpoint of an algorithm, any of RLlib's, free to be changed.
+
+    Unpickling runs code: read checkpoints only from where you would run programs from.
+    """
+    from ray import cloudpickle
+
+    with (checkpoint / _MARK).open("rb") as stored:
+        content = cloudpickle.load(stored)
+    (state,), _ = content["ctor_args_and_kwargs"]
+    return content["class"].get_default_config().from_state(state).copy(copy_frozen=False)

@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 
 import rllib_calql
+from rllib_calql.checkpoint import config_of
 from rllib_calql.dataset_cli import dataset
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def _evaluate_checkpoint(
     from rllib_calql import metrics as keys
     from rllib_calql.callbacks import EpisodeOutcomeCallback
 
-    config = _config_of(checkpoint)
+    config = config_of(checkpoint)
     if config.env is None:
         raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
@@ -298,16 +299,6 @@ def _evaluate_checkpoint(
     returns = [float(episode.get_return()) for episode in episodes]
     success = metrics.get(keys.SUCCESS_RATE)
     return returns, None if success is None else float(success.peek()), _normalized_score(config, returns)
-
-
-def _config_of(checkpoint: Path) -> Any:
-    """The config in a checkpoint, free to be changed."""
-    from ray import cloudpickle
-
-    with (checkpoint / _CONFIG_FILE).open("rb") as stored:
-        content = cloudpickle.load(stored)
-    (state,), _ = content["ctor_args_and_kwargs"]
-    return content["class"].get_default_config().from_state(state).copy(copy_frozen=False)
 
 
 def _normalized_score(config: Any, returns: list[float]) -> float | None:

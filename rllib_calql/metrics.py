@@ -26,6 +26,8 @@ STORE = "store"  # Parent key of the sizes below.
 NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
 NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
 
+OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
+
 # Below "env_runners" and "evaluation/env_runners"
 SUCCESS_RATE = "success_rate"  # Share of episodes in which any step's info said success (`success`/`is_success`).
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.

@@ -220,6 +220,7 @@ class ProgressCallback(tune.Callback):
         self._clock = clock
         self._trials: dict[str, TrialProgress] = {}
         self._printed_at: dict[str, float] = {}
+        self._data: set[str] = set()  # Lines about offline data that were printed; trials often share their data.
         self._live: Live | None = None
 
     def __reduce__(self) -> tuple[Callable[..., ProgressCallback], tuple[dict[str, float]]]:
@@ -242,6 +243,10 @@ class ProgressCallback(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Updates the trial's line."""
+        data = result.get(keys.OFFLINE_DATA)
+        if data is not None and data not in self._data:
+            self._data.add(data)
+            self._print(f"Offline data: {data}.")
         before = self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
         after = observe(before, result, self._totals(trial))
         self._trials[trial.trial_id] = after

@@ -139,6 +139,16 @@ def test_plain_lines_are_rare_but_a_change_of_phase_is_always_printed() -> None:
     ]
 
 
+def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> None:
+    output = io.StringIO()
+    callback = ProgressCallback({}, Console(file=output, width=40))
+    result = {"training_iteration": 1, "offline_data": "3 episodes, 12 transitions; 1 unfinished episodes dropped"}
+    for name in ("a", "b", "a"):
+        trial: Any = SimpleNamespace(trial_id=name, config={})
+        callback.on_trial_result(iteration=1, trials=[trial], trial=trial, result=result)
+    assert output.getvalue().count("unfinished episodes dropped.") == 1
+
+
 def test_callbacks_survive_being_stored_with_the_experiment() -> None:
     # Tune pickles them, while a console and a signal handler belong to the process.
     with CheckpointOnInterrupt(print) as interrupt:

@@ -21,6 +21,7 @@ from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilte
 from tiny import LineEnv
 
 from rllib_calql.datasets import open_input
+from rllib_calql.datasets.conversion import convert
 from rllib_calql.datasets.recording import record
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -336,3 +337,13 @@ def test_an_error_of_the_environment_arrives_as_it_was_raised(tmp_path: Path, tr
     with pytest.raises(ZeroDivisionError, match="no road"):
         record(trained_ppo, Broken, 1, tmp_path / "rows.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converted_dataset_still_makes_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    record(lambda obs: np.zeros(1), "Pendulum-v1", 1, "minari:swing/first-v0", max_episode_steps=3)
+    convert("minari:swing/first-v0", "minari:swing/second-v0")
+    env = minari.load_dataset("swing/second-v0").recover_environment()
+    assert env.spec is not None
+    assert env.spec.id == "Pendulum-v1"
+    env.close()

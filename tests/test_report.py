@@ -409,3 +409,15 @@ def test_whole_numbers_lie_in_the_middle_of_bins_of_equally_many() -> None:
     edges = histogram_bins(np.arange(1, 1001))
     assert set(np.diff(edges)) == {20.0}
     assert set(np.histogram(np.arange(1, 1001), edges)[0].tolist()) == {20}
+
+
+def test_the_headline_says_sizes_ends_returns_and_what_was_decided() -> None:
+    builder = ReportBuilder(-1.0)
+    builder.add(block(THREE))
+    reader = Reader()
+    reader.remarks["unfinished episodes dropped"] = 2
+    builder.add_reader(reader)
+    assert builder.build().headline == (
+        "3 episodes, 7 transitions, 33.33 % terminated, mean return -0.6667, 66.67 % failed; "
+        "2 unfinished episodes dropped"
+    )

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllib_calql.returns import RewardSettings, discounted_sums, is_failure, returns_to_go, tail_discounts
+from rllib_calql.returns import (
+    RewardSettings,
+    discounted_sums,
+    is_failure,
+    returns_of_episodes,
+    returns_to_go,
+    tail_discounts,
+)
 
 REWARDS = st.lists(st.floats(-10.0, 10.0, allow_nan=False, width=32), min_size=1, max_size=30)
 GAMMAS = st.floats(0.0, 0.999)
@@ -60,6 +67,84 @@ def test_returns_equal_explicit_double_sums_under_all_rules(
     assert actual.dtype == np.float32
     scale_of_sums = 1.0 + (abs(scale) * 10.0 + abs(bias)) * len(rewards)
     np.testing.assert_allclose(actual, expected, rtol=2e-7, atol=1e-9 * scale_of_sums)
+
+
+EPISODES = st.lists(
+    st.tuples(
+        # Few distinct values, so that episodes whose rewards are all the same, and failures, come up.
+        st.one_of(REWARDS, st.lists(st.sampled_from([0.0, -1.0]), min_size=1, max_size=4)),
+        st.booleans(),
+        st.floats(-100.0, 100.0),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    episodes=EPISODES,
+    gamma=GAMMAS,
+    truncation=st.sampled_from(["none", "steady", "bootstrap"]),
+    scale=st.floats(0.1, 10.0),
+    bias=st.floats(-5.0, 5.0),
+    failure_reward=st.sampled_from([None, 0.0, -1.0]),
+)
+def test_returns_of_many_episodes_are_the_double_sums_of_each_alone(
+    episodes: list[tuple[list[float], bool, float]],
+    gamma: float,
+    truncation: str,
+    scale: float,
+    bias: float,
+    failure_reward: float | None,
+) -> None:
+    returns, has_value = returns_of_episodes(
+        np.concatenate([np.asarray(rewards, np.float32) for rewards, _, _ in episodes]),
+        np.array([len(rewards) for rewards, _, _ in episodes]),
+        terminateds=np.array([terminated for _, terminated, _ in episodes]),
+        settings=RewardSettings(gamma, scale, bias, failure_reward, truncation),
+        last_values=np.array([value for _, _, value in episodes]),
+    )
+    stop = 0
+    for (rewards, terminated, last_value), with_value in zip(episodes, has_value, strict=True):
+        start, stop = stop, stop + len(rewards)
+        expected = oracle.returns_to_go(
+            [scale * r + bias for r in rewards],
+            gamma,
+            terminated=terminated,
+            truncated=not terminated,
+            truncation=truncation,
+            bootstrap_value=last_value,
+            env_rewards=rewards,
+            failure_reward=failure_reward,
+            reward_scale=scale,
+            reward_bias=bias,
+        )
+        scale_of_sums = 1.0 + (abs(scale) * 10.0 + abs(bias)) * len(rewards)
+        np.testing.assert_allclose(returns[start:stop], expected, rtol=2e-7, atol=1e-9 * scale_of_sums)
+        failed = failure_reward is not None and all(r == failure_reward for r in rewards)
+        assert with_value == (truncation == "bootstrap" and not terminated and not failed)
+    assert stop == len(returns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(episodes=EPISODES, chosen=st.integers(0, 5), gamma=GAMMAS)
+def test_other_episodes_change_nothing(
+    episodes: list[tuple[list[float], bool, float]], chosen: int, gamma: float
+) -> None:
+    chosen %= len(episodes)
+    lengths = np.array([len(rewards) for rewards, _, _ in episodes])
+    rows = np.repeat(np.arange(len(episodes)), lengths) == chosen
+    rewards = np.concatenate([rewards for rewards, _, _ in episodes])
+    terminateds = np.array([terminated for _, terminated, _ in episodes])
+    results = [
+        returns_of_episodes(values, lengths, terminateds=ends, settings=RewardSettings(gamma, truncation="steady"))
+        for values, ends in (
+            (rewards, terminateds),
+            (np.where(rows, rewards, 1e6), np.where(np.arange(len(episodes)) == chosen, terminateds, ~terminateds)),
+        )
+    ]
+    np.testing.assert_array_equal(results[0][0][rows], results[1][0][rows])
 
 
 @settings(max_examples=100, deadline=None)

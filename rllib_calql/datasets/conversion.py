@@ -52,13 +52,14 @@ def convert(
     action_spaces = [reader.info.action_space for reader in readers]
     # Scores of one of several inputs say nothing about all of them, unless they are the same.
     scores = {reader.info.reference_scores for reader in readers}
+    env_specs = [reader.info.env_spec for reader in readers]
     return write_blocks(
         _environment_blocks(readers, action_space),
         to,
         metadata=DatasetMetadata(
             observation_space=observation_space or _common(observation_spaces),
             action_space=action_space or _common(action_spaces),
-            env_spec=None,
+            env_spec=_common(env_specs),
             reference_scores=scores.pop() if len(scores) == 1 else None,
             description=f"Converted from {', '.join(reader.info.name for reader in readers)}.",
         ),
@@ -107,7 +108,7 @@ def _environment_blocks(
             yield replace(block, **changes)
 
 
-def _common(spaces: Sequence[gym.Space[Any] | None]) -> gym.Space[Any] | None:
-    """The space that all inputs record; None if one does not, or they differ."""
-    first = spaces[0]
-    return first if all(space == first for space in spaces) else None
+def _common(values: Sequence[Any]) -> Any:
+    """What all inputs record; None if one does not, or they differ."""
+    first = values[0]
+    return first if all(value == first for value in values) else None

@@ -89,6 +89,7 @@ class DatasetInfo:
         num_transitions: Number of transitions at most, if it is known before reading.
         reference_scores: Returns (min, max) that stand for a normalised score of 0 and 1, if recorded.
         ignored_columns: Columns of the data that are not read, with the reason where it is not obvious.
+        env_spec: Gymnasium's description of the environment, where the format records it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class DatasetInfo:
     num_transitions: int | None
     reference_scores: tuple[float, float] | None = None
     ignored_columns: tuple[str, ...] = ()
+    env_spec: Any = None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class MinariReader(EpisodeReader):
             num_transitions=int(self._dataset.total_steps),
             reference_scores=_reference_scores(self._dataset.storage.metadata),
             ignored_columns=tuple(ignored),
+            env_spec=self._dataset.env_spec,
         )
 
     def blocks(self) -> Iterator[EpisodeBlock]:

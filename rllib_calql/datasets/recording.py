@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tree
 
-from rllib_calql.checkpoint import checked_checkpoint
+from rllib_calql.checkpoint import checked_checkpoint, config_of
 from rllib_calql.datasets.episodes import EpisodeBlock, Nested, check_finite
 from rllib_calql.datasets.writers import DatasetMetadata, WriteSummary, write_blocks
 
@@ -248,7 +248,7 @@ def _policy_config(policy: Policy) -> Any:
     if isinstance(policy, Algorithm):
         config = policy.config.copy(copy_frozen=False)
     elif isinstance(policy, (str, os.PathLike)):
-        config = _config_of(checked_checkpoint(Path(policy)))
+        config = config_of(checked_checkpoint(Path(policy)))
     elif callable(policy):
         return None
     else:
@@ -259,15 +259,6 @@ def _policy_config(policy: Policy) -> Any:
     if config.is_multi_agent or not config.enable_env_runner_and_connector_v2:
         raise ValueError("`policy` must be a single-agent algorithm on RLlib's new API stack; pass a callable instead.")
     return config
-
-
-def _config_of(checkpoint: Path) -> Any:
-    from ray import cloudpickle
-
-    with (checkpoint / "class_and_ctor_args.pkl").open("rb") as stored:
-        content = cloudpickle.load(stored)
-    (state,), _ = content["ctor_args_and_kwargs"]
-    return content["class"].get_default_config().from_state(state).copy(copy_frozen=False)
 
 
 def _name_of(policy: Policy, config: Any) -> str:

@@ -114,6 +114,18 @@ class DatasetReport:
         """Share of the episodes that did not fail; None without a failure rule."""
         return None if self.share_failed is None else 1.0 - self.share_failed
 
+    @property
+    def headline(self) -> str:
+        """One line: the sizes, how episodes end, the mean return, and what was decided about incomplete data."""
+        parts = [
+            f"{self.num_episodes:,} episodes, {self.num_transitions:,} transitions",
+            f"{format_share(self.share_terminated)} terminated",
+            f"mean return {format_number(self.return_distribution.mean)}",
+        ]
+        if self.share_failed is not None:
+            parts.append(f"{format_share(self.share_failed)} failed")
+        return "; ".join([", ".join(parts), *(f"{count:,} {remark}" for remark, count in self.remarks.items())])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, for JSON: its numbers are finite."""
         content = asdict(replace(self, returns=None, lengths=None))

@@ -7,6 +7,7 @@ python tests/benchmarks/loading.py --large         50,000,000 rows through the c
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -94,7 +95,7 @@ def load(folder: str, input_: str, **settings: Any) -> dict[str, float]:
 
 
 def stock_rows_per_s(folder: str, num_rows: int) -> float:
-    """Rows per second of RLlib's own offline pipeline, the first pass over the rows of a Parquet file."""
+    """Rows per second of RLlib's own offline pipeline, from a Parquet file to batches of learners."""
     import ray
 
     path = Path(folder) / "stock.parquet"
@@ -102,16 +103,14 @@ def stock_rows_per_s(folder: str, num_rows: int) -> float:
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     algo = stock_config(path, 1).build_algo()
     begin = time.perf_counter()
-    iterator = algo.offline_data.sample(num_samples=256, return_iterator=True, num_shards=1)
-    rows = 0
-    for batch in iterator[0].iter_batches(batch_size=None) if isinstance(iterator, list) else iterator:
-        rows += len(next(iter(batch.values()))) if isinstance(batch, dict) else batch.count
-        if rows >= num_rows - 256:
-            break
+    # By default everything is mapped to batches and kept before the first one is returned.
+    algo.offline_data.sample(num_samples=256, num_shards=0)
     seconds = time.perf_counter() - begin
     algo.stop()
+    del algo
+    gc.collect()  # Ray Data complains about iterators that outlive Ray.
     ray.shutdown()
-    return rows / seconds
+    return num_rows / seconds
 
 
 def in_new_process(function: Any, *args: Any, **kwargs: Any) -> Any:
