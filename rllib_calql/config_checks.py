@@ -166,19 +166,24 @@ def check_action_space(space: gym.Space[Any], name: str) -> None:
         raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
 
 
-def checked_input(input_: Any) -> Any:
+def checked_input(input_: Any, *, is_local: bool = True) -> Any:
     """Returns `input_` as strings, or as objects that survive copies of the config.
 
     RLlib would silently take a `pathlib.Path` for no input, and copy a list of episodes with every copy of the config.
+    What is there under a relative path is named by its absolute one, because Tune runs trials in folders of their own.
+
+    Args:
+        input_: What the user set.
+        is_local: Whether paths are those of this machine, and not of an `input_filesystem`.
 
     Raises:
         TypeError: If it is none of the things that can be read.
     """
     if isinstance(input_, (list, tuple)) and not _is_list_of_episodes(input_):
-        parts = [_checked_part(part) for part in input_]
+        parts = [_checked_part(part, is_local) for part in input_]
         if parts and None not in parts:
             return parts
-    elif (part := _checked_part(input_)) is not None:
+    elif (part := _checked_part(input_, is_local)) is not None:
         return part
     raise TypeError(
         "`input_` must be a string, a path, a `ray.data.Dataset`, a list of `SingleAgentEpisode`, or a non-empty list "
@@ -186,10 +191,11 @@ def checked_input(input_: Any) -> Any:
     )
 
 
-def _checked_part(part: Any) -> Any:
+def _checked_part(part: Any, is_local: bool) -> Any:
     """One input as it is kept in a config; None if it is none."""
     if isinstance(part, (str, os.PathLike)):
-        return os.fspath(part)
+        path = os.fspath(part)
+        return os.path.abspath(path) if is_local and path and os.path.exists(path) else path
     from rllib_calql.datasets.in_memory import InMemoryDataset, InMemoryEpisodes
 
     if isinstance(part, (InMemoryDataset, InMemoryEpisodes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Conversion:
     reference_column: str | None
     obs_dtype: np.dtype[Any]
     _compared: set[int] = field(default_factory=set)
+    _stored: dict[str, np.dtype[Any]] = field(default_factory=dict)  # Type of the first observations.
 
     @property
     def key_parts(self) -> dict[str, Any]:
@@ -76,14 +78,19 @@ class Conversion:
 
         observations = self._observations(block.observations, where(0))
         final_observations = self._observations(block.final_observations, where(0))
+        last_rows = np.cumsum(block.lengths) - 1
+        _check_range(Columns.OBS, observations, where)
+        _check_range(Columns.NEXT_OBS, final_observations, lambda episode: where(int(last_rows[episode])))
         self._compare_with_rllib(reader, block, observations)
+        rewards = self.connector.settings.transform(block.rewards)
+        _check_range(Columns.REWARDS, rewards[:, None], where)
         returns, has_tail = self._reference_values(block, where)
         return EpisodeColumns(
             lengths=block.lengths,
             observations=observations,
             final_observations=final_observations,
             actions=self._actions(reader, block, where),
-            rewards=self.connector.settings.transform(block.rewards),
+            rewards=rewards,
             returns_to_go=returns,
             terminateds=block.terminateds,
             has_tail=has_tail,
@@ -96,15 +103,14 @@ class Conversion:
         except (ValueError, TypeError, IndexError, KeyError) as err:
             raise ValueError(f"{where}: observations do not fit the observation space {space}: {err}") from err
         _check_size(where, "observations", flat.shape[1], flat_size(space))
-        if self.obs_dtype.kind in "iu" and flat.dtype != self.obs_dtype:
-            converted = flat.astype(self.obs_dtype)
-            if not np.array_equal(converted, flat):
-                raise ValueError(
-                    f"{where}: observations are not the {self.obs_dtype} numbers of the observation space {space}; "
-                    "give the environment a space of the type that the data have."
-                )
-            return converted
-        return flat
+        if self.obs_dtype.kind in "iu":
+            remedy = f"of the observation space {space}; give the environment a space of the type that the data have"
+            return _converted(flat, self.obs_dtype, where, remedy)
+        # Batches hold float32, so a type of floats that holds these is good enough.
+        stored = self._stored.setdefault(Columns.OBS, flat.dtype)
+        if stored.kind == "f" and stored.itemsize >= self.obs_dtype.itemsize:
+            return flat
+        return _converted(flat, stored, where, "that came before; store all inputs in one type")
 
     def _actions(self, reader: EpisodeReader, block: EpisodeBlock, where: Any) -> Array:
         if not isinstance(block.actions, np.ndarray):
@@ -167,6 +173,31 @@ class Conversion:
 
 def _is_integer(space: gym.Space[Any]) -> bool:
     return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
+
+
+def _converted(flat: Array, dtype: np.dtype[Any], where: str, remedy: str) -> Array:
+    """Observations in another type; refused if that changes a number."""
+    if np.can_cast(flat.dtype, dtype, "safe"):
+        return flat.astype(dtype, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = flat.astype(dtype)
+    if not np.array_equal(converted, flat):
+        raise ValueError(f"{where}: observations are not the {dtype} numbers {remedy}.")
+    return converted
+
+
+def _check_range(column: str, values: Array, where: Callable[[int], str]) -> None:
+    """Refuses what float32, the type of batches, cannot hold; values [R, n]."""
+    limit = np.finfo(np.float32).max
+    if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or values.size == 0:
+        return
+    if values.max() <= limit and values.min() >= -limit:
+        return
+    row, entry = np.argwhere(np.abs(values) > limit)[0].tolist()
+    raise ValueError(
+        f"{where(row)}: `{column}` holds {values[row, entry]:.3g}, but training stores float32, at most {limit:.3g}; "
+        "repair or scale the value."
+    )
 
 
 def _check_size(where: str, what: str, size: int, expected: int) -> None:

@@ -44,6 +44,7 @@ def load_table(
     *,
     action_dim: int,
     failure_reward: float | None,
+    check: Callable[[DatasetReport], None] = lambda report: None,
 ) -> tuple[OfflineTable, DatasetReport] | None:
     """Reads all episodes.
 
@@ -53,6 +54,7 @@ def load_table(
         settings: Where the table may lie.
         action_dim: Size of an action.
         failure_reward: Tells the report which episodes failed.
+        check: Raises a ValueError if the data are not to be used; called before they are put into the cache.
 
     Returns:
         The table and the report about the data; None if there is no transition.
@@ -80,6 +82,7 @@ def load_table(
         if builder.num_rows == 0:
             return None
         built = report.build()
+        check(built)
         if writer is None:
             return builder.build(gamma=settings.gamma), built
         assert builder.dtype is not None

@@ -110,23 +110,20 @@ class CalQLOfflineData(OfflineData):
             ),
             action_dim=flat_size(action_space),
             failure_reward=self.config.failure_reward,
+            check=self._check_report,
         )
         if loaded is None:
-            raise ValueError(f"`input_` {self.config.input_!r} holds no transition.")
+            done = "".join(f" ({count} {what})" for reader in self.readers for what, count in reader.remarks.items())
+            raise ValueError(
+                f"`input_` {self.config.input_!r} holds no transition{done}; keep unfinished episodes by "
+                '`unfinished_episodes="truncate"`, or record longer ones.'
+            )
         store.offline, self.report = loaded
         self.store = store
-        self._check_report()
+        self._log_report(self.report)
 
-    def _check_report(self) -> None:
-        """Says what was decided about the data, and refuses data that tell success from failure nowhere."""
-        report = self.report
-        assert report is not None
-        names = ", ".join(report.names)
-        logger.info("Offline data:\n%s", report)
-        for remark, count in report.remarks.items():
-            if remark == REPEATED and self.config.missing_final_observation != "repeat":
-                continue  # After terminations only, where nothing is bootstrapped from it; the report says it.
-            logger.warning("%s: %d %s.", names, count, remark)
+    def _check_report(self, report: DatasetReport) -> None:
+        """Refuses data that tell success from failure nowhere."""
         if (
             report.constant_reward is not None
             and report.share_terminated == 0.0
@@ -134,10 +131,18 @@ class CalQLOfflineData(OfflineData):
             and self.config.reference_column is None
         ):
             raise ValueError(
-                f"Every reward in {names} is {report.constant_reward} and no episode terminates, so nothing "
-                f"tells success from failure; if all of them failed, set `failure_reward={report.constant_reward}`, "
-                "else relabel the rewards."
+                f"Every reward in {', '.join(report.names)} is {report.constant_reward} and no episode terminates, so "
+                f"nothing tells success from failure; if all of them failed, set "
+                f"`failure_reward={report.constant_reward}`, else relabel the rewards."
             )
+
+    def _log_report(self, report: DatasetReport) -> None:
+        """Says what the data hold and, as warnings, what was decided about them."""
+        logger.info("Offline data:\n%s", report)
+        for remark, count in report.remarks.items():
+            if remark == REPEATED and self.config.missing_final_observation != "repeat":
+                continue  # After terminations only, where nothing is bootstrapped from it; the report says it.
+            logger.warning("%s: %d %s.", ", ".join(report.names), count, remark)
 
     @override(OfflineData)
     def sample(

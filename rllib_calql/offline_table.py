@@ -148,7 +148,8 @@ class OfflineTable:
     def _with_tails(self, returns: Array, rows: npt.NDArray[np.int64], episodes: npt.NDArray[np.int64]) -> Array:
         if self._tail_values is None:
             return returns
-        return returns + self._gamma ** (self._stops[episodes] - rows) * self._tail_values[episodes]
+        with_tails: Array = returns + self._gamma ** (self._stops[episodes] - rows) * self._tail_values[episodes]
+        return with_tails
 
     def refresh_tails(self, estimate_values: Callable[[Array], Array]) -> None:
         """Renews the value of the last observation in the returns of all episodes that have such a tail.
@@ -267,8 +268,9 @@ class OfflineTableBuilder:
     def build(self, *, gamma: float) -> OfflineTable:
         """The table of records held in memory."""
         assert self._records is not None
+        self._records.resize(self.num_rows, refcheck=False)
         final_observations = np.concatenate(self._final_observations)
-        return OfflineTable(self._records[: self.num_rows], final_observations, gamma=gamma, **self.episodes())
+        return OfflineTable(self._records, final_observations, gamma=gamma, **self.episodes())
 
     def _room_for(self, num_new: int) -> Array:
         needed = self.num_rows + num_new
@@ -276,8 +278,9 @@ class OfflineTableBuilder:
             # Untouched rows cost no memory until they are written.
             self._records = np.empty(max(needed, self._num_expected), dtype=self.dtype)
         elif len(self._records) < needed:
-            # In place: large blocks are moved by their page table, so that there are never two copies.
-            self._records.resize(max(needed, len(self._records) * 3 // 2), refcheck=False)
+            # In place: large blocks are moved by their page table, so that there are never two copies. In small steps,
+            # because NumPy fills the new rows with zeros, which takes memory at once.
+            self._records.resize(max(needed, len(self._records) * 9 // 8), refcheck=False)
         return self._records[self.num_rows : needed]
 
 

@@ -215,9 +215,12 @@ class CalQLSettings(CQLConfig):
             This config.
         """
         if input_ is not NotProvided:
-            kwargs["input_"] = checked_input(input_)
+            filesystem = kwargs.get("input_filesystem", self.input_filesystem)
+            kwargs["input_"] = checked_input(input_, is_local=filesystem is None)
         if cache_dir is not NotProvided and cache_dir is not None:
             cache_dir = os.fspath(cache_dir)
+            # Tune runs each trial in a folder of its own, where a relative one would never be found again.
+            cache_dir = os.path.abspath(cache_dir) if cache_dir and not cache_dir.startswith("~") else cache_dir
         super().offline_data(**kwargs)
         self._set_provided(
             reward_scale=reward_scale,

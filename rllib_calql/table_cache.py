@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,7 +122,9 @@ class TableCache:
                 "on a larger disk, or raise `store_memory_limit` to keep them in memory",
             ) from err
         finally:
-            writer.close()
+            # Closing writes what is still buffered, which a full disk refuses once more.
+            with suppress(OSError):
+                writer.close()
             shutil.rmtree(path, ignore_errors=True)
 
     def _make_folder(self) -> None:
@@ -197,9 +199,10 @@ class TableWriter:
         return table
 
     def close(self) -> None:
-        """Closes the files."""
-        for file in self._files.values():
-            file.close()
+        """Closes the files, all of them even if one fails."""
+        with ExitStack() as stack:
+            for file in self._files.values():
+                stack.callback(file.close)
 
 
 def _open_entry(path: Path, *, gamma: float, memory_limit: int) -> tuple[OfflineTable, dict[str, Any]]:

@@ -84,12 +84,20 @@ def _leaf_spaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
 
 def _flatten_leaf(space: gym.Space[Any], values: Array) -> Array:
     if isinstance(space, gym.spaces.Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[values.reshape(-1).astype(np.int64)]
+        return _one_hot(values.reshape(-1), int(space.n), space)
     if isinstance(space, gym.spaces.MultiDiscrete):
-        columns = values.reshape(len(values), -1).astype(np.int64)
-        sizes = np.asarray(space.nvec).reshape(-1)
-        return np.concatenate([np.eye(n, dtype=np.float32)[columns[:, i]] for i, n in enumerate(sizes)], axis=1)
+        columns = values.reshape(len(values), -1)
+        sizes = np.asarray(space.nvec).reshape(-1).tolist()
+        return np.concatenate([_one_hot(columns[:, i], n, space) for i, n in enumerate(sizes)], axis=1)
     return values.reshape(len(values), -1)
+
+
+def _one_hot(values: Array, num_values: int, space: gym.Space[Any]) -> Array:
+    numbers = values.astype(np.int64)
+    wrong = (numbers != values) | (numbers < 0) | (numbers >= num_values)
+    if wrong.any():
+        raise ValueError(f"{values[wrong][0]} is not one of the {num_values} values of {space}")
+    return np.eye(num_values, dtype=np.float32)[numbers]
 
 
 def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[int], str]) -> Array:

@@ -122,7 +122,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "max_episode_steps_in_data": 1000,
         "observation_jump_tolerance": 0.5,
         "store_memory_limit": 10**9,
-        "cache_dir": "cache",
+        "cache_dir": "/cache",
         "input_filesystem": LocalFileSystem(),
     },
     "fine_tuning": {
@@ -606,8 +606,16 @@ def test_an_input_that_is_data_is_held_and_not_copied_with_the_config() -> None:
         assert (copied if isinstance(copied, InMemoryEpisodes) else copied[1]) is held
 
 
-def test_a_cache_folder_may_be_a_path() -> None:
-    assert CalQLConfig().offline_data(cache_dir=Path("some/folder")).cache_dir == "some/folder"
+def test_paths_are_those_of_the_folder_in_which_they_were_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    config = CalQLConfig().offline_data(input_=["rows.parquet", "other.parquet", "minari:b"], cache_dir=Path("cache"))
+    assert config.input_ == [str(tmp_path / "rows.parquet"), "other.parquet", "minari:b"]
+    assert config.cache_dir == str(tmp_path / "cache")
+    assert CalQLConfig().offline_data(cache_dir="~/cache").cache_dir == "~/cache"
+    elsewhere = {"input_filesystem": LocalFileSystem()}
+    assert CalQLConfig().offline_data(input_="rows.parquet", **elsewhere).input_ == "rows.parquet"
+    assert CalQLConfig().offline_data(**elsewhere).offline_data(input_="rows.parquet").input_ == "rows.parquet"
 
 
 # --- What must fit together -------------------------------------------------------------------------------------------

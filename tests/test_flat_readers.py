@@ -23,6 +23,7 @@ from rllib_calql.datasets.episodes import (
     CUT_AT_JUMP,
     CUT_AT_LENGTH,
     DROPPED_STEPS,
+    LOST_REWARDS,
     REPEATED,
     TRUNCATED,
     EpisodeBlock,
@@ -395,6 +396,21 @@ def test_without_next_observations_the_last_step_before_a_time_out_is_dropped(tm
     assert rows["lengths"].tolist() == [3, 3]
     np.testing.assert_array_equal(rows["final_observations"], columns["observations"][[2, 6]])
     assert reader.remarks == {DROPPED_STEPS: 1, REPEATED: 1}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "num_lost"), [([0, 0, 0, 1], 1), ([0, 0, 0, 0], 0), ([0, 0, 1, 1], 0), ([0, 1, 0, 1], 0)], ids=str
+)
+def test_a_success_that_is_dropped_with_its_step_is_remarked(tmp_path: Path, rewards: list[int], num_lost: int) -> None:
+    columns = without(d4rl([4, 4]), "next_observations")
+    columns["rewards"] = np.array([*rewards, 0, 0, 0, 0], dtype=np.float32)
+    columns["terminals"][:], columns["timeouts"][[3, 7]] = False, True
+    reader = open_written("hdf5", tmp_path, columns)
+    assert joined(list(reader.blocks()))["lengths"].tolist() == [3, 3]
+    assert reader.remarks[LOST_REWARDS] == num_lost
+    kept = open_written("hdf5", tmp_path, columns, options=ReadOptions(missing_final_observation="repeat"))
+    assert joined(list(kept.blocks()))["rewards"].tolist() == [*rewards, 0, 0, 0, 0]
+    assert LOST_REWARDS not in kept.remarks
 
 
 def test_time_outs_need_no_column(tmp_path: Path) -> None:

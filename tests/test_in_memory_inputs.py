@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pytest
 import ray
 import ray.data
+from ray.rllib.core.columns import Columns
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
 from rllib_calql.datasets import InMemoryDataset, InMemoryEpisodes, ReadOptions, open_input
 from rllib_calql.datasets.episodes import TRUNCATED
@@ -34,6 +37,17 @@ def make_episode(length: int, *, id_: str = "a", start: int = 0, end: str = "ter
         t_started=start,
         len_lookback_buffer=lookback,
     )
+
+
+class LostWithItsSession:
+    """Can be pickled and never unpickled."""
+
+    def __reduce__(self) -> Any:
+        return fail, ()
+
+
+def fail() -> None:
+    raise OSError("gone")
 
 
 def read(input_: Any, **options: Any) -> list[SingleAgentEpisode]:
@@ -232,6 +246,25 @@ def test_holders_are_shared_by_copies_of_a_config_and_print_shortly() -> None:
     assert_counts(episode, 2)
 
 
+def test_actions_beside_the_outputs_of_a_module_are_a_modules() -> None:
+    played, played_too, made = make_episode(2), make_episode(3, id_="b"), make_episode(2, id_="c")
+    for episode in (played, played_too):
+        outputs = InfiniteLookbackBuffer([np.zeros(2, np.float32)] * len(episode))
+        episode.extra_model_outputs[Columns.ACTION_DIST_INPUTS] = outputs
+    assert open_input([played, played_too])[0].info.actions == "module"
+    assert open_input([made])[0].info.actions == "environment"
+    with pytest.raises(ValueError, match=r"Entry 1 .* has `action_dist_inputs`.*; entry 0 has not.* as two lists"):
+        open_input([made, played])
+
+
+def test_a_data_set_stays_packed_until_it_is_used() -> None:
+    held = pickle.loads(pickle.dumps(InMemoryDataset(LostWithItsSession())))
+    again = pickle.loads(pickle.dumps(held))
+    assert repr(again) == "<ray.data.Dataset>"
+    with pytest.raises(ValueError, match=r"cannot be read in another Ray session \(gone\); hand it over again, for"):
+        _ = again.dataset
+
+
 def test_thousands_of_short_episodes_become_a_few_blocks() -> None:
     episodes = [make_episode(2, id_=str(i)).to_numpy() for i in range(2_000)]
     (reader,) = open_input(episodes)
@@ -270,6 +303,22 @@ def slices_of(table: pa.Table, num_blocks: int) -> Any:
     stops = np.linspace(0, table.num_rows, num_blocks + 1).astype(int)
     parts = [table.slice(start, stop - start) for start, stop in itertools.pairwise(stops)]
     return ray.data.from_arrow(parts)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_that_rllib_recorded_are_to_be_named_by_their_folder() -> None:
+    recorded = rows_of(2)
+    for name in ("agent_id", "module_id"):
+        recorded = recorded.append_column(name, pa.nulls(len(recorded)))
+    with pytest.raises(ValueError, match=r"columns `agent_id` and `module_id` .* give the recorded folder itself"):
+        open_input(ray.data.from_arrow(recorded))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pickled_dataset_is_the_same_in_its_session() -> None:
+    held = pickle.loads(pickle.dumps(InMemoryDataset(ray.data.from_arrow(rows_of(3)))))
+    (episode,) = read(held)
+    assert_counts(episode, 3)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -21,7 +21,8 @@ MAX_LINES = 450
 LAYERS = (
     ("metrics", "returns", "losses", "networks", "registration", "checkpoint"),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
-    ("datasets.pointmaze", "datasets.pendulum", "datasets.cube", "datasets.hopper", "datasets.report"),
+    ("datasets.pointmaze", "datasets.pendulum", "datasets.cube", "datasets.hopper_training", "datasets.report"),
+    ("datasets.hopper",),
     ("datasets.files", "datasets.flat_columns", "datasets.arrow", "datasets.boundaries", "datasets.plots"),
     ("datasets.catalog",),
     ("datasets.flat_episodes", "datasets.chunks", "datasets.arrow_columns", "datasets.file_formats"),

@@ -185,6 +185,35 @@ def test_integers_are_taken_for_pixels_only_if_they_are_pixels() -> None:
         pixels.columns(Reader(broken), broken)
 
 
+@pytest.mark.parametrize("first", [np.int64, np.float16, np.bool_])
+def test_an_input_is_not_rounded_to_the_type_of_the_one_before(tmp_path: Path, first: Any) -> None:
+    reals = np.array([[0.3, 70_000.0, -1.5], [0.0, 1.0, 2.0]], dtype=np.float32)
+    zeros = np.zeros((2, 3), dtype=first)
+    before = block_of([2], observations=zeros, final_observations=zeros[:1])
+    after = block_of([2], observations=reals, final_observations=reals[:1])
+    with pytest.raises(ValueError, match=rf"row 0 of the block: observations are not the {np.dtype(first)} numbers"):
+        load(Reader(before), Reader(after), folder=tmp_path)
+    table = load(Reader(after), Reader(before), folder=tmp_path)
+    np.testing.assert_array_equal(table.column(Columns.OBS), np.concatenate([reals, zeros]))
+    whole = block_of([2], observations=np.eye(2, 3), final_observations=np.zeros((1, 3)))
+    np.testing.assert_array_equal(
+        load(Reader(before), Reader(whole), folder=tmp_path).column(Columns.OBS)[2:], np.eye(2, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "row"), [("observations", 2), ("final_observations", 4), ("rewards", 2)], ids=["obs", "final", "reward"]
+)
+def test_a_number_that_float32_cannot_hold_is_refused_with_its_row(tmp_path: Path, column: str, row: int) -> None:
+    block = block_of([2, 3])
+    values = np.array(getattr(block, column), dtype=np.float64)
+    values[2 if column != "final_observations" else 1] = -1e39
+    if column == "rewards":
+        values[3] = 1e39  # The return is finite.
+    with pytest.raises(ValueError, match=rf"row {row} of the block: `\w+` holds -\de\+39, but training stores float32"):
+        load(Reader(replace(block, **{column: values})), folder=tmp_path)
+
+
 def test_a_space_that_rllib_flattens_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     space = gym.spaces.Dict({"b": gym.spaces.Box(-9, 9, (1,)), "a": gym.spaces.Box(-9, 9, (2,))})
     observations = {"b": np.ones((4, 1), np.float32), "a": np.zeros((4, 2), np.float32)}

@@ -270,9 +270,9 @@ BAD_ROWS = {
     "ragged obs": (changed(GOOD, "obs", 4, np.zeros(2, np.float32)), "`obs` has 2 values in row 4 .* and 3 in row 0"),
     "missing action": (changed(GOOD, "actions", 2, None), "`actions` has no value in row 2"),
     "missing id": (changed(GOOD, "eps_id", 2, None), "`eps_id` has no value in row 2"),
-    "rewards in lists": (
-        GOOD | {"rewards": [np.array([r]) for r in GOOD["rewards"]]},
-        r"`rewards` must hold one number per row, got arrays of shape \(1,\)",
+    "two rewards in a row": (
+        GOOD | {"rewards": [np.array([r, r]) for r in GOOD["rewards"]]},
+        r"`rewards` must hold one number per row, got arrays of shape \(2,\)",
     ),
     "text as actions": (
         GOOD | {"actions": ["left"] * 7},

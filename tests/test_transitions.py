@@ -257,3 +257,11 @@ def test_an_action_that_is_not_a_number_is_outside_the_bounds() -> None:
         to_module_actions(actions, gym.spaces.Box(-1.0, 1.0, (1,)), rows_named("data"))
     with pytest.raises(ValueError, match="data, row 1: action"):
         check_module_actions(actions, rows_named("data"))
+
+
+@pytest.mark.parametrize("value", [-1, 3, 1.5])
+def test_a_number_that_is_no_value_of_a_discrete_space_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"{value} is not one of the 3 values of Discrete"):
+        flatten_observations(gym.spaces.Discrete(3), np.array([0, value, 2]))
+    with pytest.raises(ValueError, match=f"{value}.* is not one of the 3 values of MultiDiscrete"):
+        flatten_observations(gym.spaces.MultiDiscrete([2, 3]), np.array([[1, 2], [0, value]]))

@@ -46,7 +46,9 @@ def decode_numbers(field: Any, array: Any, where: Where) -> Nested:
         is_tuple = list(children) == [str(i) for i in range(len(children))]
         return tuple(children.values()) if is_tuple else children
     if not is_numeric(array.type):
-        raise ValueError(f"`{field.name}` must hold numbers or lists of numbers, got {array.type} in {where(0)}.")
+        raise ValueError(
+            f"`{field.name}` must hold numbers or lists of numbers, got {array.type} in {where(0)}; convert the column."
+        )
     values = _decode_lists(field.name, array, where)
     return values if shape is None else values.reshape(len(values), *shape)
 

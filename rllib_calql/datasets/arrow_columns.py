@@ -102,7 +102,9 @@ def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where
             table[name] = decode_column(batch.schema.field(index), batch.column(index), where)
     for name in (*_FLAGS, Columns.T):
         if name in table and (not isinstance(table[name], np.ndarray) or table[name].ndim != 1):
-            raise ValueError(f"`{names[name]}` must hold one number per row, got more of them in {where(0)}.")
+            raise ValueError(
+                f"`{names[name]}` must hold one number per row, got more of them in {where(0)}; store a scalar."
+            )
     for name in _FLAGS:
         table[name] = as_flags(names[name], table[name], where) if name in table else np.zeros(len(batch), dtype=bool)
     if Columns.NEXT_OBS in table:
@@ -118,6 +120,18 @@ def row_shapes(table: Table) -> dict[str, Any]:
     """Shape of a row of each column, as text."""
     # Text, because nested shapes would otherwise be tuples that look like structure.
     return {name: tree.map_structure(lambda array: str(array.shape[1:]), column) for name, column in table.items()}
+
+
+def check_kinds(table: Table, expected: Table, where: Where, first: str) -> None:
+    """Raises a ValueError if rows hold another kind of number than those of `expected`, which were read at `first`."""
+    for name in _DECODED_COLUMNS:
+        arrays, first_arrays = tree.flatten(table.get(name)), tree.flatten(expected.get(name))
+        for array, first_array in zip(arrays, first_arrays, strict=True):
+            if array is not None and array.dtype.kind != first_array.dtype.kind:
+                raise ValueError(
+                    f"`{name}` holds {array.dtype} from {where(0)} on and {first_array.dtype} before, from {first} on; "
+                    "store it in one type."
+                )
 
 
 def check_row_shapes(table: Table, expected: dict[str, Any], where: Where, first: str) -> None:

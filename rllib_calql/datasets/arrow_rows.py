@@ -23,6 +23,7 @@ from rllib_calql.datasets.arrow import Where, decode_numbers, describe_type, fir
 from rllib_calql.datasets.arrow_columns import (
     ColumnDecoder,
     Table,
+    check_kinds,
     check_row_shapes,
     decode_batch,
     find_row_columns,
@@ -30,6 +31,7 @@ from rllib_calql.datasets.arrow_columns import (
 )
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
+from rllib_calql.datasets.flat_columns import as_texts
 from rllib_calql.datasets.flat_episodes import EpisodeDivider
 
 BLOCK_BYTES = 4 * 2**20
@@ -154,6 +156,8 @@ class ArrowRowsReader(EpisodeReader):
                     f"`{column}` must hold whole numbers or text, got {describe_type(ids.type)} in "
                     f"{self._source.where(row)}; convert the ids."
                 )
+            if pa.types.is_floating(ids.type):
+                as_texts(ids.to_numpy(zero_copy_only=False), self._where_from(row))
             runs += [(codes.setdefault(id_, len(codes)), length) for id_, length in runs_of(ids)]
             row += len(ids)
         return _Index([_text_of(id_) for id_ in codes], np.array(runs, dtype=np.int64).reshape(-1, 2))
@@ -161,7 +165,7 @@ class ArrowRowsReader(EpisodeReader):
     def _pieces(self) -> Iterator[Table]:
         """Yields the columns as arrays, some rows at a time, in order."""
         names = {name: column for name, column in self._columns.in_table.items() if name != Columns.EPS_ID}
-        shapes = None
+        shapes = expected = None
         row = 0
         for batch in self._source.batches(list(names.values())):
             if not len(batch):
@@ -169,8 +173,9 @@ class ArrowRowsReader(EpisodeReader):
             where = self._where_from(row)
             piece = decode_batch(batch, names, self._decode, where)
             piece[_ROW] = np.arange(row, row + len(batch))
-            shapes = shapes or row_shapes(piece)
+            shapes, expected = shapes or row_shapes(piece), expected or _without_rows(piece)
             check_row_shapes(piece, shapes, where, first=self._source.where(0))
+            check_kinds(piece, expected, where, first=self._source.where(0))
             yield piece
             row += len(batch)
 
@@ -271,7 +276,7 @@ class ArrowRowsReader(EpisodeReader):
             raise ValueError(
                 f"Rows of episode {ids[episodes[row]]!r} are out of order or missing: after `{Columns.T}` {t[row]} "
                 f"({self._source.where(first)}) comes {t[row + 1]} ({self._source.where(second)}); `{Columns.T}` must "
-                "count up by 1."
+                f"count up by 1, and every episode needs its own `{Columns.EPS_ID}`."
             )
         return columns
 
@@ -348,6 +353,12 @@ def _leaves(columns: Table) -> dict[str, NDArray[Any]]:
 def _with_lengths(columns: Table) -> tuple[Table, NDArray[np.int64]]:
     starts = np.flatnonzero(columns.pop(_STARTS))
     return columns, np.diff(starts, append=len(columns[_ROW]))
+
+
+def _without_rows(columns: Table) -> Table:
+    # Copied, since an empty view would keep all rows alive.
+    empty: Table = tree.map_structure(lambda array: array[:0].copy(), columns)
+    return empty
 
 
 def _num_bytes(columns: Table) -> int:

@@ -13,6 +13,7 @@ from ray.rllib.core.columns import Columns
 from rllib_calql.datasets.episodes import (
     DROPPED,
     DROPPED_STEPS,
+    LOST_REWARDS,
     REPEATED,
     TRUNCATED,
     EpisodeBlock,
@@ -34,7 +35,7 @@ class RowBlock:
         observations: [R, ...], possibly nested.
         next_observations: [R, ...], the observation after each row's action, or None if the format has none.
         actions: [R, ...], possibly nested.
-        rewards: [R]
+        rewards: [R] or [R, 1]
         terminateds: [R]
         truncateds: [R]
         where: Says where a row of this block was read.
@@ -75,6 +76,7 @@ def whole_episodes(rows: RowBlock, options: ReadOptions, remarks: Counter[str]) 
             it has no end and `options` do not say what to do then.
     """
     last_rows = np.cumsum(rows.lengths) - 1
+    rewards = rows.rewards[:, 0] if rows.rewards.shape[1:] == (1,) else rows.rewards
     block = EpisodeBlock(
         ids=rows.ids,
         lengths=rows.lengths,
@@ -83,7 +85,7 @@ def whole_episodes(rows: RowBlock, options: ReadOptions, remarks: Counter[str]) 
             rows.observations if rows.next_observations is None else rows.next_observations, last_rows
         ),
         actions=rows.actions,
-        rewards=rows.rewards,
+        rewards=rewards,
         terminateds=rows.terminateds[last_rows],
         truncateds=rows.truncateds[last_rows],
         where=rows.where,
@@ -132,6 +134,7 @@ def _check_order_and_ends(rows: RowBlock, last_rows: NDArray[np.int64], toleranc
         broken[ended_early] = False
         if broken.any():
             row = int(np.argmax(broken))
+            _check_next_obs_is_finite(rows, row)
             raise ValueError(
                 f"Rows of episode {rows.id_of(row)!r} are out of order or missing: `{Columns.NEXT_OBS}` in "
                 f"{rows.where(row)} is not the `{Columns.OBS}` that follows in {rows.where(row + 1)}; store the rows "
@@ -144,6 +147,17 @@ def _check_order_and_ends(rows: RowBlock, last_rows: NDArray[np.int64], toleranc
             f"Episode {rows.id_of(row)!r} goes on after its end: `{flag}` is true in {rows.where(row)}, which is "
             f"not its last row; set the flag on the last row only, or give every episode its own `{Columns.EPS_ID}`."
         )
+
+
+def _check_next_obs_is_finite(rows: RowBlock, row: int) -> None:
+    """Tells NaN, which is the observation of no row, from disorder."""
+    for array in tree.flatten(rows.next_observations):
+        values = np.atleast_1d(array[row])
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(
+                f"`{Columns.NEXT_OBS}` holds {values[~np.isfinite(values)][0]} in episode {rows.id_of(row)!r}, "
+                f"{rows.where(row)}; observations must be finite: repair the value or drop the episode."
+            )
 
 
 def _finish(
@@ -172,10 +186,24 @@ def _complete_final_observations(block: EpisodeBlock, options: ReadOptions, rema
         return block
     remarks[REPEATED] += int((~cut).sum())
     remarks[DROPPED_STEPS] += int(cut.sum())
+    if lost := _num_lost_rewards(block, cut):
+        remarks[LOST_REWARDS] += lost
     rows = np.ones(block.num_rows, dtype=bool)
     rows[(np.cumsum(block.lengths) - 1)[cut]] = False
     lengths = block.lengths - cut
     return _kept(block, episodes=lengths > 0, rows=rows, lengths=lengths)
+
+
+def _num_lost_rewards(block: EpisodeBlock, cut: Bools) -> int:
+    """Cut episodes in whose last row alone the reward differs: without it, a success would look like a failure."""
+    last_rows = np.cumsum(block.lengths) - 1
+    starts = last_rows - block.lengths + 1
+    changes = np.append(block.rewards[1:] != block.rewards[:-1], False)
+    changes[last_rows] = False
+    num_changes = np.add.reduceat(changes, starts, dtype=np.int64)
+    # At least two equal rewards before, as a sparse reward has.
+    is_lost = cut & (block.lengths > 2) & (num_changes == 1) & changes[np.maximum(last_rows - 1, 0)]
+    return int(is_lost.sum())
 
 
 def _kept(block: EpisodeBlock, *, episodes: Bools, rows: Bools, lengths: NDArray[np.int64]) -> EpisodeBlock:

@@ -80,12 +80,13 @@ def join_chunks(chunks: Iterable[tuple[SingleAgentEpisode, str]], options: ReadO
         options: Says which further columns are wanted.
 
     Raises:
-        ValueError: If an id occurs again after its episode ended, or a chunk is missing.
+        ValueError: If an id occurs again after its episode ended, a chunk is missing, or an end is no boolean.
     """
     unfinished: dict[str, tuple[int, list[Chunk]]] = {}
     finished: dict[str, str] = {}
     for episode, where in chunks:
         id_ = str(episode.id_)
+        _check_ends(episode, where)
         if id_ in finished:
             raise ValueError(
                 f"Episode {id_!r} goes on after its end, or occurs twice: it ended in {finished[id_]}, and is there "
@@ -127,6 +128,16 @@ def observation_space_of(episode: SingleAgentEpisode) -> gym.Space[Any] | None:
     """The recorded observation space, unless a connector changed the observations without changing it."""
     space = episode.observation_space
     return space if space is not None and space.contains(episode.get_observations(0)) else None
+
+
+def _check_ends(episode: SingleAgentEpisode, where: str) -> None:
+    # RLlib takes every value for its truth, "False" and 0.5 among them.
+    for name in ("is_terminated", "is_truncated"):
+        value = getattr(episode, name)
+        if np.asarray(value).shape or np.asarray(value).dtype.kind not in "biuf" or value not in (0, 1):
+            raise ValueError(
+                f"`{name}` of episode {str(episode.id_)!r} ({where}) must be True or False, got {value!r}; repair it."
+            )
 
 
 def _array_or_none(values: Any) -> NDArray[Any] | None:

@@ -24,12 +24,18 @@ Nested: TypeAlias = Any
 
 ActionsKind: TypeAlias = Literal["environment", "module"]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 # What readers remark about the episodes they yielded, counted in `EpisodeReader.remarks`.
 CUT_AT_JUMP = "episodes ended by a jump of the observation"
 CUT_AT_LENGTH = "episodes ended by `max_episode_steps_in_data`"
 TRUNCATED = "unfinished episodes taken as truncated"
 DROPPED = "unfinished episodes dropped"
 DROPPED_STEPS = "last steps dropped, since no observation follows them"
+LOST_REWARDS = (
+    "of these steps had the only different reward of their episode, such as a success; keep it by "
+    '`missing_final_observation="repeat"`'
+)
 REPEATED = "missing final observations replaced by the last one"
 
 
@@ -184,7 +190,7 @@ def episodes_of(block: EpisodeBlock) -> Iterator[SingleAgentEpisode]:
 
 
 def check_finite(block: EpisodeBlock) -> None:
-    """Raises a ValueError that names episode and row if a number of the block is not finite, or is no number."""
+    """Raises a ValueError that names episode and row if a number is not finite, too large for float32, or no number."""
     if block.rewards.ndim != 1:
         raise ValueError(
             f"`{Columns.REWARDS}` must hold one number per row, got arrays of shape {block.rewards.shape[1:]} in "
@@ -234,16 +240,20 @@ def _check_column(block: EpisodeBlock, column: str, values: Nested, rows: NDArra
     """Checks one column; `rows` are the block's rows that its entries belong to, None if they are all rows in order."""
     for array in tree.flatten(values):
         if array.dtype.kind not in "fiub":
-            raise ValueError(f"`{column}` must hold numbers, got {array.dtype} in {block.where(0)}.")
+            raise ValueError(
+                f"`{column}` must hold numbers, got {array.dtype} in {block.where(0)}; convert the column."
+            )
         # Integers and booleans cannot hold NaN or infinity.
         if array.dtype.kind != "f":
             continue
-        finite = np.isfinite(array)
+        # Training computes in float32, where a larger number would silently become infinite.
+        finite = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= _LARGEST
         if not finite.all():
             entry = int(np.argmin(finite.all(axis=tuple(range(1, finite.ndim)))))
             row = entry if rows is None else int(rows[entry])
             value = np.atleast_1d(array[entry])[~np.atleast_1d(finite[entry])][0]
+            rule = f"fit into float32, up to {_LARGEST:.2g}" if np.isfinite(value) else "be finite"
             raise ValueError(
                 f"`{column}` holds {value} in episode {block.id_of(row)!r}, {block.where(row)}; observations, "
-                "actions and rewards must be finite: repair the value or drop the episode."
+                f"actions and rewards must {rule}: repair the value or drop the episode."
             )

@@ -37,6 +37,8 @@ _D4RL_NAMES = {
     Columns.TERMINATEDS: "terminals",
     Columns.TRUNCATEDS: "timeouts",
 }
+# The oldest layout of HDF5 whose headers and indices carry checksums, as `fletcher32` does for the numbers.
+_HDF5_VERSIONS = ("v110", "v110")
 _PART_BYTES = 512 * 2**20
 _CHUNK_BYTES = 2**20
 _COPY_BYTES = 2**20
@@ -112,7 +114,7 @@ def write_hdf5(blocks: Iterator[EpisodeBlock], path: Path, metadata: DatasetMeta
         import h5py
     except ImportError as err:
         raise ImportError('Writing HDF5 files needs the `h5py` package: pip install "rllib-calql[hdf5]"') from err
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver=_HDF5_VERSIONS) as file:
         for name, score in zip(REFERENCE_SCORES, metadata.reference_scores or (), strict=False):
             file.attrs[name] = score
         for block in blocks:
@@ -147,7 +149,7 @@ def _append(file: Any, name: str, array: NDArray[Any]) -> None:
     row_bytes = max(array[0].nbytes, 1)
     chunk_rows = max(1, min(len(array), _CHUNK_BYTES // row_bytes))
     shape = array.shape[1:]
-    file.create_dataset(name, data=array, maxshape=(None, *shape), chunks=(chunk_rows, *shape))
+    file.create_dataset(name, data=array, maxshape=(None, *shape), chunks=(chunk_rows, *shape), fletcher32=True)
 
 
 def write_npz(blocks: Iterator[EpisodeBlock], path: Path, metadata: DatasetMetadata) -> tuple[str, ...]:
@@ -222,7 +224,7 @@ def write_minari(
 
 def _write_tables(blocks: Iterator[EpisodeBlock], path: Path) -> None:
     first = _table(next(blocks))
-    with closing(pq.ParquetWriter(path, first.schema)) as writer:
+    with closing(pq.ParquetWriter(path, first.schema, write_page_checksum=True)) as writer:
         writer.write_table(first)
         for block in blocks:
             writer.write_table(_table(block))

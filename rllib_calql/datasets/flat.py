@@ -118,7 +118,7 @@ class FlatReader(EpisodeReader):
                 reference_scores = reference_scores or opened.reference_scores
         num_rows = [columns.num_rows for columns in self._columns]
         if not any(num_rows):
-            raise ValueError(f"`input_` {name!r} is empty: its files have no rows.")
+            raise ValueError(f"`input_` {name!r} is empty: its files have no rows; name files that have.")
         self._first_rows = np.concatenate([[0], np.cumsum(num_rows, dtype=np.int64)])
         filled = [number for number, count in enumerate(num_rows) if count]
         first = self._columns[filled[0]]

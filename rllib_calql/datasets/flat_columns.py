@@ -192,7 +192,9 @@ def as_texts(ids: NDArray[Any], where: Callable[[int], str]) -> list[str]:
         is_odd = ids != np.floor(ids)
         if is_odd.any() or not np.isfinite(ids).all():
             entry = int(np.argmax(is_odd | ~np.isfinite(ids)))
-            raise ValueError(f"`{Columns.EPS_ID}` must be a whole number or text, got {ids[entry]} in {where(entry)}.")
+            raise ValueError(
+                f"`{Columns.EPS_ID}` must be a whole number or text, got {ids[entry]} in {where(entry)}; repair the id."
+            )
         return [str(int(id_)) for id_ in ids.tolist()]
     if ids.dtype.kind != "S":
         return [str(id_) for id_ in ids.tolist()]
@@ -302,7 +304,9 @@ def _check_types(columns: FlatColumns, where: str) -> None:
             what = "numbers or fixed-length text" if leaf == Columns.EPS_ID else "numbers"
             raise ValueError(f"`{name}` must hold {what}, got {header.dtype.name} in {where}; convert the column.")
         if leaf in _SCALARS and math.prod(row_shape) != 1:
-            raise ValueError(f"`{name}` must hold one value per row, got rows of shape {row_shape} in {where}.")
+            raise ValueError(
+                f"`{name}` must hold one value per row, got rows of shape {row_shape} in {where}; store a scalar."
+            )
         if math.prod(row_shape) == 0 or _row_bytes(header) > _MAX_ROW_BYTES:
             raise ValueError(
                 f"`{name}` in {where} has rows of shape {row_shape}; a row must hold at least one number and at most "

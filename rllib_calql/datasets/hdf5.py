@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,8 @@ class _Hdf5File(FlatFile):
             self.arrays = _arrays_of(h5py, group)
             self._datasets: dict[str, Any] = {name: group[name] for name in self.arrays if not name.endswith("/*")}
             self.reference_scores = _reference_scores(root.attrs)
+        if (folder := file.local_path) is not None:
+            _refuse_views_on_missing_files(file, folder.parent, self._datasets)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         with reading(self._file, _FORMAT):
@@ -109,6 +112,18 @@ def _arrays_of(h5py: Any, group: Any, prefix: str = "") -> dict[str, ArrayHeader
             else:
                 arrays[path + "/*"] = ArrayHeader((), np.dtype(object))
     return arrays
+
+
+def _refuse_views_on_missing_files(file: DataFile, folder: Path, datasets: Mapping[str, Any]) -> None:
+    """Refuses virtual datasets of which HDF5 would read zeros, without a word, where a file is gone."""
+    for name, dataset in datasets.items():
+        sources = {source.file_name for source in dataset.virtual_sources()} if dataset.is_virtual else set()
+        for source in sorted(sources):
+            if source != "." and "%" not in source and not (folder / source).exists() and not Path(source).exists():
+                raise ValueError(
+                    f"`{name}` in {str(file)!r} is a view on {source!r}, which is missing; bring that file back, or "
+                    "write the numbers into one file."
+                )
 
 
 def _refuse_groups_of_episodes(file: DataFile, names: dict[str, list[str]]) -> None:

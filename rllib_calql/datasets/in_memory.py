@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ray import cloudpickle
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
@@ -15,7 +17,7 @@ from rllib_calql.datasets.arrow_columns import find_row_columns
 from rllib_calql.datasets.arrow_rows import BLOCK_BYTES, ArrowRowsReader, runs_of
 from rllib_calql.datasets.boundaries import whole_episodes
 from rllib_calql.datasets.chunks import extra_columns_of, gather, join_chunks, observation_space_of
-from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
+from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
 
 if TYPE_CHECKING:
     import ray.data
@@ -58,13 +60,40 @@ class InMemoryEpisodes:
 class InMemoryDataset:
     """A `ray.data.Dataset` as a value of a config: copies of the config share it.
 
-    Attributes:
-        dataset: Rows with the columns of Parquet files.
+    Unpickling leaves the data set packed until it is used: a checkpoint then needs no Ray session to be opened, nor the
+    one in which the data were.
     """
 
-    def __init__(self, dataset: ray.data.Dataset) -> None:
-        """Keeps the data set."""
-        self.dataset = dataset
+    def __init__(self, dataset: ray.data.Dataset | None, packed: bytes = b"") -> None:
+        """Keeps the data set.
+
+        Args:
+            dataset: Rows with the columns of Parquet files.
+            packed: In place of a data set, the same pickled.
+        """
+        self._dataset = dataset
+        self._packed = packed
+
+    @property
+    def dataset(self) -> ray.data.Dataset:
+        """Rows with the columns of Parquet files.
+
+        Raises:
+            ValueError: If they went with the Ray session in which they were.
+        """
+        if self._dataset is None:
+            try:
+                self._dataset = pickle.loads(self._packed)
+            # Ray and Ray Data raise what the loss of a session happens to cause.
+            except Exception as err:
+                raise ValueError(
+                    f"The `{DATASET_NAME}` of this config cannot be read in another Ray session ({err}); hand it over "
+                    "again: `algo = config.build()`, then `algo.restore_from_path(path)`; or keep such data in files."
+                ) from err
+        return self._dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, self._packed if self._dataset is None else cloudpickle.dumps(self._dataset))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InMemoryDataset:
         return self
@@ -74,13 +103,17 @@ class InMemoryDataset:
 
 
 class EpisodesReader(EpisodeReader):
-    """Episodes from a list; chunks of one episode are joined. Their actions count as the environment's."""
+    """Episodes from a list; chunks of one episode are joined.
+
+    Actions count as an RLModule's where its outputs stand beside them, as in what env runners sample, and as the
+    environment's elsewhere.
+    """
 
     def __init__(self, held: InMemoryEpisodes, options: ReadOptions) -> None:
         """Looks at the first episode for its spaces.
 
         Raises:
-            ValueError: If no episode has a step.
+            ValueError: If no episode has a step, or some have an RLModule's actions and others the environment's.
         """
         super().__init__()
         self._episodes = held.episodes
@@ -89,12 +122,12 @@ class EpisodesReader(EpisodeReader):
             _check_steps_of_its_own(episode, number)
         first = next((episode for episode in self._episodes if len(episode)), None)
         if first is None:
-            raise ValueError("`input_` is empty: its episodes have no steps.")
+            raise ValueError("`input_` is empty: its episodes have no steps; hand over episodes that have.")
         self.info = DatasetInfo(
             name=EPISODES_NAME,
             observation_space=observation_space_of(first),
             action_space=first.action_space,
-            actions="environment",
+            actions=_actions_of(self._episodes),
             num_transitions=sum(map(len, self._episodes)),
             ignored_columns=tuple(extra_columns_of(first, options)[1]),
         )
@@ -141,10 +174,16 @@ class DatasetSource:
         self.label = DATASET_NAME
         self.num_rows: int | None = None
         self._dataset = dataset
-        first = next((table for table in _tables(dataset.limit(1)) if table.num_rows), None)
+        first = next((table for table in _tables(dataset, num_rows=1) if table.num_rows), None)
         if first is None:
-            raise ValueError(f"`input_` {DATASET_NAME} is empty: it has no rows.")
+            raise ValueError(f"`input_` {DATASET_NAME} is empty: it has no rows; hand over one that has.")
         self.schema = first.schema
+        if {Columns.AGENT_ID, Columns.MODULE_ID} <= set(self.schema.names):
+            raise ValueError(
+                f"`input_` {DATASET_NAME} has the columns `{Columns.AGENT_ID}` and `{Columns.MODULE_ID}` of what RLlib "
+                "records, whose actions are an RLModule's and whose rows may be there repeatedly; give the recorded "
+                "folder itself as `input_`."
+            )
         self._id_column = find_row_columns(self.schema, options, self.label).known.get(Columns.EPS_ID)
         self._order = _RowOrder()
 
@@ -160,7 +199,7 @@ class DatasetSource:
         if is_index:
             self._order = _RowOrder()
         row = 0
-        for table in _tables(self._dataset.select_columns(names)):
+        for table in _tables(self._dataset, names):
             self._check_types(table.schema, row)
             if self._id_column is not None:
                 ids = runs_of(table.column(self._id_column).combine_chunks())
@@ -191,6 +230,20 @@ class DatasetSource:
                     f"`{field.name}` holds {expected} in {self.where(0)} and {found} from {self.where(row)} on; store "
                     "it in one type."
                 )
+
+
+def _actions_of(episodes: Sequence[SingleAgentEpisode]) -> ActionsKind:
+    """What the actions are: env runners keep what the RLModule put out, before it is scaled to the environment."""
+    numbers = [number for number, episode in enumerate(episodes) if len(episode)]
+    is_module = [Columns.ACTION_DIST_INPUTS in episodes[number].extra_model_outputs for number in numbers]
+    if len(set(is_module)) > 1:
+        with_, without = (numbers[is_module.index(kind)] for kind in (True, False))
+        raise ValueError(
+            f"Entry {with_} of {EPISODES_NAME} has `{Columns.ACTION_DIST_INPUTS}`, so its actions are an RLModule's in "
+            f"[-1, 1]; entry {without} has not, so its actions are in the environment's units, as an env runner's "
+            "random ones are; hand them over as two lists: `input_=[episodes, random_episodes]`."
+        )
+    return "module" if is_module[0] else "environment"
 
 
 def _check_steps_of_its_own(episode: SingleAgentEpisode, number: int) -> None:
@@ -240,10 +293,33 @@ class _RowOrder:
         )
 
 
-def _tables(dataset: ray.data.Dataset) -> Iterator[Any]:
-    """Yields Arrow tables in the order of the rows."""
+def _tables(dataset: ray.data.Dataset, columns: list[str] | None = None, num_rows: int | None = None) -> Iterator[Any]:
+    """Yields Arrow tables in the order of the rows.
+
+    Args:
+        dataset: Rows.
+        columns: Those that are wanted; None: all.
+        num_rows: How many rows are wanted; None: all.
+
+    Raises:
+        ValueError: If Ray Data cannot make them, as when blocks have different columns or a file cannot be read.
+    """
     # The copy has a context of its own, so that the user's keeps its settings.
     ordered = type(dataset).copy(dataset, _deep_copy=True)
     ordered.context.execution_options.preserve_order = True
     ordered.context.enable_progress_bars = False
-    yield from ordered.iter_batches(batch_size=None, batch_format="pyarrow")
+    try:
+        chosen = ordered if columns is None else ordered.select_columns(columns)
+        chosen = chosen if num_rows is None else chosen.limit(num_rows)
+        tables = iter(chosen.iter_batches(batch_size=None, batch_format="pyarrow"))
+        while (table := next(tables, None)) is not None:
+            yield table
+    except MemoryError:
+        raise
+    # Whatever the steps of the user's pipeline raise, in Ray's wrapping or as it is.
+    except Exception as err:
+        *_, reason = str(err).strip().splitlines() or [""]
+        raise ValueError(
+            f"{DATASET_NAME} cannot be read ({type(err).__name__}: {reason}); all its blocks must have the same "
+            "columns and types, and all steps that make it must run: try `dataset.materialize()`."
+        ) from err

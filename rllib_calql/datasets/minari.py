@@ -18,12 +18,14 @@ from rllib_calql.datasets.chunks import Chunk, gather
 from rllib_calql.datasets.columns import ALIASES
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions, close_matches
 from rllib_calql.datasets.files import DataFile, fingerprint_of
+from rllib_calql.datasets.flat_columns import as_flags
 
 SCHEME = "minari:"
 
 # What deflate reaches at most; beyond it, the size in the file is damaged, and allocating it would end the program.
 _MAX_COMPRESSION = 1032
 _UNFINISHED_REMEDY = "drop it or mark its last step"
+_DAMAGED_REMEDY = "write or download the data set again."
 
 
 class MinariReader(EpisodeReader):
@@ -50,18 +52,18 @@ class MinariReader(EpisodeReader):
         super().__init__()
         if catalog.is_generated(dataset_id):
             catalog.ensure_dataset(dataset_id)
-        self._dataset = _load(dataset_id)
+        self._dataset, self._num_steps = _load(dataset_id)
         self._name = SCHEME + dataset_id
         self._options = options
-        if self._dataset.total_episodes == 0 or self._dataset.total_steps == 0:
-            raise ValueError(f"Dataset {dataset_id!r} is empty: it has no transitions.")
+        if self._dataset.total_episodes == 0 or self._num_steps == 0:
+            raise ValueError(f"Dataset {dataset_id!r} is empty: it has no transitions; name one that has.")
         self._infos, ignored = self._divide_infos()
         self.info = DatasetInfo(
             name=self._name,
             observation_space=self._dataset.observation_space,
             action_space=self._dataset.action_space,
             actions="environment",
-            num_transitions=int(self._dataset.total_steps),
+            num_transitions=self._num_steps,
             reference_scores=_reference_scores(self._dataset.storage.metadata),
             ignored_columns=tuple(ignored),
             env_spec=self._dataset.env_spec,
@@ -71,14 +73,22 @@ class MinariReader(EpisodeReader):
         """Yields the episodes by their number in the data set.
 
         Raises:
-            ValueError: If an episode is not whole or holds numbers that are not finite.
+            ValueError: If an episode is not whole or holds numbers that are not finite, or steps are missing.
         """
         self.remarks.clear()
-        chunks = ([self._chunk(episode)] for episode in self._episodes() if len(episode["rewards"]))
+        num_steps = 0
+        chunks = ([chunk] for episode in self._episodes() if (chunk := self._chunk(episode)) is not None)
         for rows in gather(chunks, unfinished_remedy=_UNFINISHED_REMEDY):
+            num_steps += len(rows.rewards)
             block = whole_episodes(rows, self._options, self.remarks)
             if block is not None:
                 yield block
+        if num_steps != self._num_steps:
+            raise ValueError(
+                f"{self._name!r} has {num_steps} steps in {self._dataset.total_episodes} episodes, and "
+                f"{self._num_steps} by its metadata; its files in {str(self._dataset.storage.data_path)!r} are "
+                "damaged: delete the folder, then download or generate the data set again."
+            )
 
     def fingerprint(self) -> str:
         """Digest of all files of the data set."""
@@ -125,9 +135,18 @@ class MinariReader(EpisodeReader):
                 ) from err
             yield episode
 
-    def _chunk(self, episode: dict[str, Any]) -> Chunk:
-        num_steps = len(episode["rewards"])
+    def _chunk(self, episode: dict[str, Any]) -> Chunk | None:
+        """What an episode holds; None if it has no step."""
         id_ = str(episode["id"])
+        rewards = np.asarray(episode["rewards"])
+        actions = tree.map_structure(np.asarray, episode["actions"])
+        if not rewards.ndim or (not len(rewards) and any(array.size for array in tree.flatten(actions))):
+            raise ValueError(
+                f"Episode {id_!r} of {self._name!r} has actions, and no `rewards` of the same number; {_DAMAGED_REMEDY}"
+            )
+        num_steps = len(rewards)
+        if not num_steps:
+            return None
         infos = dict(_flattened(episode["infos"] or {})) if self._infos else {}
         for name in self._infos:
             if name not in infos or not _is_per_step(infos[name], num_steps):
@@ -138,13 +157,23 @@ class MinariReader(EpisodeReader):
         return Chunk(
             id_=id_,
             observations=tree.map_structure(np.asarray, episode["observations"]),
-            actions=tree.map_structure(np.asarray, episode["actions"]),
-            rewards=np.asarray(episode["rewards"]),
-            terminateds=np.asarray(episode["terminations"], dtype=bool),
-            truncateds=np.asarray(episode["truncations"], dtype=bool),
+            actions=actions,
+            rewards=rewards,
+            terminateds=self._flags(episode, "terminations", num_steps),
+            truncateds=self._flags(episode, "truncations", num_steps),
             where=lambda step: f"step {step} of {self._name!r}",
             extra_model_outputs={name: np.asarray(infos[name])[-num_steps:] for name in self._infos},
         )
+
+    def _flags(self, episode: dict[str, Any], name: str, num_steps: int) -> NDArray[np.bool_]:
+        where = f"episode {str(episode['id'])!r} of {self._name!r}"
+        values = np.asarray(episode[name])
+        if values.shape not in ((num_steps,), (num_steps, 1)) or values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"`{name}` of {where} must be {num_steps} booleans, one per reward, got {values.dtype} of shape "
+                f"{values.shape}; {_DAMAGED_REMEDY}"
+            )
+        return as_flags(name, values, lambda step: f"step {step} of {where}")
 
 
 def _flattened(infos: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -221,16 +250,19 @@ def _hdf5_array(h5py: Any, group: Any, name: bytes) -> NDArray[Any]:
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if low is None or high is None else (float(low), float(high))
+    are_numbers = all(isinstance(score, (int, float)) and math.isfinite(score) for score in (low, high))
+    return (float(low), float(high)) if are_numbers else None  # type: ignore[arg-type]
 
 
-def _load(dataset_id: str) -> Any:
+def _load(dataset_id: str) -> tuple[Any, int]:
+    """The data set and the number of its steps."""
     try:
         import minari
     except ImportError as err:
         raise ImportError('Reading Minari data needs the `minari` package: pip install "rllib-calql[minari]"') from err
     try:
-        return minari.load_dataset(dataset_id)
+        dataset = minari.load_dataset(dataset_id)
+        return dataset, int(dataset.total_steps)
     except FileNotFoundError as err:
         known = [*minari.list_local_datasets(), *catalog.generated_dataset_ids()]
         raise FileNotFoundError(

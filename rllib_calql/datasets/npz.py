@@ -53,7 +53,11 @@ class _NpzFile(FlatFile):
         self._stored_by_columns: set[str] = set()
         self.arrays = {}
         for info in archive.infolist():
-            if info.filename.endswith(_SUFFIX):
+            if not info.filename.endswith(_SUFFIX):
+                # Opening compares the name with its second copy: a damaged one would hide a column.
+                with reading(file, _FORMAT), archive.open(info):
+                    continue
+            else:
                 with reading(file, _FORMAT), archive.open(info) as stream:
                     header, is_by_columns = _read_header(stream, info)
                 name = info.filename[: -len(_SUFFIX)]

@@ -82,7 +82,7 @@ class ParquetSource:
                 _check_same_columns(*first, file, schema, options)
         self.num_rows: int | None = sum(num_rows)
         if not self.num_rows:
-            raise ValueError(f"`input_` {name!r} is empty: its Parquet files have no rows.")
+            raise ValueError(f"`input_` {name!r} is empty: its Parquet files have no rows; name files that have.")
         self._first_rows = np.concatenate([[0], np.cumsum(num_rows, dtype=np.int64)])
         self._batch_rows = int(np.clip(BLOCK_BYTES // max(num_bytes // self.num_rows, 1), 16, 2**16))
 

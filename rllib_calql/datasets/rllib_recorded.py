@@ -87,7 +87,7 @@ class RecordedEpisodesReader(EpisodeReader):
         self._files = drop_repeated_writes(files, _EPISODE_COLUMN)
         first = next(self._chunks(), None)
         if first is None:
-            raise ValueError(f"`input_` {name!r} is empty: its Parquet files have no episodes.")
+            raise ValueError(f"`input_` {name!r} is empty: its Parquet files have no episodes; name files that have.")
         self.info = DatasetInfo(
             name=name,
             observation_space=observation_space_of(first[0]),
@@ -216,5 +216,16 @@ def _decode_packed(field: Any, array: Any, where: Where) -> Nested:
         raise ValueError(
             f"`{field.name}` has rows of different shapes, {sorted(shapes)}, at or after {where(0)}; every row must "
             "have the same shape."
+        )
+    types = {value.dtype.kind: value.dtype for value in values}
+    if not types.keys() <= set("fiub"):
+        raise ValueError(
+            f"`{field.name}` must hold arrays of numbers, got {', '.join(map(str, types.values()))} at or after "
+            f"{where(0)}; record flat observations, with the connector `FlattenObservations`."
+        )
+    if len(types) > 1:
+        raise ValueError(
+            f"`{field.name}` has rows of the types {' and '.join(sorted(map(str, types.values())))}, at or after "
+            f"{where(0)}; store it in one type."
         )
     return np.stack(values)[encoded.indices.to_numpy()]
