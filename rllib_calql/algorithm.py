@@ -36,6 +36,7 @@ from rllib_calql.checkpoint import checked_checkpoint
 from rllib_calql.collection import EpisodeJoiner, collect
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.datasets.in_memory import with_handles
 from rllib_calql.evaluation_history import EvaluationHistory
 from rllib_calql.offline_data import as_multi_agent_batch, with_spaces_of_data
 from rllib_calql.registration import register
@@ -110,8 +111,11 @@ class CalQL(CQL):
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         if config.env is None:
             config = with_spaces_of_data(config)
-            self.config = config
-        super().setup(config)
+        # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
+        # in Python would be in each of them; they stay with the algorithm alone.
+        self.config = _with_input(config, with_handles(config.input_))
+        super().setup(self.config)
+        self.config = config = _with_input(self.config, config.input_)
         settings = RewardSettings(
             gamma=config.gamma,
             reward_scale=config.reward_scale,
@@ -423,6 +427,13 @@ class CalQL(CQL):
             return
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights(self.env_runner_group)
+
+
+def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:
+    changed: CalQLConfig = config.copy(copy_frozen=False)
+    changed.input_ = input_
+    changed.freeze()
+    return changed
 
 
 # RLlib is loaded now. Its list keeps the name resolvable after `ray.shutdown()`.

@@ -50,6 +50,12 @@ def is_failure(rewards: npt.NDArray[Any], failure_reward: float) -> bool:
     return values.size > 0 and bool(failed_episodes(values, np.array([values.size]), failure_reward)[0])
 
 
+def failure_tolerance(dtype: np.dtype[Any]) -> float:
+    """Relative difference within which rewards of a type count as the failure reward: float16 rounds by 5e-4."""
+    is_coarse = dtype.kind == "f" and dtype.itemsize < 4
+    return float(np.finfo(dtype).eps) if is_coarse else _FAILURE_TOLERANCE
+
+
 def failed_episodes(rewards: npt.NDArray[Any], lengths: npt.NDArray[Any], failure_reward: float) -> Bools:
     """Which of some episodes, one after another, have nothing but the failure reward, to float32 accuracy.
 
@@ -61,8 +67,10 @@ def failed_episodes(rewards: npt.NDArray[Any], lengths: npt.NDArray[Any], failur
     Returns:
         Shape (E,).
     """
-    values = np.asarray(rewards, dtype=np.float64)
-    fails = np.isclose(values, failure_reward, rtol=_FAILURE_TOLERANCE, atol=0.0)
+    values = np.asarray(rewards)
+    fails = np.isclose(
+        values.astype(np.float64, copy=False), failure_reward, rtol=failure_tolerance(values.dtype), atol=0.0
+    )
     return np.asarray(np.logical_and.reduceat(fails, _starts(lengths)))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,8 +20,10 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
+from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.datasets import InMemoryDataset, InMemoryEpisodes, ReadOptions, open_input
 from rllib_calql.datasets.episodes import TRUNCATED
+from rllib_calql.datasets.in_memory import with_handles
 
 
 def make_episode(length: int, *, id_: str = "a", start: int = 0, end: str = "terminated", lookback: int = 0) -> Any:
@@ -261,7 +265,7 @@ def test_a_data_set_stays_packed_until_it_is_used() -> None:
     held = pickle.loads(pickle.dumps(InMemoryDataset(LostWithItsSession())))
     again = pickle.loads(pickle.dumps(held))
     assert repr(again) == "<ray.data.Dataset>"
-    with pytest.raises(ValueError, match=r"cannot be read in another Ray session \(gone\); hand it over again, for"):
+    with pytest.raises(ValueError, match=r"cannot be read in another Ray session \(gone\); hand it over again: `algo"):
         _ = again.dataset
 
 
@@ -399,3 +403,36 @@ def test_bad_rows_of_a_dataset_are_named() -> None:
         open_input(ray.data.from_items([{"x": 1}]))
     with pytest.raises(ValueError, match=r"is empty: it has no rows"):
         open_input(ray.data.from_arrow(table.slice(0, 0)))
+
+
+# --- In an algorithm --------------------------------------------------------------------------------------------------
+
+
+def test_data_of_this_process_are_in_a_checkpoint_once_and_come_back(tmp_path: Path) -> None:
+    held = InMemoryEpisodes([make_episode(5_000, id_=str(i), end="truncated").to_numpy() for i in range(2)])
+    data_bytes = len(pickle.dumps(held))
+    spaces = {
+        "observation_space": gym.spaces.Box(-1e4, 1e4, (2,)),
+        "action_space": gym.spaces.Box(-1e3, 1e3, (1,)),
+    }
+    config = CalQLConfig().environment(**spaces).offline_data(input_=held).fine_tuning(offline_updates=10)
+    config.rl_module(model_config={"actor_hiddens": [8], "critic_hiddens": [8]})
+    algo = config.build()
+    path = algo.save_to_path(tmp_path / "checkpoint")
+    assert algo.config.input_ is held
+    algo.stop()
+    sizes = [file.stat().st_size for file in Path(path).rglob("*.pkl")]
+    assert sum(size > data_bytes / 2 for size in sizes) == 1
+    restored = CalQL.from_checkpoint(path)
+    assert restored.store.num_offline == 10_000
+    restored.stop()
+
+
+def test_a_handle_means_nothing_in_another_process() -> None:
+    held = InMemoryEpisodes([make_episode(3)])
+    handle = with_handles(held)
+    assert handle.resolve() is held
+    del held
+    gc.collect()
+    with pytest.raises(ValueError, match="`input_` holds data of another process; hand them over again"):
+        open_input(handle)

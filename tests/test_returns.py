@@ -279,6 +279,12 @@ def test_the_tail_discount_is_what_the_bootstrap_value_adds(num_steps: int, gamm
     np.testing.assert_allclose(with_value, value * tail_discounts(num_steps, gamma), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_failures_are_told_in_every_type_of_rewards(dtype: Any) -> None:
+    assert is_failure(np.full(3, -0.1, dtype), -0.1)
+    assert not is_failure(np.full(3, -0.11, dtype), -0.1)
+
+
 def test_tail_discounts_by_hand() -> None:
     assert tail_discounts(3, 0.5).tolist() == [0.125, 0.25, 0.5]
     assert tail_discounts(2, 1.0).tolist() == [1.0, 1.0]

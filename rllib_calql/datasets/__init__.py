@@ -13,7 +13,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_calql.datasets import parquet
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeReader, ReadOptions
 from rllib_calql.datasets.files import DataFile, find_files
-from rllib_calql.datasets.in_memory import DatasetReader, EpisodesReader, InMemoryDataset, InMemoryEpisodes
+from rllib_calql.datasets.in_memory import DataHandle, DatasetReader, EpisodesReader, InMemoryDataset, InMemoryEpisodes
 from rllib_calql.datasets.minari import SCHEME, MinariReader
 from rllib_calql.datasets.rllib_recorded import (
     RecordedEpisodesReader,
@@ -114,6 +114,8 @@ def _with_episodes_joined(parts: Sequence[Any]) -> list[Any]:
 
 
 def _open(part: Any, options: ReadOptions) -> EpisodeReader:
+    if isinstance(part, DataHandle):
+        part = part.resolve()
     if isinstance(part, InMemoryEpisodes):
         return EpisodesReader(part, options)
     if isinstance(part, InMemoryDataset):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import pickle
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from ray import cloudpickle
@@ -100,6 +102,37 @@ class InMemoryDataset:
 
     def __repr__(self) -> str:
         return f"<{DATASET_NAME}>"
+
+
+class DataHandle:
+    """Stands for data of this process where they are not needed themselves: it is pickled without them."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def resolve(self) -> InMemoryEpisodes | InMemoryDataset:
+        """The data.
+
+        Raises:
+            ValueError: In another process than the one that has them.
+        """
+        if self._key not in _HELD:
+            raise ValueError("`input_` holds data of another process; hand them over again, or keep them in files.")
+        return _HELD[self._key]
+
+
+_HELD: WeakValueDictionary[str, InMemoryEpisodes | InMemoryDataset] = WeakValueDictionary()
+
+
+def with_handles(input_: Any) -> Any:
+    """`input_` of a config with handles in place of data."""
+    if isinstance(input_, list):
+        return [with_handles(part) for part in input_]
+    if not isinstance(input_, (InMemoryEpisodes, InMemoryDataset)):
+        return input_
+    key = uuid.uuid4().hex
+    _HELD[key] = input_
+    return DataHandle(key)
 
 
 class EpisodesReader(EpisodeReader):

@@ -53,17 +53,15 @@ class _NpzFile(FlatFile):
         self._stored_by_columns: set[str] = set()
         self.arrays = {}
         for info in archive.infolist():
-            if not info.filename.endswith(_SUFFIX):
-                # Opening compares the name with its second copy: a damaged one would hide a column.
-                with reading(file, _FORMAT), archive.open(info):
+            # Opening compares both copies of the name: a damaged suffix would hide a column.
+            with reading(file, _FORMAT), archive.open(info) as stream:
+                if not info.filename.endswith(_SUFFIX):
                     continue
-            else:
-                with reading(file, _FORMAT), archive.open(info) as stream:
-                    header, is_by_columns = _read_header(stream, info)
-                name = info.filename[: -len(_SUFFIX)]
-                self.arrays[name] = header
-                if is_by_columns:
-                    self._stored_by_columns.add(name)
+                header, is_by_columns = _read_header(stream, info)
+            name = info.filename[: -len(_SUFFIX)]
+            self.arrays[name] = header
+            if is_by_columns:
+                self._stored_by_columns.add(name)
         _refuse_ends_for_terminations(file, self.arrays)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from rllib_calql.datasets.episodes import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader, Nested
 from rllib_calql.datasets.summary import ArrayInfo, DatasetReport, Distribution, format_number, format_share
+from rllib_calql.returns import failure_tolerance
 
 __all__ = ["ArrayInfo", "DatasetReport", "Distribution", "ReportBuilder"]
 
-_FAILURE_TOLERANCE = 1e-6  # Relative, that of `rllib_calql.returns.is_failure`.
 _SMALL_PART = 0.1  # Of the width of the action bounds.
 _REMARKABLE_SHARE = 0.01  # Of the episodes.
 _ROWS_AT_ONCE = 64
@@ -78,7 +78,7 @@ class ReportBuilder:
         self._num_terminated += int(np.count_nonzero(block.terminateds))
         if self._failure_reward is not None:
             # All rewards are near a number exactly if the lowest and the highest are.
-            tolerance = _FAILURE_TOLERANCE * abs(self._failure_reward)
+            tolerance = failure_tolerance(np.asarray(block.rewards).dtype) * abs(self._failure_reward)
             near = [np.abs(extreme - self._failure_reward) <= tolerance for extreme in (lowest, highest)]
             self._num_failed += int(np.count_nonzero(near[0] & near[1]))
 
