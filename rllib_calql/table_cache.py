@@ -226,7 +226,7 @@ def _map_entry(path: Path, meta: Mapping[str, Any], *, gamma: float, memory_limi
 
 
 def _fingerprint(path: Path) -> str:
-    return fingerprint_of(DataFile(str(path / name)) for name in _DATA_FILES)
+    return fingerprint_of((DataFile(str(path / name)) for name in _DATA_FILES), mapped=True)
 
 
 def _descr_of(dtype: np.dtype[Any]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -17,6 +17,7 @@ import pytest
 from ray.rllib.core.columns import Columns
 from test_offline_table import ACTION_DIM, GAMMA, assert_holds, episodes_of
 
+from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.offline_table import OfflineTableBuilder
 from rllib_calql.table_cache import TableCache, cache_key, default_cache_dir, default_memory_limit
 
@@ -211,3 +212,11 @@ def test_columns_of_a_loaded_entry_cannot_be_written(tmp_path: Path) -> None:
     table = build(TableCache(tmp_path), "key")
     with pytest.raises(ValueError, match="read-only"):
         table.records[Columns.REWARDS][0] = 1.0
+
+
+def test_mapped_and_read_files_have_one_fingerprint(tmp_path: Path) -> None:
+    files = []
+    for name, size in (("a", 0), ("b", 5), ("c", 2**24), ("d", 2**24 + 1)):
+        (tmp_path / name).write_bytes(np.random.default_rng(size).bytes(size))
+        files.append(DataFile(str(tmp_path / name)))
+    assert fingerprint_of(files, mapped=True) == fingerprint_of(files) != fingerprint_of(files[::-1])

@@ -2,9 +2,10 @@
 
 A dataset is written into a hidden folder beside its final place and moved there in one rename. Readers therefore see a
 whole dataset or none, of two processes that build at once the first wins and the other drops its copy, and no lock can
-be left behind by a process that dies.
+be left behind by a process that dies. A dataset whose policy is trained first keeps the training's checkpoints in
+another hidden folder, named after dataset and seed, until the dataset is in place: a killed build goes on from there.
 
-Minari, gymnasium-robotics and MuJoCo are imported on first use, not with this module.
+Minari, the simulators and Ray are imported on first use, not with this module.
 """
 
 from __future__ import annotations
@@ -25,16 +26,12 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 
-from rllib_calql.datasets import pendulum, pointmaze
+from rllib_calql.datasets import cube, hopper, hopper_training, minari_storage, pendulum, pointmaze
 
 _REFERENCE_EPISODES = 20
 _BUILD_PREFIX = ".rllib-calql-build-"  # Minari does not list hidden folders.
+_TRAINING_PREFIX = ".rllib-calql-training-"
 _ABANDONED_AFTER_S = 3600.0  # Writing takes seconds. Only a killed process leaves a folder that grows old.
-_DATA_FORMAT = "hdf5"  # One file; Minari's Arrow format takes 7 times as long to write 450 episodes.
-
-
-class _Collect(Protocol):
-    def __call__(self, *, num_steps: int, seed: int) -> Iterator[dict[str, Any]]: ...
 
 
 class _ReferenceScores(Protocol):
@@ -46,18 +43,20 @@ class _Generator:
     """How one dataset is made.
 
     Attributes:
-        collect: Yields episodes as the fields of a Minari `EpisodeBuffer`.
-        reference_scores: Mean evaluation return of random actions and of the noiseless controller.
+        collect: Called with `num_steps` and `seed`; yields episodes as the fields of a Minari `EpisodeBuffer`.
+        reference_scores: Mean evaluation return of random actions and of an expert, mostly the noiseless controller.
         env_id: Environment of both the data and the evaluation.
         algorithm_name: Of the controller that made the data.
         description: One sentence.
         num_steps: Default size in environment steps.
         env_config: Constructor arguments of the environment.
         has_goal: Whether an episode is terminated by success, and only by success.
+        is_trained: Whether `collect` trains a policy first; it then also takes `work_dir` and `report`.
         packages: Modules that must be importable beside those of the core installation.
+        extra: The extra of this package that installs them.
     """
 
-    collect: _Collect
+    collect: Callable[..., Iterator[dict[str, Any]]]
     reference_scores: _ReferenceScores
     env_id: str
     algorithm_name: str
@@ -65,7 +64,9 @@ class _Generator:
     num_steps: int
     env_config: dict[str, Any] = field(default_factory=dict)
     has_goal: bool = False
+    is_trained: bool = False
     packages: tuple[str, ...] = ("minari", "h5py", "PIL")
+    extra: str = "examples"
 
 
 def _pointmaze(size: str, num_steps: int) -> _Generator:
@@ -97,6 +98,30 @@ _GENERATORS = {
         description="Pendulum swing-up; the share of random actions of an episode is uniform in [0, 1].",
         num_steps=20_000,
     ),
+    "rllib-calql/cube-single-narrow-v0": _Generator(
+        collect=cube.collect,
+        reference_scores=cube.reference_scores,
+        env_id=cube.evaluation_env_id(),
+        algorithm_name="OGBench's scripted oracle with Gaussian noise",
+        description=(
+            "A robot arm moves one cube (OGBench's cube-single, task 2): about 50 demonstrations and as many attempts "
+            "with so much noise that most of them fail. Reward -1 until the cube is in place, which ends the episode."
+        ),
+        num_steps=11_500,
+        has_goal=True,
+        packages=("minari", "h5py", "PIL", "mujoco", "ogbench"),
+        extra="ogbench",
+    ),
+    "rllib-calql/hopper-medium-v0": _Generator(
+        collect=hopper.collect,
+        reference_scores=hopper.reference_scores,
+        env_id=hopper_training.ENV_ID,
+        algorithm_name="RLlib SAC, stopped at a medium return",
+        description="Hopper, played by a policy whose training was stopped at a medium return, with exploration noise.",
+        num_steps=100_000,
+        is_trained=True,
+        packages=("minari", "h5py", "PIL", "mujoco"),
+    ),
 }
 
 
@@ -123,11 +148,10 @@ def ensure_dataset(dataset_id: str, *, seed: int = 0, progress: bool | None = No
         ValueError: If the id is not one of `generated_dataset_ids()`.
         FileExistsError: If something other than a dataset stands in its place.
     """
-    generator = _generator(dataset_id)
+    _generator(dataset_id)  # Refuses an unknown id, even where somebody's dataset of that id exists.
     _import_package("minari", dataset_id)
-    if not _is_dataset(_dataset_path(dataset_id)):
-        for package in generator.packages:
-            _import_package(package, dataset_id)
+    if not minari_storage.is_dataset(minari_storage.dataset_path(dataset_id)):
+        _import_packages(dataset_id)
         _build(dataset_id, dataset_id, seed=seed, num_steps=None, progress=progress)
 
 
@@ -154,10 +178,9 @@ def generate(
         ValueError: If an argument is out of range or the id is not one of `generated_dataset_ids()`.
         FileExistsError: If the dataset exists already.
     """
-    for package in _generator(dataset_id).packages:
-        _import_package(package, dataset_id)
+    _import_packages(dataset_id)
     target_id = save_as or dataset_id
-    path = _dataset_path(target_id)
+    path = minari_storage.dataset_path(target_id)
     if path.exists() or not _build(dataset_id, target_id, seed=seed, num_steps=num_steps, progress=progress):
         raise FileExistsError(
             f"There is a dataset {target_id!r} at {path} already; delete it (minari delete {target_id}) "
@@ -173,23 +196,19 @@ def _generator(dataset_id: str) -> _Generator:
     raise ValueError(f"`dataset_id` must be one of {', '.join(_GENERATORS)}, got {dataset_id!r}.{hint}")
 
 
+def _import_packages(dataset_id: str) -> None:
+    for package in _generator(dataset_id).packages:
+        _import_package(package, dataset_id)
+
+
 def _import_package(package: str, dataset_id: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as err:
         raise ImportError(
-            f'Generating the dataset {dataset_id!r} needs the `{package}` package: pip install "rllib-calql[examples]"'
+            f"Generating the dataset {dataset_id!r} needs the `{package}` package: "
+            f'pip install "rllib-calql[{_generator(dataset_id).extra}]"'
         ) from err
-
-
-def _dataset_path(dataset_id: str) -> Path:
-    from minari.storage import get_dataset_path
-
-    return Path(get_dataset_path(dataset_id))
-
-
-def _is_dataset(path: Path) -> bool:
-    return (path / "data" / "metadata.json").is_file()
 
 
 def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None, progress: bool | None) -> bool:
@@ -200,19 +219,27 @@ def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None,
         raise ValueError(f"`seed` must be at least 0, got {seed}.")
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
-    root = _dataset_path("")
+    root = minari_storage.dataset_path("")
+    work_dir = root / f"{_TRAINING_PREFIX}{dataset_id.replace('/', '-')}-seed{seed}"
+    training = {"work_dir": work_dir, "report": _reporter(progress)} if generator.is_trained else {}
     with _progress_on_stderr(target_id, num_steps, progress) as advance:
         episodes = []
-        for episode in generator.collect(num_steps=num_steps, seed=seed):
+        for episode in generator.collect(num_steps=num_steps, seed=seed, **training):
             episodes.append(episode)
             advance(len(episode["rewards"]))
         _remove_abandoned_builds(root)
         build_path = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=root))
         try:
             _write(build_path / "dataset", generator, episodes, dataset_id=dataset_id, target_id=target_id, seed=seed)
-            return _publish(build_path / "dataset", root / target_id)
+            is_first = minari_storage.publish(build_path / "dataset", root / target_id)
         finally:
             shutil.rmtree(build_path, ignore_errors=True)
+    shutil.rmtree(work_dir, ignore_errors=True)
+    return is_first
+
+
+def _reporter(show: bool | None) -> Callable[[str], None]:
+    return lambda line: None if show is False else print(line, file=sys.stderr, flush=True)
 
 
 def _write(
@@ -224,34 +251,20 @@ def _write(
     target_id: str,
     seed: int,
 ) -> None:
-    """Writes a Minari dataset to any path.
-
-    `minari.create_dataset_from_buffers` writes below `MINARI_DATASETS_PATH` only. That would have to be changed for the
-    whole process meanwhile, and worker processes started at that moment would inherit it.
-    """
-    import minari
-    from minari.dataset.minari_storage import MinariStorage
-
+    """Writes the episodes with their environment and reference scores to any path."""
     ref_min_score, ref_max_score = generator.reference_scores(num_episodes=_REFERENCE_EPISODES)
     env: Any = gym.make(generator.env_id, **generator.env_config)
-    path.mkdir()
-    storage = MinariStorage.new(
-        path / "data",
+    env.close()
+    success_share = float(np.mean([episode["terminations"][-1] for episode in episodes]))
+    minari_storage.write_dataset(
+        path,
+        episodes,
+        dataset_id=target_id,
         observation_space=env.observation_space,
         action_space=env.action_space,
         env_spec=env.spec,
-        data_format=_DATA_FORMAT,
-    )
-    env.close()
-    storage.update_episodes(minari.data_collector.EpisodeBuffer(**episode) for episode in episodes)
-    success_share = float(np.mean([episode["terminations"][-1] for episode in episodes]))
-    storage.update_metadata(
-        {
-            "dataset_id": target_id,
-            "minari_version": minari.__version__,
-            "eval_env_spec": env.spec.to_json(),
+        metadata={
             "algorithm_name": generator.algorithm_name,
-            "author": {"rllib-calql"},
             "description": generator.description,
             "generator": dataset_id,
             "seed": seed,
@@ -259,24 +272,8 @@ def _write(
             "ref_max_score": ref_max_score,
             "num_episodes_average_score": _REFERENCE_EPISODES,
             **({"success_share": success_share} if generator.has_goal else {}),
-        }
+        },
     )
-
-
-def _publish(built: Path, path: Path) -> bool:
-    """Moves a whole dataset into place; leaves it where it is and returns False if another process was first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        built.rename(path)
-        return True
-    except OSError as err:
-        if not path.exists():
-            raise
-        if not _is_dataset(path):
-            raise FileExistsError(
-                f"{path} exists but holds no Minari dataset (no data/metadata.json); move it away or delete it."
-            ) from err
-        return False
 
 
 def _remove_abandoned_builds(root: Path) -> None:
