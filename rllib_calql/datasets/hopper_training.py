@@ -51,7 +51,7 @@ class Training:
         leg_env_steps: Environment steps between evaluations, which are also the checkpoints; legs end with an episode.
         random_env_steps: Of uniformly random actions at the start, without updates.
         updates_per_env_step: Gradient updates, which take 40 times as long as an environment step. One in eight steps
-            reached a return of 1,000 after 7,000 updates, one in every step stayed below 400 for 28,000.
+            got there after 22,000 updates (seed 0) and 7,000 (seed 1); one in every step stayed below 400 for 28,000.
         batch_size: Transitions per update.
         n_step: Rewards summed in a TD target before it bootstraps.
         hidden_units: Width of all layers.
