@@ -1039,3 +1039,12 @@ def test_unfinished_recordings_can_be_truncated(tmp_path: Path) -> None:
 def test_importing_the_readers_does_not_import_minari(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minari", None)
     importlib.reload(importlib.import_module("rllib_calql.datasets.minari"))
+
+
+def test_a_missing_file_in_the_current_folder_is_named_with_what_resembles_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "play.parquet", episode_rows(0, 3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'play\.parquet'"):
+        open_input("play.parquett")

@@ -88,7 +88,7 @@ def find_files(input_: str, suffixes: Sequence[str], filesystem: Any = None) -> 
     except OSError as err:
         raise FileNotFoundError(f"`input_` {input_!r} cannot be reached: {err}") from err
     if info.type == fs.FileType.NotFound:
-        parent = path.rstrip("/").rpartition("/")[0]
+        parent = path.rstrip("/").rpartition("/")[0] or ("." if filesystem is None and not path.startswith("/") else "")
         selector = fs.FileSelector(parent, allow_not_found=True)
         siblings = [entry.base_name for entry in system.get_file_info(selector)] if parent else []
         name = path.rstrip("/").rpartition("/")[2]
