@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +13,10 @@ import numpy as np
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
@@ -32,7 +30,6 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_calql import metrics as keys
-from rllib_calql.checkpoint import checked_checkpoint
 from rllib_calql.collection import EpisodeJoiner, collect
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
@@ -41,6 +38,7 @@ from rllib_calql.evaluation_history import EvaluationHistory
 from rllib_calql.offline_data import as_multi_agent_batch, with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
+from rllib_calql.resuming import ResumableCQL
 from rllib_calql.returns import RewardSettings
 from rllib_calql.transitions import (
     check_finite,
@@ -50,13 +48,12 @@ from rllib_calql.transitions import (
     transitions_from_episode,
 )
 
-_STATE = "calql"
 _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
 _MAX_EMPTY_ROUNDS = 5  # Rounds that env runners get to come back in, after a failure of all of them.
 _MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper: progress and Ctrl-C stay responsive.
 
 
-class CalQL(CQL):
+class CalQL(ResumableCQL):
     """Calibrated conservative Q-learning (Nakamoto et al. 2023, arXiv:2303.05479) on RLlib's new API stack.
 
     `train()` makes `updates_per_iteration` gradient updates on offline data until `offline_updates` is reached. From
@@ -72,25 +69,6 @@ class CalQL(CQL):
     def get_default_config(cls) -> CalQLConfig:
         """The default settings."""
         return CalQLConfig()
-
-    @classmethod
-    @override(Algorithm)
-    def from_checkpoint(cls, path: Any, filesystem: Any = None, **kwargs: Any) -> CalQL:
-        """Builds an algorithm from what `save_to_path` or Tune wrote, and restores its state.
-
-        Args:
-            path: Folder (relative ones work as well), URI, or Ray Train `Checkpoint`.
-            filesystem: PyArrow filesystem of `path`; by default what the URI says.
-            **kwargs: RLlib's own.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder is no checkpoint.
-        """
-        if filesystem is None and isinstance(path, (str, pathlib.Path)) and "://" not in str(path):
-            path = str(checked_checkpoint(pathlib.Path(path)))
-        restored: CalQL = super().from_checkpoint(path, filesystem, **kwargs)
-        return restored
 
     @override(CQL)
     def setup(self, config: CalQLConfig) -> None:
@@ -322,15 +300,12 @@ class CalQL(CQL):
         weights = ray.put({COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE]})
         group.foreach_env_runner(lambda runner: runner.set_state(ray.get(weights)), timeout_seconds=60.0)
 
-    # --- Results -----------------------------------------------------------------------------------------------------
+    @override(ResumableCQL)
+    def _after_restore(self) -> None:
+        self._joiner.clear()
+        self._sync_weights(self.env_runner_group)
 
-    def _counters_of_phases(self) -> dict[str, int]:
-        return {
-            keys.NUM_OFFLINE_UPDATES_LIFETIME: self.num_offline_updates,
-            keys.NUM_ONLINE_UPDATES_LIFETIME: self.num_online_updates,
-            keys.NUM_ONLINE_ENV_STEPS_LIFETIME: self.num_online_env_steps,
-            keys.NUM_ONLINE_EPISODES_LIFETIME: self.num_online_episodes,
-        }
+    # --- Results -----------------------------------------------------------------------------------------------------
 
     @override(Algorithm)
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
@@ -379,54 +354,6 @@ class CalQL(CQL):
         if fine_tuning := self._history.summary():
             results[keys.FINE_TUNING] = fine_tuning
         return results
-
-    # --- State -------------------------------------------------------------------------------------------------------
-
-    @override(Algorithm)
-    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state and ours: counters, debt of updates, online data, random state, evaluations."""
-        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
-        if self._check_component(_STATE, components, not_components):
-            state[_STATE] = {
-                **self._counters_of_phases(),
-                "updates_owed": self._updates_owed,
-                "store": self.store.get_state(),
-                "history": self._history.get_state(),
-            }
-        return state
-
-    @override(Algorithm)
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Restores what `get_state` returned.
-
-        Raises:
-            ValueError: If the offline data or the online capacity are not those of the checkpoint.
-        """
-        state = dict(state)
-        if self.env_runner_group is None and COMPONENT_LEARNER_GROUP in state:
-            self.learner_group.set_state(state.pop(COMPONENT_LEARNER_GROUP))
-        own = state.pop(_STATE, None)
-        super().set_state(state)
-        if own is None:
-            return
-        self.num_offline_updates = own[keys.NUM_OFFLINE_UPDATES_LIFETIME]
-        self.num_online_updates = own[keys.NUM_ONLINE_UPDATES_LIFETIME]
-        self.num_online_env_steps = own[keys.NUM_ONLINE_ENV_STEPS_LIFETIME]
-        self.num_online_episodes = own[keys.NUM_ONLINE_EPISODES_LIFETIME]
-        self._updates_owed = own["updates_owed"]
-        self.store.set_state(own["store"])
-        self._history.set_state(own["history"])
-        self._joiner.clear()
-        self._sync_weights(self.env_runner_group)
-
-    @override(Algorithm)
-    def restore_from_path(self, path: str | pathlib.Path, *args: Any, **kwargs: Any) -> None:
-        """Restores a checkpoint, also without env runners, and waits until runners have the weights."""
-        if self.env_runner_group is None:
-            Checkpointable.restore_from_path(self, path, *args, **kwargs)
-            return
-        super().restore_from_path(path, *args, **kwargs)
-        self._sync_weights(self.env_runner_group)
 
 
 def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:

@@ -110,7 +110,12 @@ class CalQLConfig(CalQLSettings):
         """Env steps collected before the first online update."""
         if self.warmup_env_steps is not None:
             return self.warmup_env_steps
-        return 0 if self.is_offline else _RANDOM_WARMUP_ENV_STEPS
+        return 0 if self.is_offline or self.pretrained is not None else _RANDOM_WARMUP_ENV_STEPS
+
+    @property
+    def episode_limit_env_steps(self) -> int:
+        """Env steps after which an online episode is cut; never more than the store holds."""
+        return min(self.max_episode_env_steps, self.online_capacity)
 
     def calibrates(self, *, online: bool) -> bool:
         """Whether Q is bounded by the reference value in the given phase."""

@@ -35,7 +35,6 @@ UNUSED_SETTINGS: dict[str, str] = {
     "policy_model_config": "it belongs to the old API stack; set `actor_hiddens` in `.rl_module(model_config=...)`",
     "n_step": "returns of several steps would mix the data's policy into the target; only 1 is possible",
     "replay_buffer_config": "transitions are drawn uniformly, never prioritised; set `online_capacity` for the size",
-    "store_buffer_in_checkpoints": "the online store is always part of the checkpoint",
     "training_intensity": "set `updates_per_env_step`",
     "num_steps_sampled_before_learning_starts": "set `warmup_env_steps`",
     "target_network_update_freq": "targets move by gradient updates; set `target_update_period`",
@@ -89,6 +88,7 @@ _POSITIVE_INTEGERS = (
     "target_update_period",
     "updates_per_iteration",
     "online_capacity",
+    "max_episode_env_steps",
     "train_batch_size_per_learner",
 )
 _BOOLEANS = (
@@ -101,6 +101,9 @@ _BOOLEANS = (
     "conservative_online",
     "calibrate_online",
     "use_recorded_returns",
+    "store_buffer_in_checkpoints",
+    "share_offline_data",
+    "sample_async",
 )
 
 
@@ -118,6 +121,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_choices(config)
     _check_data(config)
     _check_model_config(config)
+    _check_collection(config)
     _check_phases(config)
 
 
@@ -407,13 +411,28 @@ def _check_model_config(config: CalQLConfig) -> None:
             raise ValueError(f"`{name}` must be True or False, got {settings[name]!r}.")
 
 
+def _check_collection(config: CalQLConfig) -> None:
+    staleness = config.max_staleness_env_steps
+    if staleness is not None and not _is_integer(staleness, 0):
+        raise ValueError(f"`max_staleness_env_steps` must be None or an integer of at least 0, got {staleness!r}.")
+    for name in ("num_env_runners", "num_learners"):
+        if not _is_integer(getattr(config, name), 0):
+            raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(config, name)!r}.")
+    if not _is_integer(config.num_envs_per_env_runner, 1):
+        raise ValueError(
+            f"`num_envs_per_env_runner` must be a positive integer, got {config.num_envs_per_env_runner!r}."
+        )
+
+
 def _check_phases(config: CalQLConfig) -> None:
     if config.input_ != "sampler" and not config.is_offline:
         raise ValueError(f"`input_` must be a string, a path or a non-empty list of them, got {config.input_!r}.")
+    if config.pretrained is not None and not (isinstance(config.pretrained, str) and config.pretrained):
+        raise ValueError(f"`pretrained` must be None or the folder of a checkpoint, got {config.pretrained!r}.")
     updates = config.offline_updates
     if updates is not None and not _is_integer(updates, 0):
         raise ValueError(f"`offline_updates` must be an integer of at least 0, got {updates!r}.")
-    if config.is_offline and updates is None:
+    if config.is_offline and updates is None and config.pretrained is None:
         raise ValueError("`offline_updates` must be set when `input_` is: `.fine_tuning(offline_updates=...)`.")
     if updates and not config.is_offline:
         raise ValueError(f"`offline_updates` is {updates} but `input_` is not set; set `.offline_data(input_=...)`.")

@@ -48,6 +48,7 @@ class CalQLSettings(CQLConfig):
         self.target_update_period = 1
         self.bc_updates = 0
         self.precision = "fp32"
+        self.store_buffer_in_checkpoints = True  # RLlib: False, which loses what was collected.
         self.gamma = 0.99
         self.grad_clip = None
         self.train_batch_size_per_learner = 256
@@ -66,6 +67,7 @@ class CalQLSettings(CQLConfig):
         self.observation_jump_tolerance = 1e-6  # CORL's, there an absolute norm.
         self.store_memory_limit: int | None = None
         self.cache_dir: str | None = None
+        self.share_offline_data = True
 
         # .fine_tuning()
         self.offline_updates: int | None = None
@@ -77,6 +79,10 @@ class CalQLSettings(CQLConfig):
         self.calibrate_online = True  # Authors; CORL switches it off.
         self.warmup_env_steps: int | None = None
         self.online_capacity = 1_000_000
+        self.sample_async = True
+        self.max_staleness_env_steps: int | None = None
+        self.max_episode_env_steps = 10_000
+        self.pretrained: str | None = None
 
         # .rl_module()
         self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
@@ -104,6 +110,7 @@ class CalQLSettings(CQLConfig):
         target_update_period: int = NotProvided,
         bc_updates: int = NotProvided,
         precision: Literal["fp32"] = NotProvided,
+        store_buffer_in_checkpoints: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets loss, critics, learning rates and targets.
@@ -130,6 +137,8 @@ class CalQLSettings(CQLConfig):
             target_update_period: Gradient updates between two steps of the targets.
             bc_updates: First gradient updates in which the actor clones the data's actions.
             precision: "fp32".
+            store_buffer_in_checkpoints: Whether checkpoints hold the online transitions. Without them a restored run
+                goes on with offline data alone until new episodes are there.
             **kwargs: RLlib's own settings (`gamma`, `train_batch_size_per_learner`, `grad_clip`, `initial_alpha`,
                 `target_entropy`, ...).
 
@@ -159,6 +168,7 @@ class CalQLSettings(CQLConfig):
             target_update_period=target_update_period,
             bc_updates=bc_updates,
             precision=precision,
+            store_buffer_in_checkpoints=store_buffer_in_checkpoints,
         )
         return self
 
@@ -180,6 +190,7 @@ class CalQLSettings(CQLConfig):
         observation_jump_tolerance: float = NotProvided,
         store_memory_limit: int | None = NotProvided,
         cache_dir: PathLike | None = NotProvided,
+        share_offline_data: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets where the data come from and how rewards and returns are computed.
@@ -209,6 +220,8 @@ class CalQLSettings(CQLConfig):
             store_memory_limit: Bytes of memory for offline transitions; more of them go to memory-mapped files in
                 `cache_dir`. None: half of the machine's memory.
             cache_dir: Folder of these files. None: `rllib_calql` in the user's cache folder.
+            share_offline_data: Whether the trials of Ray Tune share one copy of the offline transitions per node, in
+                Ray's object store.
             **kwargs: RLlib's own settings (`input_filesystem`, `input_filesystem_kwargs`, `output`, ...).
 
         Returns:
@@ -236,6 +249,7 @@ class CalQLSettings(CQLConfig):
             observation_jump_tolerance=observation_jump_tolerance,
             store_memory_limit=store_memory_limit,
             cache_dir=cache_dir,
+            share_offline_data=share_offline_data,
         )
         return self
 
@@ -251,11 +265,16 @@ class CalQLSettings(CQLConfig):
         calibrate_online: bool = NotProvided,
         warmup_env_steps: int | None = NotProvided,
         online_capacity: int = NotProvided,
+        sample_async: bool = NotProvided,
+        max_staleness_env_steps: int | None = NotProvided,
+        max_episode_env_steps: int = NotProvided,
+        pretrained: PathLike | None = NotProvided,
     ) -> Self:
         """Sets the two phases and the switch between them.
 
         Args:
-            offline_updates: Gradient updates before the switch. Required with offline data; 0 starts online at once.
+            offline_updates: Gradient updates before the switch. Required with offline data, unless `pretrained` is
+                set; 0 starts online at once.
             updates_per_iteration: Gradient updates of one `train()` call in the offline phase.
             mixing_ratio: Share of offline rows in every online batch, exactly `round(B * mixing_ratio)` rows, or
                 "proportional" to the two amounts of data.
@@ -266,10 +285,22 @@ class CalQLSettings(CQLConfig):
             warmup_env_steps: Env steps collected after the switch before the first online update: by the pre-trained
                 policy, or by random actions if there was no pre-training. None: 0 with offline data, 1,000 without.
             online_capacity: Transitions of online data kept; the oldest give way.
+            sample_async: Whether remote env runners go on collecting while learners update. False: an episode of
+                every runner, then its updates, which is reproducible. Without remote runners it is always so.
+            max_staleness_env_steps: With `sample_async`, the env steps stored and not yet trained on above which env
+                runners wait for the learners. None: the mean length of an episode for every environment.
+            max_episode_env_steps: Steps after which an online episode is cut by the truncation rule and stored, at most
+                `online_capacity`. The environment is not reset there.
+            pretrained: Checkpoint of another run that this one starts from: its networks, optimisers and temperature,
+                and its count of offline updates. `offline_updates` may then be left out, for no more of them.
 
         Returns:
             This config.
         """
+        if pretrained is not NotProvided and pretrained:
+            pretrained = os.fspath(pretrained)
+            # As with `cache_dir`.
+            pretrained = os.path.abspath(os.path.expanduser(pretrained)) if "://" not in pretrained else pretrained
         self._set_provided(
             offline_updates=offline_updates,
             updates_per_iteration=updates_per_iteration,
@@ -280,6 +311,10 @@ class CalQLSettings(CQLConfig):
             calibrate_online=calibrate_online,
             warmup_env_steps=warmup_env_steps,
             online_capacity=online_capacity,
+            sample_async=sample_async,
+            max_staleness_env_steps=max_staleness_env_steps,
+            max_episode_env_steps=max_episode_env_steps,
+            pretrained=pretrained,
         )
         return self
 

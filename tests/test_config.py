@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "target_update_period": 1,
         "bc_updates": 0,
         "precision": "fp32",
+        "store_buffer_in_checkpoints": True,
         # RLlib's own, with the authors' values.
         "gamma": 0.99,
         "train_batch_size_per_learner": 256,
@@ -70,6 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "observation_jump_tolerance": 1e-6,
         "store_memory_limit": None,
         "cache_dir": None,
+        "share_offline_data": True,
     },
     "fine_tuning": {
         "offline_updates": None,
@@ -81,6 +83,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "calibrate_online": True,
         "warmup_env_steps": None,
         "online_capacity": 1_000_000,
+        "sample_async": True,
+        "max_staleness_env_steps": None,
+        "max_episode_env_steps": 10_000,
+        "pretrained": None,
     },
 }
 
@@ -103,6 +109,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "tau": 1.0,
         "target_update_period": 2,
         "bc_updates": 100,
+        "store_buffer_in_checkpoints": False,
         "gamma": 0.9,
         "train_batch_size_per_learner": 64,
         "grad_clip": 1.0,
@@ -123,6 +130,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "observation_jump_tolerance": 0.5,
         "store_memory_limit": 10**9,
         "cache_dir": "/cache",
+        "share_offline_data": False,
         "input_filesystem": LocalFileSystem(),
     },
     "fine_tuning": {
@@ -135,6 +143,10 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "calibrate_online": False,
         "warmup_env_steps": 5_000,
         "online_capacity": 50_000,
+        "sample_async": False,
+        "max_staleness_env_steps": 0,
+        "max_episode_env_steps": 500,
+        "pretrained": "/runs/checkpoint",
     },
 }
 
@@ -160,7 +172,6 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "policy_model_config": ("training", {"fcnet_hiddens": [8]}),
     "n_step": ("training", 3),
     "replay_buffer_config": ("training", {"type": "PrioritizedEpisodeReplayBuffer", "alpha": 0.6}),
-    "store_buffer_in_checkpoints": ("training", True),
     "training_intensity": ("training", 2.0),
     "num_steps_sampled_before_learning_starts": ("training", 10),
     "target_network_update_freq": ("training", 100),
@@ -491,6 +502,7 @@ POSITIVE_INTEGERS = (
     "training.train_batch_size_per_learner",
     "fine_tuning.updates_per_iteration",
     "fine_tuning.online_capacity",
+    "fine_tuning.max_episode_env_steps",
 )
 BOOLEANS = (
     "training.calibrate",
@@ -501,6 +513,9 @@ BOOLEANS = (
     "offline_data.normalize_observations",
     "fine_tuning.conservative_online",
     "fine_tuning.calibrate_online",
+    "fine_tuning.sample_async",
+    "training.store_buffer_in_checkpoints",
+    "offline_data.share_offline_data",
 )
 NOT_FINITE_OR_NO_NUMBER = (NAN, INF, -INF, "1.0", None, True)
 BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
@@ -519,6 +534,11 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     ("training.gamma", (-0.1, 1.01, NAN, "0.9", None, True), r"must be in \[0, 1\]"),
     ("training.bc_updates", (-1, 0.5, "1", None, True), "must be an integer of at least 0"),
     ("fine_tuning.offline_updates", (-1, 0.5, "1", True), "must be an integer of at least 0"),
+    ("fine_tuning.max_staleness_env_steps", (-1, 0.5, "1", True), "must be None or an integer of at least 0"),
+    ("fine_tuning.pretrained", ("",), "must be None or the folder of a checkpoint"),
+    ("env_runners.num_env_runners", (-1, 0.5, "1", None, True), "must be an integer of at least 0"),
+    ("env_runners.num_envs_per_env_runner", (1.5, True), "must be a positive integer"),
+    ("learners.num_learners", (-1, 0.5, "1", None, True), "must be an integer of at least 0"),
     ("fine_tuning.warmup_env_steps", (-1, 0.5, "1", True), "must be None or an integer of at least 0"),
     ("offline_data.reward_scale", NOT_FINITE_OR_NO_NUMBER, "must be a finite number"),
     ("offline_data.reward_bias", NOT_FINITE_OR_NO_NUMBER, "must be a finite number"),

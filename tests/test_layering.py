@@ -37,7 +37,7 @@ LAYERS = (
     ("replay", "table_cache", "ingestion"),
     ("loading", "settings"),
     ("config",),
-    ("offline_data", "learner"),
+    ("offline_data", "learner", "resuming"),
     ("algorithm",),
     ("",),
     ("experiment",),

@@ -141,6 +141,7 @@ SIGNATURES = {
         "target_update_period",
         "bc_updates",
         "precision",
+        "store_buffer_in_checkpoints",
         "kwargs",
     ],
     "offline_data": [
@@ -158,6 +159,7 @@ SIGNATURES = {
         "observation_jump_tolerance",
         "store_memory_limit",
         "cache_dir",
+        "share_offline_data",
         "kwargs",
     ],
     "fine_tuning": [
@@ -170,6 +172,10 @@ SIGNATURES = {
         "calibrate_online",
         "warmup_env_steps",
         "online_capacity",
+        "sample_async",
+        "max_staleness_env_steps",
+        "max_episode_env_steps",
+        "pretrained",
     ],
     "rl_module": ["model_config", "kwargs"],
 }
