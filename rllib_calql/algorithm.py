@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from operator import methodcaller
 from typing import Any
 
 import numpy as np
-import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
@@ -22,20 +21,18 @@ from ray.rllib.utils.metrics import (
     ENV_RUNNER_SAMPLING_TIMER,
     EPISODE_RETURN_MEAN,
     EVALUATION_RESULTS,
-    LEARNER_RESULTS,
-    LEARNER_UPDATE_TIMER,
-    NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
+from ray.util import log_once
 
 from rllib_calql import metrics as keys
-from rllib_calql.collection import EpisodeJoiner, collect
+from rllib_calql.collection import EpisodeJoiner, collect, collect_or_tell
+from rllib_calql.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets.in_memory import with_handles
 from rllib_calql.evaluation_history import EvaluationHistory
-from rllib_calql.offline_data import as_multi_agent_batch, with_spaces_of_data
+from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
 from rllib_calql.resuming import ResumableCQL
@@ -47,13 +44,14 @@ from rllib_calql.transitions import (
     observation_dtype,
     transitions_from_episode,
 )
+from rllib_calql.updating import UpdatingCQL
 
-_MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
-_MAX_EMPTY_ROUNDS = 5  # Rounds that env runners get to come back in, after a failure of all of them.
-_MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper: progress and Ctrl-C stay responsive.
+logger = logging.getLogger(__name__)
+
+_MAX_DISCARDED_IN_A_ROW = 10
 
 
-class CalQL(ResumableCQL):
+class CalQL(UpdatingCQL):
     """Calibrated conservative Q-learning (Nakamoto et al. 2023, arXiv:2303.05479) on RLlib's new API stack.
 
     `train()` makes `updates_per_iteration` gradient updates on offline data until `offline_updates` is reached. From
@@ -85,8 +83,9 @@ class CalQL(ResumableCQL):
         self.num_online_env_steps = 0
         self.num_online_episodes = 0
         self._updates_owed = 0.0
-        self._num_empty_rounds = 0
-        self._num_updates_timed, self._seconds_timed = 0, 0.0
+        self._num_discarded, self._num_discarded_in_a_row = 0, 0
+        self._generation = 0
+        self._set_up_updates()
         if config.env is None:
             config = with_spaces_of_data(config)
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
@@ -102,7 +101,7 @@ class CalQL(ResumableCQL):
             truncation=config.truncation,
         )
         self._add_returns = AddReturnsToGo(settings)
-        self._joiner = EpisodeJoiner()
+        self._set_up_collection()
         self._observation_space, self._action_space = self._environment_spaces()
         self.store = TransitionStore(
             obs_dim=flat_size(self._observation_space),
@@ -120,9 +119,26 @@ class CalQL(ResumableCQL):
                 action_space=self._action_space,
             )
         self._history = EvaluationHistory(self.offline_data.reference_scores if self.offline_data else None)
-        if config.normalize_observations:
+        if config.normalize_observations and config.pretrained is None:
             self._set_observation_statistics()
+        self._load_pretrained()
+        self._publish_weights()
         self._sync_weights(self.env_runner_group)
+        if self.learner_group.is_remote:
+            self._take_snapshot()
+
+    def _set_up_collection(self) -> None:
+        config = self.config
+        self._num_envs = max(1, config.num_env_runners) * config.num_envs_per_env_runner
+        self._joiner = EpisodeJoiner()
+        self._collector: Collector | None = None
+        if self.env_runner_group is not None and config.num_env_runners:
+            self._collector = Collector(
+                self.env_runner_group,
+                timeout_s=config.sample_timeout_s,
+                num_envs=config.num_envs_per_env_runner,
+                max_requests=config.max_requests_in_flight_per_env_runner,
+            )
 
     def _environment_spaces(self) -> tuple[Any, Any]:
         """Spaces of one sub-environment before any connector, or the configured ones without an environment."""
@@ -138,19 +154,11 @@ class CalQL(ResumableCQL):
         mean, std = self.store.observation_statistics()
         self._foreach_learner(methodcaller("set_observation_statistics", mean, std))
 
-    def _foreach_learner(self, func: Callable[[Any], Any]) -> list[Any]:
-        return [result.get() for result in self.learner_group.foreach_learner(func)]
-
     @override(Algorithm)
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> None:
         """No RLlib buffer: transitions live in `self.store`."""
 
     # --- Training ----------------------------------------------------------------------------------------------------
-
-    @property
-    def phase(self) -> str:
-        """The phase of the next training step, "offline" or "online"."""
-        return keys.OFFLINE if self.num_offline_updates < self.config.num_offline_updates else keys.ONLINE
 
     @override(CQL)
     def training_step(self) -> None:
@@ -172,41 +180,79 @@ class CalQL(ResumableCQL):
             self._online_step()
 
     def _online_step(self) -> None:
+        if self._collector is not None and self.config.sample_async:
+            self._collect_and_update()
+            return
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            episodes = self._collect_episodes()
-        for episode in episodes:
-            self._store_episode(episode)
-        num_updates = int(self._updates_owed)
-        num_offline_rows = self._num_offline_rows(online=True)
-        if num_updates and (self.store.num_online or num_offline_rows == self.config.train_batch_size_per_learner):
-            self._updates_owed -= num_updates
+            episodes, metrics = self._collect_round()
+        self._take_in(episodes, metrics)
+        if num_updates := self._num_updates_due():
             self._update(num_updates, online=True)
 
-    def _collect_episodes(self) -> list[SingleAgentEpisode]:
+    def _collect_round(self) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """One round of every env runner: an episode each, or with several sub-environments a share of steps."""
         is_vectorised = self.config.num_envs_per_env_runner > 1
-        has_policy = self.num_offline_updates + self.num_online_updates > 0
-        task = partial(
-            collect,
-            seed=self.store.draw_seed(),
-            num_env_steps=self._num_env_steps_per_round() if is_vectorised else None,
-            random_actions=not has_policy and self.num_online_env_steps < self.config.num_warmup_env_steps,
-        )
-        results = self.env_runner_group.foreach_env_runner(
-            task,
-            local_env_runner=self.config.num_env_runners == 0,
-            timeout_seconds=self.config.sample_timeout_s if self.config.num_env_runners else None,
-        )
-        self._num_empty_rounds = 0 if results else self._num_empty_rounds + 1
-        if self._num_empty_rounds == _MAX_EMPTY_ROUNDS:
-            raise RuntimeError(
-                f"No env runner returned an episode in {_MAX_EMPTY_ROUNDS} rounds. Either the environment fails, see "
-                "the runners' log, or an episode takes longer than `sample_timeout_s`, "
-                f"{self.config.sample_timeout_s} s; raise that."
-            )
-        if results:
-            self.metrics.aggregate([runner_metrics for _, runner_metrics in results], key=ENV_RUNNER_RESULTS)
-        return self._joiner.add([piece for pieces, _ in results for piece in pieces])
+        arguments = self._request(self._num_env_steps_per_round() if is_vectorised else None)
+        if self._collector is not None:
+            return self._collector.collect_round(lambda _: partial(collect_or_tell, **arguments))
+        collected = collect(self.env_runner, **arguments | {"weights": None})
+        return self._joiner.add(collected.pieces), [collected.metrics]
+
+    def _collect_and_update(self) -> None:
+        """Updates while env runners collect, until as many episodes are stored as there are environments."""
+        collector = self._collector
+        assert collector is not None
+        begin, num_begun, seconds_before = time.perf_counter(), self.num_online_episodes, self._seconds_timed
+        while self.num_online_episodes - num_begun < self._num_envs:
+            round_env_steps = self._env_steps_of_a_round()
+            staleness = self.config.max_staleness_env_steps
+            limit = round_env_steps if staleness is None else float(staleness)
+            # Learners that have nothing to do need the ends of episodes.
+            if not self._num_updates_due() or self._num_env_steps_behind() <= limit:
+                collector.ask(
+                    lambda num_env_steps: partial(collect_or_tell, **self._request(num_env_steps)),
+                    max_env_steps=max(limit, round_env_steps),
+                )
+            self._take_in(*collector.fetch())
+            if num_updates := self._num_updates_due():
+                self._update(min(num_updates, self._num_updates_per_request()), online=True)
+            else:
+                with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+                    collector.wait()
+        busy = (self._seconds_timed - seconds_before) / (time.perf_counter() - begin)
+        self.metrics.log_value((keys.COLLECTION, keys.LEARNER_BUSY_SHARE), busy, window=1)
+
+    def _env_steps_of_a_round(self) -> float:
+        """Env steps of an episode of every environment, by the mean of those stored."""
+        if self.num_online_episodes == 0:
+            return math.inf
+        return float(self._num_envs * self.num_online_env_steps / self.num_online_episodes)
+
+    def _num_env_steps_behind(self) -> float:
+        """Env steps stored that updates are still to be made for."""
+        behind: float = self._updates_owed / self.config.updates_per_env_step
+        return behind
+
+    def _num_updates_per_request(self) -> int:
+        """Updates that take as long as a request to an env runner."""
+        return 10 if self._seconds_per_update is None else max(1, round(SECONDS_PER_REQUEST / self._seconds_per_update))
+
+    def _num_updates_due(self) -> int:
+        """Updates to make now: those owed, none as long as a batch needs online rows and there are none."""
+        num_offline_rows = self._num_offline_rows(online=True)
+        can_update = self.store.num_online or num_offline_rows == self.config.train_batch_size_per_learner
+        return int(self._updates_owed) if can_update else 0
+
+    def _request(self, num_env_steps: int | None) -> dict[str, Any]:
+        """Arguments of `collect`."""
+        has_policy = self.config.pretrained or self.num_offline_updates + self.num_online_updates > 0
+        return {
+            "seed": self.store.draw_seed(),
+            "num_env_steps": num_env_steps,
+            "random_actions": not has_policy and self.num_online_env_steps < self.config.num_warmup_env_steps,
+            "weights": self._weights,
+            "generation": self._generation,
+        }
 
     def _num_env_steps_per_round(self) -> int:
         """Steps of one runner and round with several sub-environments: about one update call's worth of updates."""
@@ -214,12 +260,23 @@ class CalQL(ResumableCQL):
         num_envs: int = self.config.num_envs_per_env_runner
         return max(num_envs, round(steps / max(1, self.config.num_env_runners)))
 
+    def _take_in(self, episodes: list[SingleAgentEpisode], metrics: list[dict[str, Any]]) -> None:
+        if metrics:
+            self.metrics.aggregate(metrics, key=ENV_RUNNER_RESULTS)
+        for episode in episodes:
+            self._store_episode(episode)
+
     def _store_episode(self, episode: SingleAgentEpisode) -> None:
-        self._add_returns(batch={}, episodes=[episode])
         observations = flatten_observations(self._observation_space, episode.get_observations())
         actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
-        check_finite(episode.id_, "an observation", observations)
-        check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
+        try:
+            check_finite(episode.id_, "an observation", observations)
+            check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
+        except ValueError as error:
+            self._discard_episode(error)
+            return
+        self._num_discarded_in_a_row = 0
+        self._add_returns(batch={}, episodes=[episode])
         self.store.add_online(
             transitions_from_episode(
                 episode, observations=observations, actions=actions, settings=self._add_returns.settings
@@ -229,81 +286,49 @@ class CalQL(ResumableCQL):
         self.num_online_env_steps += len(episode)
         self.num_online_episodes += 1
         self._updates_owed += self.config.updates_per_env_step * max(0, self.num_online_env_steps - begun)
-
-    def _num_offline_rows(self, *, online: bool) -> int:
-        batch_size = self.config.train_batch_size_per_learner
-        if not online:
-            return batch_size
-        return self.store.num_offline_rows(batch_size, self.config.mixing_ratio)
-
-    def _update(self, num_updates: int, *, online: bool) -> None:
-        """Makes gradient updates, then hands the weights to the env runners."""
-        begin = time.perf_counter()
-        if self.config.truncation == "bootstrap":
-            self.store.refresh_returns(self._estimate_values)
-        num_learners = max(1, self.config.num_learners)
-        bytes_per_update = self.store.row_nbytes * self.config.train_batch_size_per_learner * num_learners
-        per_call = max(1, min(_MAX_UPDATES_PER_CALL, _MAX_BYTES_PER_UPDATE_CALL // bytes_per_update))
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            for start in range(0, num_updates, per_call):
-                self._update_once(min(per_call, num_updates - start), online=online)
-        self._num_updates_timed += num_updates
-        self._seconds_timed += time.perf_counter() - begin
-        if self.phase == keys.ONLINE:  # Also after the last offline update: the next step collects.
-            with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-                self._sync_weights(self.env_runner_group)
-
-    def _update_once(self, num_updates: int, *, online: bool) -> None:
-        from rllib_calql.learner import ONLINE
-
-        batch_size = self.config.train_batch_size_per_learner
-        batches = [
-            as_multi_agent_batch(
-                self.store.sample(
-                    num_batches=num_updates,
-                    batch_size=batch_size,
-                    num_offline_rows=self._num_offline_rows(online=online),
-                )
+        if len(episode) >= self.config.episode_limit_env_steps and episode.is_truncated and log_once("calql_cut"):
+            logger.warning(
+                "An episode was cut after %d env steps and stored as a truncated one; raise `max_episode_env_steps` if "
+                "episodes are that long. Said once.",
+                len(episode),
             )
-            for _ in range(max(1, self.config.num_learners))
-        ]
-        is_remote = self.learner_group.is_remote
-        data = {"batch_refs": [ray.put(batch) for batch in batches]} if is_remote else {"batch": batches[0]}
-        results = self.learner_group.update(
-            **data,
-            minibatch_size=batch_size,
-            timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_online_env_steps, ONLINE: online},
-        )
-        self.metrics.aggregate(results, key=LEARNER_RESULTS)
-        if online:
-            self.num_online_updates += num_updates
-        else:
-            self.num_offline_updates += num_updates
 
-    def _estimate_values(self, observations: np.ndarray) -> np.ndarray:
-        chunks = np.array_split(observations, max(1, len(observations) // 4096))
-        values = [self._foreach_learner(methodcaller("estimate_values", chunk))[0] for chunk in chunks]
-        return np.concatenate(values)
+    def _discard_episode(self, error: ValueError) -> None:
+        """A broken sensor costs an episode. An environment that is broken for good ends the run."""
+        self._num_discarded += 1
+        self._num_discarded_in_a_row += 1
+        if self._num_discarded_in_a_row == _MAX_DISCARDED_IN_A_ROW:
+            raise error
+        logger.warning("An episode is discarded: %s", error)
 
-    def _sync_weights(self, group: Any) -> None:
-        """Sets the learners' weights on every runner and waits.
-
-        RLlib's `sync_weights` does not wait and drops the call silently while an earlier one is under way, so that
-        restored runners kept their initial weights.
-        """
-        if group is None:
-            return
-        state = self.learner_group.get_state(
-            components=COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE, inference_only=True
-        )[COMPONENT_LEARNER]
-        # Without a sequence number runners always take the weights, also older ones out of a checkpoint.
-        weights = ray.put({COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE]})
-        group.foreach_env_runner(lambda runner: runner.set_state(ray.get(weights)), timeout_seconds=60.0)
+    @override(Algorithm)
+    def cleanup(self) -> None:
+        """Ends all workers, and lets go of offline data that are shared with other trials."""
+        if self._collector is not None:
+            self._collector.stop()
+        super().cleanup()
+        if self.offline_data is not None:
+            self.offline_data.close()
 
     @override(ResumableCQL)
     def _after_restore(self) -> None:
         self._joiner.clear()
+        self._generation += 1
+        if self._collector is not None:
+            self._collector.forget_outstanding()
+        self._publish_weights()
         self._sync_weights(self.env_runner_group)
+        self._refreshed_at = None
+        if self.learner_group.is_remote:
+            self._take_snapshot()
+
+    @override(Algorithm)
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """Indices of env runners that came back. `Collector` brings back those that collect, without waiting."""
+        if self._collector is not None and env_runner_group is self.env_runner_group:
+            return self._collector.take_recovered()
+        restored: list[int] = super().restore_env_runners(env_runner_group)
+        return restored
 
     # --- Results -----------------------------------------------------------------------------------------------------
 
@@ -335,6 +360,16 @@ class CalQL(ResumableCQL):
         )
         results[keys.PHASE] = self._phase_of_result
         results.update(self._counters_of_phases())
+        results[keys.COLLECTION] = {
+            **results.get(keys.COLLECTION, {}),
+            keys.NUM_ENV_STEPS_BEHIND: self._num_env_steps_behind(),
+            keys.NUM_DISCARDED_EPISODES_LIFETIME: self._num_discarded,
+        }
+        if self._collector is not None:
+            results[keys.COLLECTION] |= {
+                keys.NUM_HEALTHY_ENV_RUNNERS: self._collector.num_healthy,
+                keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._collector.num_failures,
+            }
         results[keys.STORE] = {
             keys.NUM_OFFLINE_TRANSITIONS: self.store.num_offline,
             keys.NUM_ONLINE_TRANSITIONS: self.store.num_online,
@@ -359,6 +394,10 @@ class CalQL(ResumableCQL):
 def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:
     changed: CalQLConfig = config.copy(copy_frozen=False)
     changed.input_ = input_
+    # RLlib merges the states of runners' connectors after every iteration and waits for all runners, however long their
+    # requests are. Only connectors set by the user have a state.
+    has_connectors = config._env_to_module_connector is not None or config._module_to_env_connector is not None
+    changed._dont_auto_sync_env_runner_states = not has_connectors
     changed.freeze()
     return changed
 

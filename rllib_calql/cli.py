@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
 
 import rllib_calql
 from rllib_calql.checkpoint import config_of
@@ -88,7 +87,8 @@ def file(
     _prepare(verbose)
     import ray
 
-    from rllib_calql.experiment import ExperimentError, read_experiments
+    from rllib_calql.experiment import read_experiments
+    from rllib_calql.experiment_errors import ExperimentError
 
     try:
         experiments = read_experiments(file)
@@ -150,6 +150,8 @@ def _prepare(verbose: bool) -> None:
         for logger in ("ray", "ray.rllib", "ray.tune"):
             logging.getLogger(logger).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics)\b")
+        # Tune's copy of its state in the background fails where files change meanwhile; `KeepResumable` has its own.
+        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
         # Said better by our own messages at the end.
         logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
 
@@ -172,14 +174,14 @@ def _with_options(
 
 
 def _refuse_missing_runs(runs: list[Experiment], storage_path: str) -> None:
-    from ray import tune
+    """One of several experiments in a file may not have begun yet when the command was stopped."""
+    from rllib_calql.resume_run import has_begun
 
-    for run in runs:
-        path = f"{storage_path}/{run.name}"
-        if not tune.Tuner.can_restore(path):
-            raise UsageError(
-                f"There is nothing to resume at '{path}'; check `--name` and `--storage-path`, or drop `--resume`."
-            )
+    if not any(has_begun(run, storage_path) for run in runs):
+        raise UsageError(
+            f"There is nothing to resume at '{storage_path}/{runs[0].name}'; check `--name` and `--storage-path`, or "
+            "drop `--resume`."
+        )
 
 
 def _start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
@@ -204,55 +206,21 @@ def _start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbos
 
 def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bool) -> bool:
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
-    from ray import tune
+    from rllib_calql.resume_run import ResumeError
+    from rllib_calql.tune_runs import run_experiment
 
-    from rllib_calql.progress import CheckpointOnInterrupt, ProgressCallback, StopCriteria
-
-    console = Console()
-    progress = ProgressCallback(experiment.stop, console)
-    interrupt = CheckpointOnInterrupt(announce=lambda message: click.echo(message, err=True))
-    folder = f"{storage_path}/{experiment.name}"
-    run_config = tune.RunConfig(
-        name=experiment.name,
-        storage_path=storage_path,
-        stop=experiment.stop,
-        callbacks=[progress, interrupt, StopCriteria(experiment.stop)],
-        checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
-        verbose=0,
-    )
-    if resume:
-        tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
-        _refuse_unusable_trials(tuner, experiment, folder)
-        # Tune restores the callbacks of the first run; the display and the signal handler are those of this one.
-        tuner._local_tuner.get_run_config().callbacks = run_config.callbacks
-    else:
-        tuner = tune.Tuner(
-            experiment.algorithm,
-            param_space=experiment.config.to_dict(),
-            tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
-            run_config=run_config,
-        )
-    with interrupt:
-        try:
-            results = tuner.fit()
-        except KeyboardInterrupt:
-            _exit_interrupted("Stopped at once; earlier checkpoints, if any, are", folder)
-        finally:
-            progress.close()
-    if interrupt.interrupted:
-        _exit_interrupted("Checkpoints are", folder)
-    for error in results.errors:
-        click.echo(f"Error in '{experiment.name}': {error if verbose else _root_cause(error)}", err=True)
-    return not results.errors
-
-
-def _refuse_unusable_trials(tuner: Any, experiment: Experiment, folder: str) -> None:
-    """Where Tune cannot restore a trial it would begin anew, over the state of the run."""
     try:
-        for result in tuner.get_results():
-            experiment.algorithm.default_resource_request(result.config)  # type: ignore[attr-defined]
-    except Exception as error:
-        raise UsageError(f"The run in '{folder}' cannot be resumed: {error}") from error
+        outcome = run_experiment(
+            experiment, storage_path, resume=resume, announce=lambda message: click.echo(message, err=True)
+        )
+    except ResumeError as error:
+        raise UsageError(str(error)) from error
+    if outcome.is_interrupted:
+        where = "Checkpoints are" if outcome.has_checkpoints else "Stopped at once; earlier checkpoints, if any, are"
+        _exit_interrupted(where, f"{storage_path}/{experiment.name}")
+    for cause in outcome.errors:
+        click.echo(f"Error in '{experiment.name}': {cause if verbose else _root_cause(cause)}", err=True)
+    return not outcome.errors
 
 
 def _exit_interrupted(message: str, folder: str) -> NoReturn:

@@ -42,7 +42,7 @@ class CalQLConfig(CalQLSettings):
 
     def __init__(self, algo_class: type | None = None) -> None:
         from rllib_calql.algorithm import CalQL
-        from rllib_calql.callbacks import EpisodeOutcomeCallback
+        from rllib_calql.callbacks import OWN_CALLBACKS
         from rllib_calql.offline_data import CalQLOfflineData
 
         super().__init__(algo_class=algo_class or CalQL)
@@ -58,20 +58,26 @@ class CalQLConfig(CalQLSettings):
         self.min_train_timesteps_per_iteration = 0
         self.batch_mode = "complete_episodes"
         self.num_env_runners = 0
-        self.callbacks_class = EpisodeOutcomeCallback
+        self.callbacks_class = list(OWN_CALLBACKS)
         self.evaluation_config = AlgorithmConfig.overrides(explore=False)  # Authors evaluate the greedy policy.
         # An environment that fails must surface, not make a runner sleep for a minute and vanish.
         self.delay_between_env_runner_restarts_s = 1.0
         self.sample_timeout_s = 600.0  # A round is a whole episode; RLlib's 60 s would silently drop longer ones.
+        self.max_requests_in_flight_per_env_runner = (
+            2  # With 1, a runner would wait for every update that is under way.
+        )
 
     @override(AlgorithmConfig)
     def callbacks(self, callbacks_class: Any = NotProvided, **kwargs: Any) -> Self:
-        """Sets callbacks, RLlib's signature. The package's own one, which logs the success rate, stays in place."""
-        from rllib_calql.callbacks import EpisodeOutcomeCallback
+        """Sets callbacks, RLlib's signature.
+
+        The package's own ones, which log the success rate and cut long episodes, stay in place.
+        """
+        from rllib_calql.callbacks import OWN_CALLBACKS
 
         if callbacks_class is not NotProvided:
             given = list(callbacks_class) if isinstance(callbacks_class, (list, tuple)) else [callbacks_class]
-            callbacks_class = [EpisodeOutcomeCallback, *(c for c in given if c is not EpisodeOutcomeCallback)]
+            callbacks_class = [*OWN_CALLBACKS, *(c for c in given if c not in OWN_CALLBACKS)]
         super().callbacks(callbacks_class, **kwargs)
         return self
 

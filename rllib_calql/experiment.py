@@ -12,25 +12,25 @@ import math
 import re
 import runpy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ray import tune
 from ray.rllib.algorithms import registry
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.utils.from_config import NotProvided
-from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search.sample import Categorical, Domain, Float
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search.sample import Categorical
 
 from rllib_calql import metrics as keys
+from rllib_calql.experiment_errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.registration import register
+from rllib_calql.schedulers import mutations, parse_scheduler
+from rllib_calql.search_spaces import contents, find_spaces, foreseeable_choices, is_space, parse_spaces, substitute
 
-DEFAULT_METRIC = "evaluation/env_runners/episode_return_mean"
-_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler")
+_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler", "max_failures")
 _CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
 _STOP_KEYS = (
     "training_iteration",
@@ -42,26 +42,6 @@ _STOP_KEYS = (
     keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
     keys.NUM_ONLINE_EPISODES_LIFETIME,
 )
-_SCHEDULERS: dict[str, type[TrialScheduler]] = {
-    "asha": AsyncHyperBandScheduler,
-    "hyperband": HyperBandScheduler,
-    "median_stopping": MedianStoppingRule,
-}
-# Name -> (constructor, number of entries of the list; None for any).
-_SEARCH_SPACES: dict[str, tuple[Callable[..., Any], int | None]] = {
-    "grid_search": (tune.grid_search, None),
-    "choice": (tune.choice, None),
-    "uniform": (tune.uniform, 2),
-    "loguniform": (tune.loguniform, 2),
-    "quniform": (tune.quniform, 3),
-    "qloguniform": (tune.qloguniform, 3),
-    "randint": (tune.randint, 2),
-}
-_Path = tuple[Any, ...]
-
-
-class ExperimentError(ValueError):
-    """An experiment file that cannot be run as it is. The message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +56,7 @@ class Experiment:
         num_samples: Trials per point of the grid.
         scheduler: Tune's scheduler, or None for all trials to the end.
         checkpoint_config: Arguments of `tune.CheckpointConfig`.
+        max_failures: How often a trial that died is restarted from its last checkpoint; -1 for always.
         examples: Configs with every search space replaced by a value, each foreseeable value in at least one.
     """
 
@@ -86,6 +67,7 @@ class Experiment:
     num_samples: int = 1
     scheduler: TrialScheduler | None = None
     checkpoint_config: dict[str, Any] = field(default_factory=dict)
+    max_failures: int = 0
     examples: tuple[AlgorithmConfig, ...] = ()
 
     @property
@@ -149,12 +131,12 @@ _StrictLoader.add_implicit_resolver(
 
 
 def _load_yaml(path: Path) -> Any:
-    with _reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
+    with reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
         return yaml.load(file, Loader=_StrictLoader)
 
 
 def _read_python(path: Path) -> Experiment:
-    with _reported(f"'{path}' could not be run"):
+    with reported(f"'{path}' could not be run"):
         module = runpy.run_path(str(path), run_name="rllib_experiment")
     config = module.get("config")
     if not isinstance(config, AlgorithmConfig) or config.algo_class is None:
@@ -173,20 +155,20 @@ def _read_python(path: Path) -> Experiment:
 
 def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, ...]:
     """What trials may get: one value for each space, every foreseeable value once. Bad ones show before training."""
-    spaces = dict(_find_spaces(vars(config)))
+    spaces = dict(find_spaces(vars(config)))
     examples = []
-    for chosen in _foreseeable_choices(spaces):
+    for chosen in foreseeable_choices(spaces):
         example = config.copy(copy_frozen=False)
         for attribute in {path[0] for path in spaces}:
-            setattr(example, attribute, _substitute(getattr(config, attribute), chosen, (attribute,)))
-        with _reported(f"Experiment '{name}'"):
+            setattr(example, attribute, substitute(getattr(config, attribute), chosen, (attribute,)))
+        with reported(f"Experiment '{name}'"):
             example.validate()
         examples.append(example)
     return tuple(examples)
 
 
 def _parse_experiment(name: str, entry: Any) -> Experiment:
-    _refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
+    refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
     if "run" not in entry:
         raise ExperimentError(f"Experiment '{name}' has no `run`; set it to an algorithm, for example `run: CalQL`.")
     algorithm, default_config = _find_algorithm(entry["run"], name)
@@ -201,17 +183,29 @@ def _parse_experiment(name: str, entry: Any) -> Experiment:
     num_samples = entry.get("num_samples", 1)
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
+    max_failures = entry.get("max_failures", 0)
+    if not isinstance(max_failures, int) or isinstance(max_failures, bool) or max_failures < -1:
+        raise ExperimentError(
+            f"`max_failures` of experiment '{name}' must be a whole number >= 0, or -1 to restart a trial however "
+            f"often it fails; got {max_failures!r}."
+        )
     checkpoint_config = entry.get("checkpoint_config") or {}
-    _refuse_unknown(checkpoint_config, _CHECKPOINT_KEYS, f"`checkpoint_config` of experiment '{name}'")
+    refuse_unknown(checkpoint_config, _CHECKPOINT_KEYS, f"`checkpoint_config` of experiment '{name}'")
+    settable = {s for accepted in settings_by_method(type(config)).values() for s in accepted} & config.to_dict().keys()
+    scheduler = parse_scheduler(entry.get("scheduler"), config, name, settings=settable)
+    mutated = config.copy(copy_frozen=False)
+    for setting, space in mutations(scheduler).items():
+        setattr(mutated, setting, space)
     return Experiment(
         name=name,
         algorithm=algorithm,
         config=config,
         stop=_parse_stop(entry.get("stop"), name),
         num_samples=num_samples,
-        scheduler=_parse_scheduler(entry.get("scheduler"), config, name),
+        scheduler=scheduler,
         checkpoint_config=checkpoint_config,
-        examples=_examples_of(config, name),
+        max_failures=max_failures,
+        examples=_examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ()),
     )
 
 
@@ -220,7 +214,7 @@ def _find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
     register()
     if not isinstance(run, str) or run not in registry.ALGORITHMS:
         raise ExperimentError(
-            f"Unknown algorithm {run!r} in experiment '{name}'{_did_you_mean(str(run), registry.ALGORITHMS)} "
+            f"Unknown algorithm {run!r} in experiment '{name}'{did_you_mean(str(run), registry.ALGORITHMS)} "
             f"There are {', '.join(sorted(registry.ALGORITHMS))}."
         )
     algorithm, config = registry.ALGORITHMS[run]()
@@ -240,41 +234,22 @@ def _parse_stop(stop: Any, name: str) -> dict[str, float]:
             raise ExperimentError(f"`stop` of experiment '{name}': `{key}` must be a number, got {value!r}.")
         elif key not in _STOP_KEYS and difflib.get_close_matches(str(key), _STOP_KEYS, cutoff=0.85):
             # A metric that never appears would let the run go on for ever.
-            raise ExperimentError(f"Unknown metric `{key}` in `stop` of '{name}'{_did_you_mean(str(key), _STOP_KEYS)}")
+            raise ExperimentError(f"Unknown metric `{key}` in `stop` of '{name}'{did_you_mean(str(key), _STOP_KEYS)}")
         else:
             flat[str(key)] = value
     return flat
 
 
-def _parse_scheduler(entry: Any, config: AlgorithmConfig, name: str) -> TrialScheduler | None:
-    if entry is None:
-        return None
-    where = f"`scheduler` of experiment '{name}'"
-    if not isinstance(entry, dict) or entry.get("type") not in _SCHEDULERS:
-        types = ", ".join(_SCHEDULERS)
-        raise ExperimentError(f"{where} must be {{type: ..., ...}} with a type of {types}; got {entry!r}.")
-    cls = _SCHEDULERS[entry["type"]]
-    options = {key: value for key, value in entry.items() if key != "type"}
-    _refuse_unknown(options, [p for p in inspect.signature(cls).parameters if p != "self"], where)
-    options = {"metric": DEFAULT_METRIC, "mode": "max"} | options
-    if str(options["metric"]).startswith("evaluation/") and not config.evaluation_interval:
-        raise ExperimentError(
-            f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
-        )
-    with _reported(where):
-        return cls(**options)
-
-
 def _build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
     """The default config with settings applied, by name or grouped by method; values may be search spaces."""
-    parsed = _parse_spaces(dict(settings))
+    parsed = parse_spaces(dict(settings))
     config = config.copy(copy_frozen=False)
     _apply(config, parsed, name)
     # A method that converts its argument loses a space in it; one that copies does not.
-    lost = Counter(_contents(space) for _, space in _find_spaces(parsed))
-    lost -= Counter(_contents(space) for _, space in _find_spaces(vars(config)))
-    for path, space in _find_spaces(parsed):
-        if lost[_contents(space)]:
+    lost = Counter(contents(space) for _, space in find_spaces(parsed))
+    lost -= Counter(contents(space) for _, space in find_spaces(vars(config)))
+    for path, space in find_spaces(parsed):
+        if lost[contents(space)]:
             raise ExperimentError(
                 f"`{'/'.join(map(str, path))}` of experiment '{name}' cannot be searched over here; put the space on "
                 "single values inside it, or write one experiment per value."
@@ -316,7 +291,7 @@ def _apply(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> N
     methods = settings_by_method(type(config))
     calls: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
-        is_group = key in methods and isinstance(value, dict) and not _is_space(value)
+        is_group = key in methods and isinstance(value, dict) and not is_space(value)
         for setting, setting_value in value.items() if is_group else [(key, value)]:
             method, parameter = _find_setting(methods, config, setting, key if is_group else None, name)
             if parameter in calls.setdefault(method, {}):
@@ -324,7 +299,7 @@ def _apply(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> N
             calls[method][parameter] = _as_annotated(setting_value, methods[method][parameter])
     for method, arguments in calls.items():
         listed = ", ".join(f"`{argument}`" for argument in arguments)
-        with _reported(f"Experiment '{name}', `{method}` ({listed})"):
+        with reported(f"Experiment '{name}', `{method}` ({listed})"):
             getattr(config, method)(**arguments)
 
 
@@ -341,7 +316,7 @@ def _find_setting(
     known = [parameter for accepted in among.values() for parameter in accepted] + ([] if group else list(methods))
     place = f"`{group}` of experiment '{name}'" if group else f"`config` of experiment '{name}'"
     raise ExperimentError(
-        f"Unknown setting `{key}` in {place}{_did_you_mean(str(key), known)} "
+        f"Unknown setting `{key}` in {place}{did_you_mean(str(key), known)} "
         f"Settings are those of the methods of {type(config).__name__}."
     )
 
@@ -350,96 +325,10 @@ def _as_annotated(value: Any, annotation: Any) -> Any:
     """`1e4` is a float in YAML; where only whole numbers make sense it becomes one."""
     if isinstance(value, Categorical):
         value.categories = _as_annotated(value.categories, annotation)
-    elif _is_space(value) and isinstance(value, dict):
+    elif is_space(value) and isinstance(value, dict):
         value["grid_search"] = _as_annotated(value["grid_search"], annotation)
     elif isinstance(value, list):
         return [_as_annotated(item, annotation) for item in value]
     text = str(annotation)
     wants_int = re.search(r"\bint\b", text) and not re.search(r"\bfloat\b|\bAny\b|Schedule", text)
     return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
-
-
-def _parse_spaces(value: Any, path: _Path = ()) -> Any:
-    """Replaces `{grid_search: [...]}`, `{uniform: [a, b]}`, ... by Tune's objects, at any depth."""
-    if isinstance(value, list):
-        return [_parse_spaces(item, (*path, i)) for i, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    if len(value) == 1 and (kind := next(iter(value))) in _SEARCH_SPACES:
-        build, length = _SEARCH_SPACES[kind]
-        entries = value[kind]
-        where = f"`{'/'.join(map(str, path))}`: `{kind}`"
-        if not isinstance(entries, list) or not entries or (length is not None and len(entries) != length):
-            raise ExperimentError(f"{where} needs a list of {length or 'one or more'} values, got {entries!r}.")
-        with _reported(where):
-            return build(*entries) if length is not None else build(entries)
-    return {key: _parse_spaces(item, (*path, key)) for key, item in value.items()}
-
-
-def _is_space(value: Any) -> bool:
-    return isinstance(value, Domain) or (isinstance(value, dict) and list(value) == ["grid_search"])
-
-
-def _contents(space: Any) -> str:
-    return f"{type(space).__name__} {space if isinstance(space, dict) else space.domain_str}"
-
-
-def _find_spaces(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    if _is_space(value):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _find_spaces(item, (*path, key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _find_spaces(item, (*path, index))
-
-
-def _foreseeable_values(space: Any) -> Sequence[Any]:
-    if isinstance(space, dict):
-        values: Sequence[Any] = space["grid_search"]
-        return values
-    if isinstance(space, Categorical):
-        return list(space.categories)
-    return [space.lower, space.upper] if isinstance(space, Float) else [space.sample()]
-
-
-def _foreseeable_choices(spaces: Mapping[_Path, Any]) -> Iterator[dict[_Path, Any]]:
-    first = {path: _foreseeable_values(space)[0] for path, space in spaces.items()}
-    yield first
-    yield from (first | {path: value} for path, space in spaces.items() for value in _foreseeable_values(space)[1:])
-
-
-def _substitute(value: Any, chosen: Mapping[_Path, Any], path: _Path = ()) -> Any:
-    if path in chosen:
-        return chosen[path]
-    if isinstance(value, dict):
-        return {key: _substitute(item, chosen, (*path, key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_substitute(item, chosen, (*path, index)) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-@contextmanager
-def _reported(where: str) -> Iterator[None]:
-    """Says where an error comes from. RLlib raises exceptions of many types for bad values."""
-    try:
-        yield
-    except Exception as error:
-        raise ExperimentError(f"{where}: {error or type(error).__name__}") from error
-
-
-def _refuse_unknown(entry: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ExperimentError(f"The {where} must be a mapping with keys of {', '.join(known)}; got {entry!r}.")
-    for key in entry:
-        if key not in known:
-            listed = ", ".join(known)
-            raise ExperimentError(f"Unknown key `{key}` in {where}{_did_you_mean(str(key), known)} Known: {listed}.")
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    lowered = {str(name).lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), lowered, n=3)
-    return f"; did you mean {' or '.join(f'`{lowered[match]}`' for match in matches)}?" if matches else "."

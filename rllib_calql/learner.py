@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,19 +29,21 @@ from rllib_calql.config import CalQLConfig
 from rllib_calql.diagnostics import MeanAccumulator, critic_diagnostics
 from rllib_calql.replay import IS_OFFLINE
 from rllib_calql.rl_module import CalQLTorchRLModule
+from rllib_calql.skipped_updates import SkippedUpdates
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
 
 _STATE = "calql"
-_RANK_SEED_STRIDE = 1_000_003  # RLlib gives every learner the same seed; ranks must not draw the same noise.
+logger = logging.getLogger(__name__)
 
 
 class CalQLTorchLearner(CQLTorchLearner):
     """Performs K gradient steps per `update` call on K batches laid end to end.
 
     Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
-    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; temperature,
-    Lagrange multiplier and random state are part of the checkpoint; behaviour cloning ends after `bc_updates`.
+    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; a NaN or
+    infinite gradient skips the step of every optimiser and learner; temperature, Lagrange multiplier and random state
+    are part of the checkpoint; behaviour cloning ends after `bc_updates`.
     """
 
     @override(CQLTorchLearner)
@@ -50,11 +54,23 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._online = False
         self._accumulator = MeanAccumulator()
         super().build()
-        # Same device as the module; created before the optimiser refers to it.
-        seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
+        self._skipped = SkippedUpdates(self._device)
+        self._seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
         self._generator = torch.Generator(device=self._device)
-        self._generator.manual_seed(seed + _RANK_SEED_STRIDE * self._learner_index)
+        self._generator.manual_seed(self._seed)
+        self._seed_noise_of_other_ranks()
         self._calql_module.generator = self._generator
+
+    def _seed_noise_of_other_ranks(self) -> None:
+        """Seeds the noise of the ranks above 0 by seed, rank and update count.
+
+        RLlib gives every learner the same seed, and a checkpoint holds rank 0's random state only. The same noise on
+        every rank would correlate their gradients. Seeded at every update call, a resumed run draws what an
+        uninterrupted one would have drawn.
+        """
+        if self._learner_index:
+            entropy = np.random.SeedSequence((self._seed, self._learner_index, self._num_updates))
+            self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     @property
     def _calql_module(self) -> CalQLTorchRLModule:
@@ -116,6 +132,7 @@ class CalQLTorchLearner(CQLTorchLearner):
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
         self._online = bool(timesteps.get(ONLINE, False))
+        self._seed_noise_of_other_ranks()
         self._move_learning_rates(timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0))
         data = training_data if training_data is not None else TrainingData(batch=batch, batch_refs=batch_refs)
         data.validate()
@@ -143,10 +160,16 @@ class CalQLTorchLearner(CQLTorchLearner):
 
     @override(TorchLearner)
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
-        """One gradient step: all gradients at the same parameters, then every optimiser, then the targets."""
+        """One gradient step: all gradients at the same parameters, then every optimiser, then the targets.
+
+        With a NaN or infinite gradient it changes nothing, but counts as an update, so that the counters of algorithm
+        and learners agree. The decision stays on the device and is the same on every rank: it falls on the averages.
+        """
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)
+        # Before RLlib's clipping, which would turn infinities into finite numbers.
+        self._skipped.judge(list(gradients.values()))
         self.apply_gradients(self.postprocess_gradients(gradients))
         self._num_updates += 1
         if self._num_updates % self.config.target_update_period == 0:
@@ -254,16 +277,19 @@ class CalQLTorchLearner(CQLTorchLearner):
 
     @override(CQLTorchLearner)
     def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
-        """Steps every optimiser."""
+        """Steps every optimiser. With `found_inf` fused Adam leaves parameters, moments and step count as they are."""
         for param, gradient in gradients_dict.items():
             param.grad = gradient
         for optimizer in self._named_optimizers.values():
+            optimizer.found_inf = self._skipped.found_inf
             optimizer.step()
 
     def _update_targets(self) -> None:
         with torch.no_grad():
             for main, target in self._calql_module.get_target_network_pairs():
-                torch._foreach_lerp_(list(target.parameters()), list(main.parameters()), self.config.tau)
+                targets = list(target.parameters())
+                weight = self.config.tau * (1.0 - self._skipped.found_inf.to(targets[0].dtype))
+                torch._foreach_lerp_(targets, list(main.parameters()), [weight] * len(targets))
 
     @override(TorchLearner)
     def _make_modules_ddp_if_necessary(self) -> None:
@@ -278,10 +304,25 @@ class CalQLTorchLearner(CQLTorchLearner):
         TorchLearner.after_gradient_based_update(self, timesteps=timesteps)
 
     def _log_update(self, num_rows: int, rows_per_step: int) -> None:
-        """Hands the accumulated tensors to RLlib's logger: the only host synchronisation of an update call."""
-        for name, value in self._accumulator.pop().items():
+        """Hands the accumulated tensors to RLlib's logger: the only host synchronisations of an update call."""
+        means, skipped = self._accumulator.pop(), self._skipped.read()
+        for name, value in (means | {keys.NUM_SKIPPED_UPDATES_IN_A_ROW: skipped.in_a_row}).items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
-        self.metrics.log_value((DEFAULT_MODULE_ID, keys.NUM_UPDATES_LIFETIME), self._num_updates, reduce="max")
+        for name, count in (
+            (keys.NUM_UPDATES_LIFETIME, self._num_updates),
+            (keys.NUM_SKIPPED_UPDATES_LIFETIME, skipped.lifetime),
+        ):
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), count, reduce="max")
+        if skipped.new and self._learner_index == 0:
+            logger.warning(
+                "%d of %d gradient updates were skipped because a gradient was NaN or infinite (%d so far). Not finite "
+                "on the first learner: %s. Look for extreme rewards or observations in the data, then lower the "
+                "learning rates or set `grad_clip`.",
+                skipped.new,
+                num_rows // rows_per_step,
+                skipped.lifetime,
+                ", ".join(name for name, mean in means.items() if not math.isfinite(mean)) or "no term",
+            )
         rows = MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch({"rows": np.empty(num_rows, np.int8)})}, num_rows)
         self._log_steps_trained_metrics(rows)
 
@@ -289,14 +330,16 @@ class CalQLTorchLearner(CQLTorchLearner):
 
     @override(Learner)
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state and what it leaves out: temperature, dual variable, random state, update count."""
+        """RLlib's state and what it leaves out: temperature, dual variable, random state, counts of updates."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(_STATE, components, not_components):
             state[_STATE] = {
                 "log_alpha": convert_to_numpy(self.curr_log_alpha[DEFAULT_MODULE_ID]),
                 "log_alpha_prime": convert_to_numpy(self.log_alpha_prime),
                 "generator": self._generator.get_state().numpy(),
+                "seed": self._seed,
                 "num_updates": self._num_updates,
+                "num_skipped_updates": self._skipped.get_state(),
             }
         return state
 
@@ -312,14 +355,22 @@ class CalQLTorchLearner(CQLTorchLearner):
             self.curr_log_alpha[DEFAULT_MODULE_ID].copy_(torch.as_tensor(own["log_alpha"]))
             self.log_alpha_prime.copy_(torch.as_tensor(own["log_alpha_prime"]))
         self._num_updates = own["num_updates"]
-        if self._learner_index == 0:
-            self._generator.set_state(torch.as_tensor(own["generator"]))
-        else:  # The checkpoint holds rank 0's state; the same noise on every rank would correlate their gradients.
-            self._generator.manual_seed(_RANK_SEED_STRIDE * self._learner_index + self._num_updates)
+        self._skipped.set_state(own["num_skipped_updates"])
+        self._generator.set_state(torch.as_tensor(own["generator"]))
+        self._seed = own["seed"]
+        self._seed_noise_of_other_ranks()
         for optimizer, schedule in self._optimizer_lr_schedules.items():
             if not schedule.use_schedule:
                 # The restored optimiser holds the old learning rate; the config's, perhaps changed by PBT, must win.
                 self._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
+
+    @override(TorchLearner)
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restores copies: RLlib's tensors lie in the object store, where all learners of a node would change them."""
+        super()._set_optimizer_state(state)
+        for optimizer in self._named_optimizers.values():
+            for buffers in optimizer.state.values():
+                buffers.update({name: value.clone() for name, value in buffers.items()})
 
     def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Sets mean and standard deviation of observations, each of shape (obs_dim,), in the module."""

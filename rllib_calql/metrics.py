@@ -26,6 +26,14 @@ STORE = "store"  # Parent key of the sizes below.
 NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
 NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
 
+# Below "collection"
+COLLECTION = "collection"  # Parent key of how collection and updates keep pace.
+NUM_ENV_STEPS_BEHIND = "num_env_steps_behind"  # Env steps stored whose updates are still to be made.
+LEARNER_BUSY_SHARE = "learner_busy_share"  # Share of the iteration's time that went into updates (`sample_async`).
+NUM_DISCARDED_EPISODES_LIFETIME = "num_discarded_episodes_lifetime"  # Episodes with NaN or infinity, not stored.
+NUM_HEALTHY_ENV_RUNNERS = "num_healthy_env_runners"  # Remote env runners that are not lost.
+NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How often one died, hung or raised.
+
 OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
 
 # Below "env_runners" and "evaluation/env_runners"
@@ -46,7 +54,9 @@ CALIBRATION_GAP = "calibration_gap"  # mean(Q(s, a) - G) on the batch's own acti
 CALIBRATION_GAP_OFFLINE = "calibration_gap_offline"  # The same, offline rows only.
 CALIBRATION_GAP_ONLINE = "calibration_gap_online"  # The same, online rows only (online phase).
 REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the batch.
-NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made in both phases.
+NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made, skipped ones included.
+NUM_SKIPPED_UPDATES_LIFETIME = "num_skipped_updates_lifetime"  # Those that changed nothing: a gradient was not finite.
+NUM_SKIPPED_UPDATES_IN_A_ROW = "num_skipped_updates_in_a_row"  # Skipped updates since the last one that was not.
 
 # Per critic c = 1, 2, ...; `format(c=...)` gives the key.
 TD_LOSS_OF_CRITIC = "td_loss_q{c}"  # Mean squared TD error.

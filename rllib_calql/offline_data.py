@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from rllib_calql.config import CalQLConfig
 from rllib_calql.config_checks import check_action_space
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
-from rllib_calql.datasets.episodes import REPEATED
+from rllib_calql.datasets.episodes import REPEATED, ReadOptions
 from rllib_calql.datasets.report import DatasetReport
 from rllib_calql.ingestion import Conversion
-from rllib_calql.loading import StorageSettings, load_table
+from rllib_calql.loading import Sharing, StorageSettings, load_parts, load_table
 from rllib_calql.replay import TransitionStore
+from rllib_calql.shared_data import SharedTables, SharingSettings, is_in_actor
 from rllib_calql.table_cache import default_cache_dir
 from rllib_calql.transitions import flat_size, is_flat
 
@@ -29,13 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 class CalQLOfflineData(OfflineData):
-    """Reads `config.input_` into a `TransitionStore`.
+    """Reads `config.input_` into a `TransitionStore`, or has trials of Ray Tune share one reading.
 
     RLlib's own pipeline is not used: it turns every row into an episode of one step, which has no return-to-go, and
     serves the same rows in the same order in every epoch.
 
     Args:
         config: The algorithm's config.
+
+    Attributes:
+        sharing_settings: When and for how long data are shared, if the config wants it.
 
     Raises:
         FileNotFoundError: If an input does not exist; the message names close matches.
@@ -51,6 +57,8 @@ class CalQLOfflineData(OfflineData):
         self.spaces: dict[str, Any] | None = None
         self.store: TransitionStore | None = None
         self.report: DatasetReport | None = None  # What the data hold; made by `load`.
+        self.sharing_settings = SharingSettings()
+        self._shared_tables: SharedTables | None = None
         self.readers: list[EpisodeReader] = open_input(config.input_, config.read_options)
 
     @property
@@ -111,6 +119,7 @@ class CalQLOfflineData(OfflineData):
             action_dim=flat_size(action_space),
             failure_reward=self.config.failure_reward,
             check=self._check_report,
+            sharing=self._sharing(conversion),
         )
         if loaded is None:
             done = "".join(f" ({count} {what})" for reader in self.readers for what, count in reader.remarks.items())
@@ -121,6 +130,28 @@ class CalQLOfflineData(OfflineData):
         store.offline, self.report = loaded
         self.store = store
         self._log_report(self.report)
+
+    def close(self) -> None:
+        """Gives shared data back, so that they can go once no other trial uses them. `store` stays as it is."""
+        if self._shared_tables is not None:
+            self._shared_tables.close()
+
+    def _sharing(self, conversion: Conversion) -> Sharing | None:
+        """How the table is shared; None where no other trial can be."""
+        if not (self.config.share_offline_data and is_in_actor()):
+            return None
+        self._shared_tables = SharedTables(self.sharing_settings)
+        load = partial(
+            _load_elsewhere,
+            self.config.input_,
+            self.config.read_options,
+            # What has been compared and seen so far belongs to the readers of this process.
+            replace(conversion, _compared=set(), _stored={}),
+            self.config.failure_reward,
+        )
+        obs_nbytes = conversion.obs_dtype.itemsize * flat_size(conversion.observation_space)
+        row_nbytes = obs_nbytes + 4 * (flat_size(conversion.action_space) + 2)  # Reward and return are float32, too.
+        return Sharing(self._shared_tables, row_nbytes, load)
 
     def _check_report(self, report: DatasetReport) -> None:
         """Refuses data that tell success from failure nowhere."""
@@ -167,6 +198,19 @@ class CalQLOfflineData(OfflineData):
         while True:
             columns = self.store.sample(num_batches=1, batch_size=num_samples, num_offline_rows=num_samples)
             yield as_multi_agent_batch(columns)
+
+
+def _load_elsewhere(
+    input_: Any, read_options: ReadOptions, conversion: Conversion, failure_reward: float | None, max_nbytes: int
+) -> dict[str, Any] | None:
+    """Runs `load_parts` in a process that has nothing but these arguments."""
+    return load_parts(
+        open_input(input_, read_options),
+        conversion.columns,
+        max_nbytes,
+        action_dim=flat_size(conversion.action_space),
+        failure_reward=failure_reward,
+    )
 
 
 def with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:

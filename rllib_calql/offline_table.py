@@ -7,6 +7,7 @@ memory, or of a file, and not one per column.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ FINAL_OBSERVATIONS = "final_observations"
 _FAULT_BYTES = 64 * 2**10  # The kernel maps this much around a page that is touched (fault-around).
 _MIN_ROWS_AT_ONCE = 256
 _STATISTICS_ROWS = 2**16
+_FINGERPRINT_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class OfflineTable:
         self._gamma = gamma
         self._stops = np.cumsum(lengths, dtype=np.int64)
         self._tail_values: Array | None = None
+        self._fingerprint: str | None = None
         # Rows as bytes: `take` then copies whole records, several times faster than NumPy gathers structured ones.
         self._bytes = np.asarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
         self._maps: list[mmap.mmap] = [m for m in (_map_of(records), _map_of(final_observations)) if m is not None]
@@ -186,6 +189,20 @@ class OfflineTable:
         mean = sum((obs.sum(axis=0, dtype=np.float64) for obs in self._observations()), np.float64(0.0)) / len(self)
         squares = sum((((obs - mean) ** 2).sum(axis=0) for obs in self._observations()), np.float64(0.0))
         return np.asarray(mean), np.sqrt(squares / len(self))
+
+    def fingerprint(self) -> str:
+        """Digest of all transitions and episodes, the same wherever and from what files they were loaded."""
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(repr(self.records.dtype.descr).encode(), digest_size=16)
+            for array in (self._bytes, np.asarray(self.final_observations)):
+                rows_at_once = max(1, _FINGERPRINT_BYTES // max(1, array[:1].nbytes))
+                for start in range(0, len(array), rows_at_once):
+                    digest.update(np.ascontiguousarray(array[start : start + rows_at_once]).data)
+                    self._let_go()
+            for array in (self.lengths, self.terminateds, self.has_tail):
+                digest.update(np.ascontiguousarray(array).data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def _observations(self) -> Iterator[Array]:
         for start in range(0, len(self), _STATISTICS_ROWS):

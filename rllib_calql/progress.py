@@ -293,23 +293,6 @@ def _restored_callback(stop: dict[str, float]) -> ProgressCallback:
     return ProgressCallback(stop, Console())
 
 
-class StopCriteria(tune.Callback):
-    """Gives every trial that starts the stop criteria of this command.
-
-    Tune keeps those of the first run in every trial, so that a resumed run would not see a changed file.
-
-    Args:
-        stop: Metric path ("/" between levels) -> value at which a trial ends.
-    """
-
-    def __init__(self, stop: Mapping[str, float]) -> None:
-        self._stop = dict(stop)
-
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Replaces the trial's criteria."""
-        trial.stopping_criterion = dict(self._stop)
-
-
 class CheckpointOnInterrupt(tune.Callback):
     """On SIGINT, lets every running trial finish its iteration and write a checkpoint, then ends the run.
 

@@ -58,6 +58,9 @@ class _Table:
         self.position = (self.position + num_rows) % self.limit
         self.size = min(self.size + num_rows, capacity)
 
+    def clear(self) -> None:
+        self.size = self.position = 0
+
     def get_state(self) -> dict[str, Any]:
         columns = {name: column[: self.size].copy() for name, column in self.columns.items()}
         return {"columns": columns, "position": self.position, "limit": self.limit}
@@ -250,24 +253,35 @@ class TransitionStore:
         tails = table.columns[TAIL_DISCOUNT][rows] * values[episode_of_row]
         table.columns[Columns.RETURNS_TO_GO][rows] = table.columns[_REWARD_SUM][rows] + tails
 
-    def get_state(self) -> dict[str, Any]:
-        """Online data and random state. Offline data are read again from their source at restore."""
+    @property
+    def online_nbytes(self) -> int:
+        """Bytes of the online rows held."""
+        return sum(column[: self._online.size].nbytes for column in self._online.columns.values())
+
+    def get_state(self, *, with_online: bool = True) -> dict[str, Any]:
+        """Online data and random state. Offline data are read again from their source at restore.
+
+        Args:
+            with_online: Whether the online data are in it.
+        """
         return {
-            "online": self._online.get_state(),
+            "online": self._online.get_state() if with_online else None,
+            "num_online": self.num_online,
             "rng": self._rng.bit_generator.state,
-            "num_offline": self.num_offline,
         }
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Restores online data and random state.
+    def set_state(self, state: Mapping[str, Any]) -> int:
+        """Restores online data and random state; online data of before are dropped.
+
+        Returns:
+            Online rows that the state was made with and does not hold.
 
         Raises:
-            ValueError: If offline data or capacity are not those of the checkpoint.
+            ValueError: If columns or capacity are not those of the state.
         """
-        if state["num_offline"] != self.num_offline:
-            raise ValueError(
-                f"The checkpoint was made with {state['num_offline']} offline transitions, `input_` now has "
-                f"{self.num_offline}; restore with the same data."
-            )
-        self._online.set_state(state["online"])
+        if state["online"] is None:
+            self._online.clear()
+        else:
+            self._online.set_state(state["online"])
         self._rng.bit_generator.state = state["rng"]
+        return int(state["num_online"]) - self.num_online

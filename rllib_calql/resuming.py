@@ -1,27 +1,40 @@
-"""`ResumableCQL`: what of the algorithm is in a checkpoint, and how a run is resumed from one."""
+"""`ResumableCQL`: what of the algorithm is in a checkpoint, how a run is resumed from one or begun from another's."""
 
 from __future__ import annotations
 
+import json
+import logging
 import pathlib
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
-from ray.rllib.core import COMPONENT_LEARNER_GROUP
+from ray.rllib.core import COMPONENT_LEARNER_GROUP, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 
 from rllib_calql import metrics as keys
-from rllib_calql.checkpoint import checked_checkpoint
+from rllib_calql.checkpoint import MANIFEST, CheckpointFiles, clear_remote_checkpoint, replaced_folder
+from rllib_calql.config import CalQLConfig
+from rllib_calql.manifest import changes_of_units, check_networks, check_resumable, manifest_of
 
 if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
     from typing_extensions import Self
 
-    from rllib_calql.config import CalQLConfig
     from rllib_calql.evaluation_history import EvaluationHistory
     from rllib_calql.replay import TransitionStore
 
+logger = logging.getLogger(__name__)
+
 _STATE = "calql"
+_is_restoring: ContextVar[bool] = ContextVar("is_restoring", default=False)
 
 
 class ResumableCQL(CQL):
@@ -44,6 +57,9 @@ class ResumableCQL(CQL):
     num_online_episodes: int
     _updates_owed: float
     _history: EvaluationHistory
+    _observation_space: Any
+    _action_space: Any
+    _is_pretrained_due: bool = False
 
     def _after_restore(self) -> None:
         """Brings env runners in line with what was restored, and waits for it."""
@@ -57,66 +73,279 @@ class ResumableCQL(CQL):
             keys.NUM_ONLINE_EPISODES_LIFETIME: self.num_online_episodes,
         }
 
-    @classmethod
+    def _manifest(self) -> dict[str, Any]:
+        return manifest_of(
+            self.config,
+            self.store,
+            self._counters_of_phases(),
+            observation_space=self._observation_space,
+            action_space=self._action_space,
+        )
+
+    # --- Saving ------------------------------------------------------------------------------------------------------
+
     @override(Algorithm)
-    def from_checkpoint(cls, path: Any, filesystem: Any = None, **kwargs: Any) -> Self:
-        """Builds an algorithm from what `save_to_path` or Tune wrote, and restores its state.
+    def save_to_path(
+        self,
+        path: str | pathlib.Path | None = None,
+        *,
+        state: dict[str, Any] | None = None,
+        filesystem: FileSystem | None = None,
+        use_msgpack: bool = False,
+    ) -> str:
+        """Writes a checkpoint that takes the place of an earlier one at `path` only once it is complete.
+
+        On a local file system an interruption at any moment leaves the earlier checkpoint or the new one, see
+        `replaced_folder`. Elsewhere nothing can be renamed: a checkpoint that was interrupted is refused when read.
 
         Args:
-            path: Folder (relative ones work as well), URI, or Ray Train `Checkpoint`.
-            filesystem: PyArrow filesystem of `path`; by default what the URI says.
-            **kwargs: RLlib's own.
+            path: Folder, relative ones as well, or URI; by default a new folder for temporary files.
+            state: What to write instead of the present state.
+            filesystem: PyArrow file system of `path`; by default what the URI says.
+            use_msgpack: Refused.
+
+        Returns:
+            The folder.
 
         Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder is no checkpoint.
+            ValueError: With `use_msgpack`.
+            RuntimeError: If a remote learner could not write its part.
         """
-        if filesystem is None and isinstance(path, (str, pathlib.Path)) and "://" not in str(path):
-            path = str(checked_checkpoint(pathlib.Path(path)))
-        restored: Self = super().from_checkpoint(path, filesystem, **kwargs)
-        return restored
+        from pyarrow.fs import FileSystem, LocalFileSystem
+
+        if use_msgpack:
+            raise ValueError("`use_msgpack` is True, but Cal-QL's checkpoints are pickled only; drop it.")
+        location = str(path or pathlib.Path(tempfile.gettempdir()) / str(uuid.uuid4()))
+        if filesystem is None and "://" in location:
+            filesystem, location = FileSystem.from_uri(location)
+        if filesystem is not None and not isinstance(filesystem, LocalFileSystem):
+            filesystem.create_dir(location, recursive=True)
+            clear_remote_checkpoint(filesystem, location)
+            self._write(filesystem, location, state=state)
+            return location
+        target = pathlib.Path(location).expanduser().absolute()
+        with replaced_folder(target) as folder:
+            self._write(LocalFileSystem(), str(folder), state=state)
+        return str(target)
+
+    def _write(self, filesystem: FileSystem, folder: str, *, state: dict[str, Any] | None) -> None:
+        self._load_due_pretrained()
+        own = state if state is None else state.get(_STATE)
+        manifest = self._manifest() if state is None else own and own["manifest"]
+        if manifest:
+            with filesystem.open_output_stream(f"{folder}/{MANIFEST}") as stream:
+                stream.write(json.dumps(manifest, indent=2).encode())
+        super().save_to_path(folder, state=state, filesystem=filesystem)
+        if self.learner_group.is_remote and state is None:
+            # RLlib has a learner actor write its own part, and ignores its errors.
+            try:
+                CheckpointFiles(filesystem, folder).learner_state()
+            except (OSError, EOFError, ValueError, LookupError) as err:
+                raise RuntimeError(f"A learner could not write its part of the checkpoint to {folder!r}.") from err
+        if manifest and manifest["online_data"]["in_checkpoint"]:
+            online = manifest["online_data"]
+            logger.info(
+                "The checkpoint holds %d online transitions, %.1f MiB.", online["transitions"], online["mebibytes"]
+            )
 
     @override(Algorithm)
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state and ours: counters, debt of updates, online data, random state, evaluations."""
+        self._load_due_pretrained()
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(_STATE, components, not_components):
             state[_STATE] = {
                 **self._counters_of_phases(),
                 "updates_owed": self._updates_owed,
-                "store": self.store.get_state(),
+                "store": self.store.get_state(with_online=self.config.store_buffer_in_checkpoints),
                 "history": self._history.get_state(),
+                "manifest": self._manifest(),
             }
         return state
+
+    # --- Restoring ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @override(Algorithm)
+    def from_checkpoint(
+        cls, path: Any, filesystem: FileSystem | None = None, *, config: CalQLConfig | None = None, **kwargs: Any
+    ) -> Self:
+        """Builds an algorithm from what `save_to_path` or Tune wrote, and restores its state.
+
+        Args:
+            path: Folder (relative ones work as well), URI, or Ray Train `Checkpoint`.
+            filesystem: PyArrow filesystem of `path`; by default what the URI says.
+            config: Settings to go on with, for example with other numbers of env runners or learners, or other learning
+                rates; by default those of the checkpoint. Networks, spaces, data and rewards must be the same.
+            **kwargs: Refused; they belong to RLlib's old API stack.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If the folder is no checkpoint, or the config does not fit it.
+            TypeError: If there are other arguments, or `config` is no `CalQLConfig`.
+        """
+        if kwargs:
+            names = ", ".join(f"`{name}`" for name in sorted(kwargs))
+            raise TypeError(f"`from_checkpoint` takes `path`, `filesystem` and `config`, got {names}; drop them.")
+        if config is not None and not isinstance(config, CalQLConfig):
+            raise TypeError(f"`config` must be a `CalQLConfig`, got {type(config).__name__}.")
+        files = CheckpointFiles.find(path, filesystem)
+        algorithm_class, state = files.class_and_config_state()
+        if not issubclass(algorithm_class, cls):
+            raise ValueError(
+                f"The checkpoint at {files.path!r} is of {algorithm_class.__name__}; use "
+                f"`{algorithm_class.__name__}.from_checkpoint`."
+            )
+        with _restoring():
+            restored: Self = algorithm_class(state if config is None else config.copy(copy_frozen=False))
+        try:
+            restored.restore_from_path(files.path, filesystem=files.filesystem)
+        except BaseException:
+            restored.stop()
+            raise
+        return restored
+
+    @override(Algorithm)
+    def restore_from_path(
+        self, path: str | pathlib.Path, *, component: str | None = None, filesystem: Any = None, **kwargs: Any
+    ) -> None:
+        """Restores a checkpoint, also without env runners, and waits until runners have the weights.
+
+        Args:
+            path: Folder or URI.
+            component: Restores this part only; `path` is then that part's folder.
+            filesystem: PyArrow filesystem of `path`; by default what the URI says.
+            **kwargs: RLlib's own.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it is no checkpoint, or not one of this run; nothing has been changed then.
+        """
+        files = None
+        if component is None:
+            files = CheckpointFiles.find(path, filesystem)
+            check_resumable(files.manifest(), self._manifest())
+            path, filesystem = files.path, files.filesystem
+        else:  # RLlib's algorithm looks into it whenever it is there.
+            kwargs["component"] = component
+        restore = Checkpointable.restore_from_path if self.env_runner_group is None else Algorithm.restore_from_path
+        restore(self, path, filesystem=filesystem, **kwargs)
+        if files is not None and self.learner_group.is_remote:
+            # RLlib has the learner actors read it, and ignores their errors.
+            self._set_learner_state(lambda learner, state: learner.set_state(state), files.learner_state())
+        if self.env_runner_group is not None:
+            self._after_restore()
 
     @override(Algorithm)
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores what `get_state` returned.
 
         Raises:
-            ValueError: If the offline data or the online capacity are not those of the checkpoint.
+            ValueError: If networks, spaces, data, rewards or the online capacity are not those of the state.
         """
         state = dict(state)
+        own = state.pop(_STATE, None)
+        if own is not None:
+            check_resumable(own["manifest"], self._manifest())
         if self.env_runner_group is None and COMPONENT_LEARNER_GROUP in state:
             self.learner_group.set_state(state.pop(COMPONENT_LEARNER_GROUP))
-        own = state.pop(_STATE, None)
         super().set_state(state)
         if own is None:
             return
+        self._is_pretrained_due = False
         self.num_offline_updates = own[keys.NUM_OFFLINE_UPDATES_LIFETIME]
         self.num_online_updates = own[keys.NUM_ONLINE_UPDATES_LIFETIME]
         self.num_online_env_steps = own[keys.NUM_ONLINE_ENV_STEPS_LIFETIME]
         self.num_online_episodes = own[keys.NUM_ONLINE_EPISODES_LIFETIME]
         self._updates_owed = own["updates_owed"]
-        self.store.set_state(own["store"])
+        num_missing = self.store.set_state(own["store"])
+        if num_missing:
+            logger.warning(
+                "The checkpoint was written with `store_buffer_in_checkpoints=False`: the %d online transitions that "
+                "the run had are missing, and online batches are drawn from those collected from now on.",
+                num_missing,
+            )
         self._history.set_state(own["history"])
         self._after_restore()
 
-    @override(Algorithm)
-    def restore_from_path(self, path: str | pathlib.Path, *args: Any, **kwargs: Any) -> None:
-        """Restores a checkpoint, also without env runners, and waits until runners have the weights."""
-        if self.env_runner_group is None:
-            Checkpointable.restore_from_path(self, path, *args, **kwargs)
+    # --- Another run's networks --------------------------------------------------------------------------------------
+
+    def _load_pretrained(self) -> None:
+        """Takes over the networks of `config.pretrained`, for `setup`; at once, unless a restore may follow.
+
+        A run that is restored needs that checkpoint no more, and it may be gone. Ray Tune restores a trial only after
+        it has been set up, so there it is read before the first training step.
+
+        Raises:
+            FileNotFoundError: If there is no such checkpoint.
+            ValueError: If it is none, or its networks or spaces are others; nothing has been changed then.
+        """
+        self._is_pretrained_due = self.config.pretrained is not None and not _is_restoring.get()
+        if self._storage is None:
+            self._load_due_pretrained(sync=False)
+
+    def _load_due_pretrained(self, *, sync: bool = True) -> None:
+        if not self._is_pretrained_due:
             return
-        super().restore_from_path(path, *args, **kwargs)
-        self._after_restore()
+        own = self._manifest()
+        try:
+            files = CheckpointFiles.find(self.config.pretrained)
+            stored = files.manifest()
+            check_networks(stored, own)
+        except (FileNotFoundError, ValueError) as err:
+            raise type(err)(f"`pretrained`: {err}") from err
+        if changes := changes_of_units(stored, own):
+            logger.warning(
+                "The Q values of `pretrained` were learned in other units: %s. They are adapted only by training.",
+                ", ".join(changes),
+            )
+        self._set_learner_state(_adopt, files.learner_state())
+        self.num_offline_updates = stored[keys.NUM_OFFLINE_UPDATES_LIFETIME]
+        self._is_pretrained_due = False
+        if sync:
+            self._after_restore()
+
+    def _set_learner_state(self, func: Callable[[Any, dict[str, Any]], None], state: dict[str, Any]) -> None:
+        """Calls `func` with every learner and the state; errors of remote ones are raised."""
+        if self.learner_group.is_remote:
+            reference = ray.put(state)
+            results = self.learner_group.foreach_learner(lambda learner: func(learner, ray.get(reference)))
+        else:
+            results = self.learner_group.foreach_learner(lambda learner: func(learner, state))
+        for result in results:
+            if not result.ok:
+                raise result.get()
+
+    @override(Algorithm)
+    def step(self) -> dict[str, Any]:
+        """One iteration, RLlib's; begins with the networks of `pretrained`, where they are still due."""
+        self._load_due_pretrained()
+        results: dict[str, Any] = super().step()
+        return results
+
+
+def _adopt(learner: Any, state: dict[str, Any]) -> None:
+    """Gives a learner the parameters, optimisers and update count of another run; its own seed stays."""
+    own = learner.get_state(components=[_STATE])[_STATE]
+    kept = {name: own[name] for name in ("generator", "seed") if name in own}
+    learner.set_state(
+        {
+            COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE],
+            # RLlib would register anew all optimisers for one that is not there, as that of `lagrangian`.
+            COMPONENT_OPTIMIZER: {
+                name: optimizer
+                for name, optimizer in state[COMPONENT_OPTIMIZER].items()
+                if name in learner._named_optimizers
+            },
+            _STATE: {**state[_STATE], **kept},
+        }
+    )
+
+
+@contextmanager
+def _restoring() -> Iterator[None]:
+    token = _is_restoring.set(True)
+    try:
+        yield
+    finally:
+        _is_restoring.reset(token)

@@ -20,6 +20,7 @@ def ray_session() -> Iterator[None]:
     """Ray with two CPUs, started once."""
     if not ray.is_initialized():
         ray.init(
+            address="local",
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,

@@ -394,12 +394,14 @@ class FaultyEnv(gym.Env[Any, Any]):
 
 
 @pytest.mark.parametrize("fault", [{"obs": np.nan}, {"obs": np.inf}, {"reward": np.nan}, {"reward": -np.inf}], ids=str)
-def test_numbers_from_the_environment_that_are_not_finite_stop_training(
+def test_episodes_with_numbers_that_are_not_finite_are_not_stored_and_ten_in_a_row_stop_training(
     fault: dict[str, float], updates: list[int]
 ) -> None:
     config = small_config(FaultyEnv).environment(env_config=fault, disable_env_checking=True)
     algo = config.fine_tuning(warmup_env_steps=0).build()
     try:
+        for num_discarded in range(1, 10):
+            assert algo.train()["collection"]["num_discarded_episodes_lifetime"] == num_discarded
         with pytest.raises(
             ValueError, match=r"Online episode \w+, step \d+: the environment returned .* with NaN or infinity"
         ):

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tree
-from ray.rllib.core.columns import Columns
 from tiny import line_config, write_line_data
 
-from rllib_calql import CalQL
-from rllib_calql import metrics as keys
+from rllib_calql import CalQL, offline_table
+from rllib_calql.offline_table import OfflineTable, record_dtype
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -31,35 +32,33 @@ def _assert_identical(one: Any, other: Any) -> None:
         assert np.array_equal(np.asarray(a), np.asarray(b)), path
 
 
-def _assert_same_run(one: CalQL, other: CalQL) -> None:
-    _assert_identical(_learner_state(one), _learner_state(other))
-    for name in (Columns.OBS, Columns.ACTIONS, Columns.REWARDS, Columns.RETURNS_TO_GO, Columns.TERMINATEDS):
-        assert np.array_equal(one.store.online_column(name), other.store.online_column(name)), name
-    _assert_identical(one._counters_of_phases(), other._counters_of_phases())
-    assert one.store.draw_seed() == other.store.draw_seed()
+def _run_state(algo: CalQL) -> dict[str, Any]:
+    """Counters, owed updates, online data and random state."""
+    state: dict[str, Any] = algo.get_state(components=["calql"])["calql"]
+    return state
 
 
-@pytest.mark.parametrize(
-    ("phase", "num_iterations"), [(keys.OFFLINE, 1), (keys.OFFLINE, 2), (keys.ONLINE, 3), (keys.ONLINE, 5)]
-)
-@pytest.mark.parametrize("settings", [{}, {"lagrangian": True, "deterministic_backup": False}])
-def test_a_restored_run_goes_on_bit_for_bit_like_the_uninterrupted_one(
-    tmp_path: Path, phase: str, num_iterations: int, settings: dict[str, Any]
-) -> None:
-    algo = line_config(tmp_path, offline_updates=21, updates_per_iteration=7).training(**settings).build()
-    for _ in range(num_iterations):
+def test_runs_resumed_from_ten_random_points_go_on_bit_for_bit_like_the_uninterrupted_one(tmp_path: Path) -> None:
+    num_offline_iterations, num_iterations, num_compared = 7, 14, 3
+    config = line_config(
+        tmp_path, offline_updates=5 * num_offline_iterations, updates_per_iteration=5, updates_per_env_step=0.7
+    ).training(lagrangian=True, deterministic_backup=False)
+    points = 1 + np.random.default_rng(0).permutation(num_iterations)[:10]
+    assert min(points) < num_offline_iterations - num_compared < num_offline_iterations < max(points)
+    algo = config.build()
+    states = {}
+    for iteration in range(1, num_iterations + num_compared + 1):
         algo.train()
-    assert algo.phase == phase
-    begin = algo.num_offline_updates + algo.num_online_updates
-    path = algo.save_to_path(str(tmp_path / "checkpoint"))
-    restored = CalQL.from_checkpoint(path)
-    _assert_same_run(algo, restored)
-    while algo.num_offline_updates + algo.num_online_updates < begin + 20:
-        algo.train()
-        restored.train()
-    _assert_same_run(algo, restored)
+        states[iteration] = (_learner_state(algo), _run_state(algo))
+        if iteration in points:
+            algo.save_to_path(str(tmp_path / str(iteration)))
     algo.stop()
-    restored.stop()
+    for point in points.tolist():
+        restored = CalQL.from_checkpoint(tmp_path / str(point))
+        for _ in range(num_compared):
+            restored.train()
+        _assert_identical((_learner_state(restored), _run_state(restored)), states[point + num_compared])
+        restored.stop()
 
 
 def test_temperature_and_multiplier_are_in_the_checkpoint(tmp_path: Path) -> None:
@@ -147,22 +146,68 @@ def test_other_offline_data_are_refused_at_restore(tmp_path: Path) -> None:
     algo.train()
     path = algo.save_to_path(str(tmp_path / "checkpoint"))
     algo.stop()
-    write_line_data(tmp_path / "line.parquet", num_episodes=5)
-    with pytest.raises(ValueError, match=r"made with \d+ offline transitions, `input_` now has \d+"):
+    data = tmp_path / "line.parquet"
+    table = pq.read_table(data)
+    write_line_data(data, num_episodes=5)
+    with pytest.raises(
+        ValueError, match=r"made with \d+ offline transitions, `input_` now has \d+; restore with the same"
+    ):
         CalQL.from_checkpoint(path)
-
-
-def test_remote_runners_have_the_restored_weights_at_once(tmp_path: Path) -> None:
-    config = line_config(tmp_path, offline_updates=5, updates_per_iteration=5)
-    algo = config.env_runners(num_env_runners=1).build()
-    for _ in range(2):
-        algo.train()
-    path = algo.save_to_path(str(tmp_path / "checkpoint"))
-    expected = _learner_state(algo)["rl_module"]["default_policy"]["policy.head.weight"]
-    algo.stop()
-    restored = CalQL.from_checkpoint(path)
-    (weights,) = restored.env_runner_group.foreach_env_runner(
-        lambda runner: runner.module.get_state(), local_env_runner=False
+    rewards = table["rewards"].to_pylist()
+    rewards[3] = -0.5
+    pq.write_table(table.set_column(table.column_names.index("rewards"), "rewards", pa.array(rewards)), data)
+    with pytest.raises(ValueError, match=r"now has as many with other content \(fingerprint \w+, was \w+\)"):
+        CalQL.from_checkpoint(path)
+    pq.write_table(table, tmp_path / "moved.parquet")  # The same data elsewhere are the same.
+    restored = CalQL.from_checkpoint(
+        path,
+        config=line_config(tmp_path, offline_updates=10).offline_data(input_=str(tmp_path / "moved.parquet")),
     )
+    assert restored.num_offline_updates == 5
     restored.stop()
-    np.testing.assert_array_equal(weights["policy.head.weight"], expected)
+
+
+def _table(**changes: Any) -> OfflineTable:
+    """Three episodes of 2, 3 and 4 steps; `changes` replace single columns."""
+    rng = np.random.default_rng(0)
+    parts = {
+        "obs": rng.normal(size=(9, 2)),
+        "actions": rng.normal(size=(9, 1)),
+        "rewards": rng.normal(size=9),
+        "returns_to_go": rng.normal(size=9),
+        "final_observations": rng.normal(size=(3, 2)).astype(np.float32),
+        "lengths": np.array([2, 3, 4]),
+        "terminateds": np.array([True, False, False]),
+        "has_tail": np.array([False, False, True]),
+    } | changes
+    records = np.empty(9, dtype=record_dtype(parts["final_observations"], 1))
+    for name in records.dtype.names or ():
+        records[name] = parts.pop(name)
+    return OfflineTable(records, parts.pop("final_observations"), gamma=0.9, **parts)
+
+
+def test_the_fingerprint_of_offline_data_tells_every_column_and_not_where_they_lie(tmp_path: Path) -> None:
+    table = _table()
+    table.records.tofile(tmp_path / "records")
+    mapped = OfflineTable(
+        np.memmap(tmp_path / "records", dtype=table.records.dtype, mode="r"),
+        table.final_observations,
+        lengths=table.lengths,
+        terminateds=table.terminateds,
+        has_tail=table.has_tail,
+        gamma=0.9,
+        memory_limit=1,
+    )
+    assert mapped.is_mapped
+    assert mapped.fingerprint() == table.fingerprint() == _table().fingerprint()
+    others = [_table(**{name: np.full(9, 0.5)}) for name in ("rewards", "returns_to_go")]
+    others += [_table(**{name: np.full((9, 1), 0.5)}) for name in ("obs", "actions")]
+    others += [_table(final_observations=np.zeros((3, 2), np.float32)), _table(lengths=np.array([3, 2, 4]))]
+    others += [_table(**{name: np.array([False, True, False])}) for name in ("terminateds", "has_tail")]
+    assert len({other.fingerprint() for other in [table, *others]}) == 1 + len(others)
+
+
+def test_the_fingerprint_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _table().fingerprint()
+    monkeypatch.setattr(offline_table, "_FINGERPRINT_BYTES", 40)
+    assert _table().fingerprint() == whole

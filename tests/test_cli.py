@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.fs
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -23,7 +24,6 @@ from rllib_calql.progress import (
     CheckpointOnInterrupt,
     Evaluation,
     ProgressCallback,
-    StopCriteria,
     Totals,
     TrialProgress,
     format_duration,
@@ -31,6 +31,7 @@ from rllib_calql.progress import (
     format_summary,
     observe,
 )
+from rllib_calql.run_state import KeepResumable, result_of_whole
 
 COMMAND = [sys.executable, "-c", "from rllib_calql.cli import main; main(prog_name='rllib')"]
 TIMEOUT_S = 120
@@ -152,8 +153,8 @@ def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> Non
 def test_callbacks_survive_being_stored_with_the_experiment() -> None:
     # Tune pickles them, while a console and a signal handler belong to the process.
     with CheckpointOnInterrupt(print) as interrupt:
-        copies = pickle.loads(pickle.dumps([ProgressCallback({"a": 1}, Console()), interrupt, StopCriteria({"a": 1})]))
-    assert [type(copy) for copy in copies] == [ProgressCallback, CheckpointOnInterrupt, StopCriteria]
+        copies = pickle.loads(pickle.dumps([ProgressCallback({"a": 1}, Console()), interrupt, KeepResumable()]))
+    assert [type(copy) for copy in copies] == [ProgressCallback, CheckpointOnInterrupt, KeepResumable]
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
@@ -302,10 +303,12 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: 
     assert f"Checkpoints are in '{tmp_path}/r/pendulum'" in output
     assert "Traceback" not in output
 
-    (tmp_path / "e.yaml").write_text(experiment % 200)  # Reached already, so one more iteration ends the run.
+    result = result_of_whole(pyarrow.fs.LocalFileSystem(), str(checkpoint))
+    assert result is not None
+    interrupted_at = result["num_online_env_steps_lifetime"]
+    stop = interrupted_at + 1  # One more episode, of 200 steps, ends the run.
+    (tmp_path / "e.yaml").write_text(experiment % stop)
     resumed = run_command(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    steps = [int(number.replace(",", "")) for number in re.findall(r"online  ([\d,]+)/200 env steps", resumed.stdout)]
-    interrupted_at = int(re.findall(r"online  ([\d,]+)/", line)[0].replace(",", ""))
-    assert len(steps) == 1
-    assert steps[0] > interrupted_at  # It went on from the checkpoint and did not begin anew.
+    steps = [int(number.replace(",", "")) for number in re.findall(r"online  ([\d,]+)/[\d,]+ env", resumed.stdout)]
+    assert steps == [interrupted_at + 200]  # It went on from the checkpoint and did not begin anew.

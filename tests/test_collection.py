@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Dict
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllib_calql.collection import EpisodeJoiner, collect, join_pieces
+from rllib_calql.collection import EpisodeJoiner, Failure, collect, collect_or_tell, join_pieces
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.returns import RewardSettings
 
@@ -115,6 +115,20 @@ def test_clearing_forgets_unfinished_episodes() -> None:
     assert joiner.add(pieces[1:]) == []
 
 
+def test_a_lost_runner_takes_its_unfinished_episodes_with_it() -> None:
+    joiner = EpisodeJoiner()
+    mine, other = pieces_of([2, 3], id_="mine"), pieces_of([1, 2], id_="other")
+    joiner.add(mine[:1], runner=1)
+    joiner.add(other[:1], runner=2)
+    assert joiner.num_env_steps == 3
+    assert joiner.forget(1) == 1
+    assert joiner.num_env_steps == 1
+    assert joiner.add(mine[1:], runner=1) == []
+    (joined,) = joiner.add(other[1:], runner=2)
+    assert joined.id_ == "other"
+    assert joiner.num_env_steps == 0
+
+
 def test_pieces_with_different_extra_columns_are_joined() -> None:
     first, last = pieces_of([2, 3], id_="e")
     del first.extra_model_outputs[Columns.ACTION_LOGP]  # A random action has no density.
@@ -161,10 +175,11 @@ class Runner:
         return {"worker": self.worker_index}
 
 
-def collected(worker_index: int | None = 0, **changes: Any) -> Runner:
-    runner = Runner(worker_index)
+def collected(worker_index: int | None = 0, runner: Runner | None = None, **changes: Any) -> Runner:
+    runner = runner or Runner(worker_index)
     arguments: dict[str, Any] = {"seed": 5, "num_env_steps": None, "random_actions": False}
-    assert collect(runner, **(arguments | changes)) == ([], {"worker": worker_index})
+    result = collect(runner, **(arguments | changes))
+    assert (result.pieces, result.metrics, result.num_env_steps) == ([], {"worker": worker_index}, 0)
     return runner
 
 
@@ -175,10 +190,38 @@ def test_one_environment_gives_one_episode_begun_by_a_seeded_reset() -> None:
     assert runner._seed == collected()._seed != collected(seed=6)._seed  # type: ignore[attr-defined]
 
 
-def test_several_environments_give_steps_and_are_never_reset() -> None:
-    runner = collected(num_env_steps=64)
+def test_by_steps_environments_are_reset_once_with_a_seed_and_never_again() -> None:
+    runner = Runner(0)
+    runner._needs_initial_reset = True  # type: ignore[attr-defined]
+    collected(runner=runner, num_env_steps=64)
     assert runner.asked == {"num_timesteps": 64, "explore": True}
-    assert not hasattr(runner, "_needs_initial_reset")
+    first_seed = runner._seed  # type: ignore[attr-defined]
+    runner._needs_initial_reset = False  # type: ignore[attr-defined] # As RLlib does after the reset.
+    collected(runner=runner, num_env_steps=64, seed=6)
+    assert runner._needs_initial_reset is False  # type: ignore[attr-defined]
+    assert runner._seed == first_seed  # type: ignore[attr-defined]
+
+
+def test_after_a_restore_environments_begin_anew_once() -> None:
+    runner = Runner(0)
+    for generation, is_reset in [(0, False), (1, True), (1, False)]:
+        runner._needs_initial_reset = False  # type: ignore[attr-defined]
+        collected(runner=runner, num_env_steps=64, generation=generation)
+        assert runner._needs_initial_reset is is_reset
+
+
+def test_what_goes_wrong_in_a_remote_runner_is_told_with_its_cause() -> None:
+    class Broken(Runner):
+        def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
+            try:
+                raise ValueError("the gripper is stuck")
+            except ValueError as error:
+                raise RuntimeError from error  # As RLlib does around a step of the environment.
+
+    runner = Broken(1)
+    answer = collect_or_tell(runner, seed=5, num_env_steps=None, random_actions=True)
+    assert answer == Failure("ValueError: the gripper is stuck")
+    assert runner.module.explores_randomly is False
 
 
 def test_the_same_seed_gives_the_same_noise_and_runners_differ() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_learner
 from ray.rllib.core.columns import Columns
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rllib_calql import metrics as keys
 from rllib_calql.learner import ONLINE, CalQLTorchLearner
 from rllib_calql.offline_data import as_multi_agent_batch
 from rllib_calql.replay import IS_OFFLINE
+from rllib_calql.skipped_updates import MAX_SKIPPED_UPDATES_IN_A_ROW, SkippedUpdates, check_updates_are_applied
 
 MODULE = "default_policy"
 
@@ -222,3 +228,174 @@ def test_a_learning_rate_schedule_counts_env_steps_and_holds_from_the_first_upda
         batch = as_multi_agent_batch(random_rows(8))
         learner.update(batch=batch, minibatch_size=4, timesteps={"num_env_steps_sampled_lifetime": env_steps})
     assert used == pytest.approx([1e-2, 1e-2, 5.05e-3, 5.05e-3, 1e-4, 1e-4, 1e-4, 1e-4])
+
+
+# --- Skipped updates --------------------------------------------------------------------------------------------------
+
+
+def everything(learner: CalQLTorchLearner) -> dict[str, Tensor]:
+    """Parameters, targets, temperature, dual variable, moments and step counts."""
+    tensors = parameters(learner)
+    tensors["log_alpha"] = learner.curr_log_alpha[MODULE].detach().clone()
+    tensors["log_alpha_prime"] = learner.log_alpha_prime.detach().clone()
+    for name, optimizer in learner._named_optimizers.items():
+        for number, buffers in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{number}.{key}": value.clone() for key, value in buffers.items()}
+    return tensors
+
+
+def bad_rows(num_rows: int = 8, reward: float = np.nan) -> dict[str, np.ndarray]:
+    rows = random_rows(num_rows)
+    rows[Columns.REWARDS][::8] = reward
+    return rows
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "clip", [{}, *({"grad_clip": 1.0, "grad_clip_by": by} for by in ("value", "norm", "global_norm"))]
+)
+def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing(clip: dict[str, Any], reward: float) -> None:
+    learner = make_learner(lagrangian=True, deterministic_backup=False, tau=0.5, **clip)
+    update(learner, random_rows(2 * 8), 8)
+    before = everything(learner)
+    results = update(learner, bad_rows(reward=reward), 8)
+    assert_bit_identical(everything(learner), before)
+    assert results[keys.NUM_SKIPPED_UPDATES_LIFETIME] == 1
+    assert results[keys.NUM_UPDATES_LIFETIME] == 3
+    update(learner, random_rows(8), 8)
+    assert all(not torch.equal(value, before[name]) for name, value in everything(learner).items() if value.any())
+
+
+def test_an_infinite_gradient_is_not_clipped_to_a_finite_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner(grad_clip=1.0, grad_clip_by="value")
+    compute_gradients = learner.compute_gradients
+
+    def with_one_infinity(losses: Any) -> Any:
+        gradients = compute_gradients(losses)
+        gradients[learner.curr_log_alpha[MODULE]].fill_(np.inf)
+        return gradients
+
+    monkeypatch.setattr(learner, "compute_gradients", with_one_infinity)
+    before = parameters(learner)
+    update(learner, random_rows(8), 8)
+    assert_bit_identical(parameters(learner), before)
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_skipped_update_leaves_no_trace_in_later_ones(num_before: int) -> None:
+    with_skip, without = make_learner(lagrangian=True), make_learner(lagrangian=True)
+    for learner in (with_skip, without):
+        if num_before:
+            update(learner, random_rows(num_before * 8), 8)
+    update(with_skip, bad_rows(), 8)
+    without._calql_module.draw_noise(8, torch.device("cpu"))
+    for learner in (with_skip, without):
+        update(learner, random_rows(3 * 8, seed=1), 8)
+    assert_bit_identical(everything(with_skip), everything(without))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 6])
+@pytest.mark.parametrize("tensor", [0, 1, 2])
+def test_one_element_that_is_not_finite_skips_the_update(tensor: int, position: int, value: float) -> None:
+    gradients = [torch.zeros(7), torch.ones(7, 1), torch.full((1, 7), -2.0)]
+    gradients[tensor].view(-1)[position] = value
+    skipped = SkippedUpdates("cpu")
+    skipped.judge(gradients)
+    assert skipped.found_inf.item() == 1.0
+
+
+@pytest.mark.parametrize("size", [3.4e38, 1e-45])
+def test_finite_gradients_are_kept_as_they_are_even_if_their_sums_or_squares_overflow(size: float) -> None:
+    gradients = [torch.full((1000,), size), torch.full((3, 2), -size)]
+    copies = [gradient.clone() for gradient in gradients]
+    skipped = SkippedUpdates("cpu")
+    skipped.judge(gradients)
+    assert skipped.found_inf.item() == 0.0
+    assert all(torch.equal(*pair) for pair in zip(gradients, copies, strict=True))
+    assert skipped.read() == (0, 0, 0)
+
+
+def test_skipped_updates_are_counted_over_calls_and_in_a_row() -> None:
+    learner, counts = make_learner(), []
+    for pattern in ("+--", "-+", "---", "+", ""):
+        rows = random_rows(8 * max(1, len(pattern)))
+        for number, sign in enumerate(pattern):
+            if sign == "-":
+                rows[Columns.REWARDS][8 * number] = np.nan
+        results = update(learner, rows, 8)
+        counts.append((results[keys.NUM_SKIPPED_UPDATES_LIFETIME], results[keys.NUM_SKIPPED_UPDATES_IN_A_ROW]))
+    assert counts == [(2, 2), (3, 0), (6, 3), (6, 0), (6, 0)]
+    restored = make_learner()
+    restored.set_state(learner.get_state())
+    assert update(restored, bad_rows(), 8)[keys.NUM_SKIPPED_UPDATES_LIFETIME] == 7
+
+
+@pytest.mark.parametrize(("rank", "num_warnings"), [(0, 2), (1, 0)])
+def test_the_first_learner_warns_once_per_call_that_skips(
+    rank: int, num_warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = make_learner()
+    learner._learner_index = rank
+    with caplog.at_level(logging.WARNING, logger="rllib_calql.learner"):
+        for rows in (bad_rows(3 * 8), random_rows(8), bad_rows(8)):
+            update(learner, rows, 8)
+    messages = [record.message for record in caplog.records if record.name == "rllib_calql.learner"]
+    assert len(messages) == num_warnings
+    if messages:
+        assert messages[0].startswith("3 of 3 gradient updates were skipped because a gradient was NaN or infinite")
+        assert "on the first learner: target_q, td_loss_q1, td_loss_q2, qf_loss. Look for" in messages[0]
+        assert "1 of 1 gradient updates" in messages[1]
+        assert "(4 so far)" in messages[1]
+
+
+def test_only_skipped_updates_without_end_end_the_run() -> None:
+    learner = make_learner()
+
+    def results_of(rows: dict[str, np.ndarray]) -> Any:
+        return [learner.update(batch=as_multi_agent_batch(rows), minibatch_size=8, timesteps={})]
+
+    check_updates_are_applied(results_of(bad_rows(8 * (MAX_SKIPPED_UPDATES_IN_A_ROW - 1))))
+    with pytest.raises(RuntimeError, match=rf"The last {MAX_SKIPPED_UPDATES_IN_A_ROW} gradient updates were skipped"):
+        check_updates_are_applied(results_of(bad_rows(8)))
+    check_updates_are_applied(results_of(random_rows(8)))
+
+
+class OperationNames(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gradient_step_reads_nothing_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner(lagrangian=True)
+    rows = {name: torch.from_numpy(column) for name, column in random_rows(8).items()}
+    readings = []
+    for name in ("tolist", "numpy", "cpu"):  # Those that are no operation on a CPU.
+        monkeypatch.setattr(Tensor, name, lambda self, *_, name=name: readings.append(name))
+    with OperationNames() as operations:
+        learner._uncompiled_update({MODULE: rows})
+    assert readings == []
+    assert "aten._fused_adam_.default" in operations.names
+    assert {name for name in operations.names if "_local_scalar_dense" in name or "nonzero" in name} == set()
+    with OperationNames() as operations:
+        assert learner._skipped.found_inf.item() == 0.0
+    assert operations.names == {"aten._local_scalar_dense.default"}
+
+
+def test_a_learner_leaves_the_state_it_was_restored_from_as_it_is() -> None:
+    original = make_learner()
+    update(original, random_rows(8), 8)
+    state = original.get_state()
+    moments = state["optimizer"][f"{MODULE}_critic"]["state"]["state"][0]["exp_avg"]
+    before = moments.copy()
+    restored = make_learner()
+    restored.set_state(state)
+    update(restored, random_rows(8, seed=1), 8)
+    assert np.array_equal(moments, before)

@@ -400,7 +400,6 @@ def test_renewed_returns_survive_a_restore() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_offline": 6}, "made with 5 offline transitions, `input_` now has 6; restore with the same data"),
         ({"online_capacity": 8}, "made with `online_capacity` 10000, the config has 8; restore with the same capacity"),
         ({"track_tails": True}, "online data have other columns; restore with the config it was made with"),
     ],
@@ -408,10 +407,17 @@ def test_renewed_returns_survive_a_restore() -> None:
 def test_a_state_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     state = make_store(5, 3).get_state()
     store = make_store(**({"num_offline": 0 if "track_tails" in changes else 5} | changes))
-    if "track_tails" in changes:
-        state["num_offline"] = 0
     with pytest.raises(ValueError, match=message):
         store.set_state(state)
+
+
+def test_a_state_without_online_data_says_how_many_are_missing_and_drops_those_of_before() -> None:
+    original, restored = make_store(5, 3), make_store(5, 4)
+    assert restored.set_state(original.get_state(with_online=False)) == 3
+    assert restored.num_online == restored.online_nbytes == 0
+    assert restored.draw_seed() == original.draw_seed()
+    assert restored.set_state(original.get_state()) == 0
+    assert restored.num_online == 3
 
 
 def test_a_state_with_observations_of_another_size_is_refused() -> None:

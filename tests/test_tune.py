@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 import pytest
 from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.schedulers import PopulationBasedTraining
 from tiny import line_config
 
 from rllib_calql import CalQL
 from rllib_calql import metrics as keys
-from rllib_calql.experiment import read_experiments
+from rllib_calql.experiment import Experiment, read_experiments
+from rllib_calql.experiment_errors import ExperimentError
+from rllib_calql.tune_runs import run_experiment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -118,3 +123,98 @@ def test_the_python_main_job_runs_in_a_short_version(capsys: pytest.CaptureFixtu
     assert "offline updates     2" in printed
     assert "online " in printed
     assert "Checkpoint:" in printed
+
+
+class NoteLearningRates(RLlibCallback):
+    """Writes the learning rate that the next update will use, whenever a checkpoint was loaded; scores by `rank`."""
+
+    def on_checkpoint_loaded(self, *, algorithm: Any, **kwargs: Any) -> None:
+        """Writes a line."""
+        optimizer = algorithm.learner_group._learner.get_optimizer("default_policy", "policy")
+        note = {
+            "config": algorithm.config.actor_lr,
+            "optimizer": float(optimizer.param_groups[0]["lr"]),
+            "updates": algorithm.num_offline_updates,
+        }
+        with Path(algorithm.config.env_config["notes"]).open("a") as file:
+            file.write(json.dumps(note) + "\n")
+
+    def on_train_result(self, *, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
+        """Makes the trial with the greater learning rate the better one."""
+        result["score"] = algorithm.config.actor_lr
+
+
+@pytest.mark.slow
+def test_population_based_training_changes_the_learning_rate_of_the_first_update(tmp_path: Path) -> None:
+    config = line_config(tmp_path, offline_updates=100, updates_per_iteration=2)
+    config.environment(env_config={"notes": str(tmp_path / "notes")}).callbacks(NoteLearningRates)
+    config.training(actor_lr=tune.grid_search([1e-4, 1e-2]))
+    scheduler = PopulationBasedTraining(
+        time_attr="training_iteration",
+        metric="score",
+        mode="max",
+        perturbation_interval=1,
+        resample_probability=0.0,
+        quantile_fraction=0.5,
+        hyperparam_mutations={"actor_lr": tune.uniform(1e-5, 1e-1)},
+        synch=True,
+    )
+    experiment = Experiment("pbt", CalQL, config, stop={"training_iteration": 2}, scheduler=scheduler)
+    outcome = run_experiment(experiment, str(tmp_path / "r"), resume=False, announce=print)
+    assert not outcome.errors
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert all(note["optimizer"] == pytest.approx(note["config"]) for note in notes)
+    assert all(note["updates"] == 2 for note in notes)  # Those of the checkpoint after the first iteration.
+    # The worse trial goes on from the better one, with a rate 0.8 or 1.2 times as great.
+    assert any(note["config"] == pytest.approx(factor * 1e-2) for note in notes for factor in (0.8, 1.2))
+
+
+PBT = """
+e:
+  run: CalQL
+  env: Pendulum-v1
+  config: {evaluation_interval: 1}
+  scheduler: {type: pbt, perturbation_interval: 4, hyperparam_mutations: %s}
+"""
+
+
+def _read(tmp_path: Path, text: str) -> Any:
+    (tmp_path / "e.yaml").write_text(text)
+    return read_experiments(tmp_path / "e.yaml")[0]
+
+
+def test_population_based_training_can_be_written_in_yaml(tmp_path: Path) -> None:
+    text = PBT % "{actor_lr: {loguniform: [1e-5, 1e-3]}, tau: [0.005, 0.01]}"
+    scheduler = _read(tmp_path, text).scheduler
+    assert isinstance(scheduler, PopulationBasedTraining)
+    assert scheduler._perturbation_interval == 4
+    assert (scheduler._metric, scheduler._time_attr) == (
+        "evaluation/env_runners/episode_return_mean",
+        "training_iteration",
+    )
+    assert 1e-5 <= scheduler._hyperparam_mutations["actor_lr"].sample() <= 1e-3
+    assert scheduler._hyperparam_mutations["tau"] == [0.005, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("mutations", "message"),
+    [
+        ("{actor_rl: [1, 2]}", r"Unknown setting `actor_rl` in `hyperparam_mutations`.*did you mean `actor_lr`"),
+        ("{actor_lr: 3e-4}", r"`actor_lr` in `hyperparam_mutations`.*must be a list of values or a space.*got 0\.0003"),
+        ("{actor_lr: {grid_search: [1, 2]}}", r"`actor_lr` in `hyperparam_mutations`.*a space to sample from"),
+        ("{tau: [0.1, 7]}", r"`tau`.*got 7"),
+        ("{}", r"must map settings to search spaces or lists of values, got \{\}"),
+    ],
+)
+def test_mutations_that_make_no_sense_are_refused(tmp_path: Path, mutations: str, message: str) -> None:
+    with pytest.raises(ExperimentError, match=f"(?s){message}"):
+        _read(tmp_path, PBT % mutations)
+
+
+@pytest.mark.parametrize("value", ["-2", "1.5", "true", "often"])
+def test_max_failures_is_a_whole_number(tmp_path: Path, value: str) -> None:
+    text = "e: {run: CalQL, env: Pendulum-v1, max_failures: %s}"
+    assert _read(tmp_path, text % 3).max_failures == 3
+    assert _read(tmp_path, "e: {run: CalQL, env: Pendulum-v1}").max_failures == 0
+    with pytest.raises(ExperimentError, match=r"`max_failures` of experiment 'e' must be a whole number >= 0, or -1"):
+        _read(tmp_path, text % value)

@@ -1,0 +1,257 @@
+"""What `--resume` makes of a run's folder before Ray Tune restores it.
+
+Tune restores the state that it saved last, some ten seconds before a sudden end, with the settings of then. Here that
+state is brought up to date: with the newest whole checkpoint of every trial, and with what may change at a resume.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import posixpath
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import pyarrow.fs
+from ray import tune
+from ray.train._internal.session import _TrainingResult
+from ray.train._internal.storage import get_fs_and_path
+from ray.tune.experiment import Trial
+from ray.tune.result import EXPR_RESULT_FILE
+from ray.tune.utils import flatten_dict
+
+from rllib_calql import run_state
+from rllib_calql.experiment import Experiment
+from rllib_calql.schedulers import mutations
+from rllib_calql.search_spaces import find_spaces
+
+# How a run is executed, not what it computes. Only these settings of the file count when a run is resumed.
+EXECUTION_SETTINGS = frozenset(
+    {
+        *("num_env_runners", "num_envs_per_env_runner", "num_cpus_per_env_runner", "num_gpus_per_env_runner"),
+        *("custom_resources_per_env_runner", "gym_env_vectorize_mode", "max_requests_in_flight_per_env_runner"),
+        *("sample_async", "max_staleness_env_steps", "sample_timeout_s"),
+        *("num_learners", "num_cpus_per_learner", "num_gpus_per_learner", "local_gpu_idx"),
+        *("num_cpus_for_main_process", "placement_strategy", "log_level"),
+        *("evaluation_num_env_runners", "evaluation_parallel_to_training", "evaluation_sample_timeout_s"),
+        *("restart_failed_env_runners", "ignore_env_runner_failures", "max_num_env_runner_restarts"),
+        *("delay_between_env_runner_restarts_s", "restart_failed_sub_environments"),
+        *("num_consecutive_env_runner_failures_tolerance", "env_runner_health_probe_timeout_s"),
+        *("env_runner_restore_timeout_s", "store_memory_limit", "cache_dir", "share_offline_data"),
+    }
+)
+_MAX_VALUE_LENGTH = 60
+
+
+class ResumeError(ValueError):
+    """A run that cannot be continued. The message says what to do."""
+
+
+def has_begun(experiment: Experiment, storage_path: str) -> bool:
+    """Whether there is a folder of a run of this name."""
+    filesystem, folder = _folder_of_run(experiment, storage_path)
+    return bool(run_state.names_in(filesystem, folder))
+
+
+def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable[[str], None]) -> bool:
+    """Brings the state of a run up to date, so that `tune.Tuner.restore` continues it as the experiment says now.
+
+    Every trial continues from the newest whole checkpoint on disk; unfinished ones behind it are removed. From the
+    experiment come the settings in `EXECUTION_SETTINGS`, `stop`, `max_failures` and `checkpoint_config`. A trial that
+    ended because of the former `stop`, and has not reached the one of now, goes on.
+
+    Args:
+        experiment: The experiment as its file is now.
+        storage_path: Folder or URI of all runs.
+        announce: Called with what the user should know.
+
+    Returns:
+        False if the run has not got as far as a first state or checkpoint, so that it may as well begin.
+
+    Raises:
+        ResumeError: If the run's state is lost, or it cannot be continued with these settings.
+    """
+    filesystem, folder = _folder_of_run(experiment, storage_path)
+    files = run_state.read_newest_state(filesystem, folder)
+    if not files:
+        _refuse_lost_state(filesystem, folder)
+        announce(f"The run '{experiment.name}' was stopped before its first state was saved; it begins anew.")
+        return False
+    state_name = next(name for name in files if run_state.is_state(name))
+    state = json.loads(files[state_name])
+    trials = [_read_trial(stored, metadata, filesystem, folder) for stored, metadata in state["trial_data"]]
+    if other := {trial.trainable_name for trial in trials} - {experiment.algorithm.__name__}:
+        raise ResumeError(
+            f"The run in '{folder}' is one of {', '.join(other)}, the experiment now one of "
+            f"{experiment.algorithm.__name__}; begin it with another `--name`."
+        )
+    needs_marks = run_state.has_archive(filesystem, folder)
+    not_applied: dict[str, None] = {}
+    for trial in trials:
+        _take_newest_checkpoint(trial, needs_marks=needs_marks, announce=announce)
+        not_applied |= dict.fromkeys(_apply_settings(trial, experiment))
+        _judge_by_stop(trial, experiment.stop, announce)
+        if trial.storage.trial_dir_name is not None:
+            run_state.drop_torn_lines(filesystem, posixpath.join(trial.storage.trial_fs_path, EXPR_RESULT_FILE))
+    if not_applied:
+        announce(
+            f"Not applied on --resume: {', '.join(not_applied)}. A resumed run keeps its settings, except `stop` and "
+            "how it is executed; begin a new run for others."
+        )
+    state["trial_data"] = [_write_trial(trial) for trial in trials]
+    # A decision that waited for a checkpoint which the end prevented would end or pause the trial at its next one.
+    state["runner_data"] |= {"_cached_trial_decisions": {}, "_queued_trial_decisions": {}}
+    files[state_name] = json.dumps(state).encode()
+    run_state.write_state(filesystem, folder, _in_new_session(files, state_name))
+    return True
+
+
+def _folder_of_run(experiment: Experiment, storage_path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    filesystem, root = get_fs_and_path(storage_path)
+    return filesystem, posixpath.join(root, experiment.name)
+
+
+def _refuse_lost_state(filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
+    for name in run_state.names_in(filesystem, folder):
+        if checkpoints := run_state.numbered_checkpoints(filesystem, posixpath.join(folder, name)):
+            raise ResumeError(
+                f"The state of the run in '{folder}' is lost, but not its checkpoints, the newest of a trial at "
+                f"'{checkpoints[-1][1]}'; continue from it with `CalQL.from_checkpoint`, or begin a new run with "
+                "another `--name`."
+            )
+
+
+def _in_new_session(files: dict[str, bytes], state_name: str) -> dict[str, bytes]:
+    old = run_state.session(state_name)
+    # Tune takes the greatest name for the newest; a clock may have been set back.
+    new = max(datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), old)
+    return {name.replace(old, new): content for name, content in files.items()}
+
+
+def _read_trial(stored: str, stored_metadata: str, filesystem: pyarrow.fs.FileSystem, folder: str) -> Trial:
+    trial = Trial.from_json_state(stored, stub=True)
+    trial.restore_run_metadata(stored_metadata)
+    storage = copy.copy(trial.storage)  # The folder may have been moved since.
+    storage.storage_filesystem = filesystem
+    storage.storage_fs_path, storage.experiment_dir_name = posixpath.split(folder)
+    trial.set_storage(storage)
+    return trial
+
+
+def _write_trial(trial: Trial) -> tuple[str, str]:
+    trial.stub = False
+    trial.invalidate_json_state()
+    trial.run_metadata.invalidate_cache()
+    stored: tuple[str, str] = trial.get_json_state()
+    return stored
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _take_newest_checkpoint(trial: Trial, *, needs_marks: bool, announce: Callable[[str], None]) -> None:
+    storage, manager = trial.storage, trial.run_metadata.checkpoint_manager
+    if storage.trial_dir_name is None:  # It never started.
+        return
+    filesystem = storage.storage_filesystem
+    had_checkpoint = manager.latest_checkpoint_result is not None
+    known = [result for result in manager._checkpoint_results if _is_there(result, needs_marks)]
+    newer = []
+    for number, path in run_state.numbered_checkpoints(filesystem, storage.trial_fs_path):
+        if number <= storage.current_checkpoint_index:
+            continue
+        metrics = run_state.result_of_whole(filesystem, path)
+        if metrics is None:
+            filesystem.delete_dir(path)  # Otherwise its files would be mixed with those of the next checkpoint there.
+            announce(f"Removed the unfinished checkpoint '{path}'.")
+        else:
+            newer.append((number, _TrainingResult(tune.Checkpoint(path, filesystem), metrics)))
+    latest = manager.latest_checkpoint_result
+    if newer:
+        storage.current_checkpoint_index, latest = newer[-1]
+    elif latest is not None and not _is_there(latest, needs_marks):
+        # PBT may have taken it from another trial, where it has been deleted since.
+        latest = known[-1] if known else None
+    manager._checkpoint_results = known + [result for _, result in newer]
+    manager._latest_checkpoint_result = latest
+    if had_checkpoint and latest is None:
+        announce(f"No whole checkpoint of trial '{trial}' is left; it begins anew.")
+
+
+def _is_there(result: Any, needs_mark: bool) -> bool:
+    filesystem, path = result.checkpoint.filesystem, result.checkpoint.path
+    if needs_mark:
+        return run_state.result_of_whole(filesystem, path) is not None
+    return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory)
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def _apply_settings(trial: Trial, experiment: Experiment) -> list[str]:
+    """Applies what may change. Returns what differs and was not applied, for the user to read."""
+    wanted = experiment.config.to_dict()
+    changed = dict(trial.config)
+    not_applied = []
+    varied = {path[0] for path, _ in find_spaces(wanted)} | mutations(experiment.scheduler).keys()
+    for setting in sorted((wanted.keys() & trial.config.keys()) - varied):
+        stored, now = trial.config[setting], wanted[setting]
+        if _is_same(stored, now):
+            continue
+        if setting in EXECUTION_SETTINGS:
+            changed[setting] = now
+        else:
+            not_applied.append(f"`{setting}` (the run has {_shown(stored)}, now {_shown(now)})")
+    trial.set_config(changed)
+    trial.max_failures = experiment.max_failures
+    trial.run_metadata.num_failures = 0
+    manager = trial.run_metadata.checkpoint_manager
+    # Tune's default for algorithms, which it knows only in a new run.
+    manager._checkpoint_config = tune.CheckpointConfig(**{"checkpoint_at_end": True} | experiment.checkpoint_config)
+    try:
+        experiment.algorithm.default_resource_request(changed)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise ResumeError(f"Trial '{trial}' cannot be resumed: {error}") from error
+    return not_applied
+
+
+def _is_same(stored: Any, now: Any) -> bool:
+    if isinstance(stored, (type(None), bool, int, float, str)) or isinstance(now, (type(None), bool, int, float, str)):
+        return bool(stored == now)
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        return stored.keys() == now.keys() and all(_is_same(stored[key], now[key]) for key in now)
+    if isinstance(stored, (list, tuple)) and isinstance(now, (list, tuple)):
+        return len(stored) == len(now) and all(map(_is_same, stored, now))
+    # Classes and functions of an experiment file in Python are other objects in every process.
+    names = [getattr(value, "__qualname__", None) or type(value).__qualname__ for value in (stored, now)]
+    return names[0] == names[1]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}..."
+
+
+def _judge_by_stop(trial: Trial, stop: Mapping[str, float], announce: Callable[[str], None]) -> None:
+    """Ends a trial that has reached `stop`, and lets one go on that had only reached the former."""
+    former, trial.stopping_criterion = trial.stopping_criterion, dict(stop)
+    if trial.status == Trial.ERROR:
+        return
+    latest = trial.run_metadata.checkpoint_manager.latest_checkpoint_result
+    last = trial.run_metadata.last_result if trial.status == Trial.TERMINATED else {}
+    last = last or (latest.metrics if latest is not None else {})
+    has_ended = trial.status == Trial.TERMINATED or bool(last.get("done"))
+    if _is_reached(stop, last) or (has_ended and not _is_reached(former, last)):
+        trial.set_status(Trial.TERMINATED)
+        trial.run_metadata.last_result = last
+    elif has_ended and latest is None:
+        announce(f"Trial '{trial}' ended without a checkpoint, so it cannot go on.")
+    elif has_ended:
+        trial.set_status(Trial.PENDING)
+        latest.metrics["done"] = False
+
+
+def _is_reached(stop: Mapping[str, float], result: Mapping[str, Any]) -> bool:
+    flat = flatten_dict(dict(result))
+    return any(flat.get(metric, float("-inf")) >= value for metric, value in stop.items())
