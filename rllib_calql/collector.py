@@ -185,9 +185,8 @@ class Collector:
     def stop(self) -> None:
         """Closes the environments and ends all runners, also those that do not answer, for which RLlib would wait."""
         self._group.foreach_env_runner("stop", local_env_runner=False, timeout_seconds=_STOP_SECONDS)
-        for index, actor in self._manager.actors().items():
-            ray.kill(actor)
-            self._manager.set_actor_state(index, healthy=False)
+        for index in self._manager.actor_ids():
+            ray.kill(self._manager.remove_actor(index))
 
     # --- Results and failures ----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
 from rllib_calql import CalQL, CalQLConfig
-from rllib_calql.callbacks import EpisodeOutcomeCallback
+from rllib_calql.callbacks import EpisodeCutCallback, EpisodeOutcomeCallback
 from rllib_calql.config_checks import UNUSED_SETTINGS
 from rllib_calql.datasets import InMemoryEpisodes
 
@@ -343,20 +343,20 @@ def test_the_module_is_told_the_settings_it_needs() -> None:
     "given", [OtherCallback, [OtherCallback], [EpisodeOutcomeCallback, OtherCallback]], ids=["class", "list", "both"]
 )
 @pytest.mark.parametrize("by", ["method", "dict"])
-def test_the_package_s_callback_stays_beside_the_user_s(given: Any, by: str) -> None:
+def test_the_package_s_callbacks_stay_beside_the_user_s(given: Any, by: str) -> None:
     config = CalQLConfig()
     if by == "method":
         config.callbacks(given)
     else:
         config.update_from_dict({"callbacks": given})
-    assert config.callbacks_class == [EpisodeOutcomeCallback, OtherCallback]
+    assert config.callbacks_class == [EpisodeCutCallback, EpisodeOutcomeCallback, OtherCallback]
     config.validate()
 
 
-def test_the_package_s_callback_stays_beside_a_user_s_function() -> None:
+def test_the_package_s_callbacks_stay_beside_a_user_s_function() -> None:
     calls: list[Any] = []
     config = CalQLConfig().callbacks(on_episode_end=calls.append)
-    assert config.callbacks_class is EpisodeOutcomeCallback
+    assert config.callbacks_class == [EpisodeCutCallback, EpisodeOutcomeCallback]
     assert config.callbacks_on_episode_end == calls.append
 
 

@@ -18,7 +18,7 @@ import ray
 from logged_env import logged_config, stored_steps
 from tiny import line_config
 
-from rllib_calql import CalQL, collector, updating
+from rllib_calql import CalQL, collector, learner_recovery, updating
 from rllib_calql import metrics as keys
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -94,6 +94,12 @@ def _weights(algo: CalQL) -> list[np.ndarray]:
     )
 
 
+@pytest.fixture
+def no_snapshots_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_recovery, "_SECONDS_BETWEEN_SNAPSHOTS", 1e9)
+
+
+@pytest.mark.usefixtures("no_snapshots_by_time")
 @pytest.mark.parametrize(("num_learners", "rank"), [(1, 0), (2, 1)])
 def test_a_lost_learner_is_rebuilt_from_the_last_snapshot_and_its_updates_are_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, num_learners: int, rank: int
@@ -121,6 +127,7 @@ def test_a_lost_learner_is_rebuilt_from_the_last_snapshot_and_its_updates_are_ma
     assert all(np.array_equal(first, other) for other in others)
 
 
+@pytest.mark.usefixtures("no_snapshots_by_time")
 def test_a_learner_lost_online_costs_no_update(tmp_path: Path) -> None:
     algo = line_config(tmp_path, offline_updates=10).learners(num_learners=1, num_cpus_per_learner=0.5).build()
     for _ in range(3):
@@ -163,7 +170,7 @@ def test_a_full_object_store_slows_training_but_does_not_end_it(tmp_path: Path) 
         from pathlib import Path
         import numpy as np, ray
         from tiny import line_config
-        ray.init(num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
         pinned = [ray.put(np.ones(2**20)) for _ in range(9)]  # 72 of 80 MiB, all of them in use.
         views = ray.get(pinned)
         config = line_config(Path(sys.argv[1]), offline_updates=100, updates_per_iteration=50, batch_size=256)

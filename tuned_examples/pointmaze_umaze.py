@@ -16,7 +16,13 @@ config = (
     .offline_data(
         input_="minari:rllib-calql/pointmaze-umaze-play-v0", reward_scale=1.0, reward_bias=-1.0, failure_reward=0.0
     )
-    .fine_tuning(offline_updates=8_000, updates_per_iteration=1_000, mixing_ratio=0.5, updates_per_env_step=1)
+    .fine_tuning(
+        offline_updates=8_000,
+        updates_per_iteration=1_000,
+        mixing_ratio=0.5,
+        updates_per_env_step=1,
+        sample_async=False,  # Reproducible; a step of this simulator is too quick to be worth overlapping.
+    )
     .env_runners(num_env_runners=2)
     # Smaller and faster than the paper's settings, for two CPU cores. The weight is small because returns are: the
     # paper's 5 goes with returns of some hundreds. Rates fall over the first 300 online env steps, when the online data
