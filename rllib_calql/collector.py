@@ -90,7 +90,7 @@ class Collector:
 
     # --- Requests ----------------------------------------------------------------------------------------------------
 
-    def ask(self, make_task: MakeTask, *, max_requests: int | None = None, max_env_steps: float = math.inf) -> int:
+    def ask(self, make_task: MakeTask, *, max_requests: int | None = None, max_env_steps: float = math.inf) -> None:
         """Sends requests to every runner that has room for them.
 
         Args:
@@ -98,15 +98,12 @@ class Collector:
             max_requests: Requests that a runner may have at once; None for the constructor's.
             max_env_steps: Env steps of all requests together that may be under way, but never less than a step of
                 every environment in each.
-
-        Returns:
-            The number of requests sent.
         """
         now = time.monotonic()
-        num_sent = 0
-        share = max_env_steps / (len(self._runners) * (max_requests or self._max_requests))
+        max_requests = max_requests or self._max_requests
+        share = max_env_steps / (len(self._runners) * max_requests)
         for index, runner in self._runners.items():
-            limit = 1 if runner.is_lost else max_requests or self._max_requests
+            limit = 1 if runner.is_lost else max_requests
             while runner.num_outstanding < limit and now >= runner.next_attempt:
                 sent = self._group.foreach_env_runner_async(
                     make_task(int(max(self._num_envs, min(share, runner.num_env_steps)))),
@@ -119,8 +116,6 @@ class Collector:
                 if runner.num_outstanding == 0:
                     runner.since = now
                 runner.num_outstanding += 1
-                num_sent += 1
-        return num_sent
 
     def fetch(self) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """Takes what has arrived, without waiting.

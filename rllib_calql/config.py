@@ -63,9 +63,7 @@ class CalQLConfig(CalQLSettings):
         # An environment that fails must surface, not make a runner sleep for a minute and vanish.
         self.delay_between_env_runner_restarts_s = 1.0
         self.sample_timeout_s = 600.0  # A round is a whole episode; RLlib's 60 s would silently drop longer ones.
-        self.max_requests_in_flight_per_env_runner = (
-            2  # With 1, a runner would wait for every update that is under way.
-        )
+        self.max_requests_in_flight_per_env_runner = 2  # With 1, runners would wait for updates under way.
 
     @override(AlgorithmConfig)
     def callbacks(self, callbacks_class: Any = NotProvided, **kwargs: Any) -> Self:

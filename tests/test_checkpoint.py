@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tree
-from tiny import line_config, write_line_data
+from tiny import assert_identical, line_config, run_state, write_line_data
 
 from rllib_calql import CalQL, offline_table
 from rllib_calql.offline_table import OfflineTable, record_dtype
@@ -26,18 +25,6 @@ def _learner_state(algo: CalQL) -> dict[str, Any]:
     return state
 
 
-def _assert_identical(one: Any, other: Any) -> None:
-    tree.assert_same_structure(one, other)
-    for (path, a), (_, b) in zip(tree.flatten_with_path(one), tree.flatten_with_path(other), strict=True):
-        assert np.array_equal(np.asarray(a), np.asarray(b)), path
-
-
-def _run_state(algo: CalQL) -> dict[str, Any]:
-    """Counters, owed updates, online data and random state."""
-    state: dict[str, Any] = algo.get_state(components=["calql"])["calql"]
-    return state
-
-
 def test_runs_resumed_from_ten_random_points_go_on_bit_for_bit_like_the_uninterrupted_one(tmp_path: Path) -> None:
     num_offline_iterations, num_iterations, num_compared = 7, 14, 3
     config = line_config(
@@ -49,7 +36,7 @@ def test_runs_resumed_from_ten_random_points_go_on_bit_for_bit_like_the_uninterr
     states = {}
     for iteration in range(1, num_iterations + num_compared + 1):
         algo.train()
-        states[iteration] = (_learner_state(algo), _run_state(algo))
+        states[iteration] = (_learner_state(algo), run_state(algo))
         if iteration in points:
             algo.save_to_path(str(tmp_path / str(iteration)))
     algo.stop()
@@ -57,7 +44,7 @@ def test_runs_resumed_from_ten_random_points_go_on_bit_for_bit_like_the_uninterr
         restored = CalQL.from_checkpoint(tmp_path / str(point))
         for _ in range(num_compared):
             restored.train()
-        _assert_identical((_learner_state(restored), _run_state(restored)), states[point + num_compared])
+        assert_identical((_learner_state(restored), run_state(restored)), states[point + num_compared])
         restored.stop()
 
 
@@ -87,7 +74,7 @@ def test_a_thousand_offline_updates_are_bit_reproducible(tmp_path: Path) -> None
         assert algo.num_offline_updates == 1_000
         states.append(_learner_state(algo))
         algo.stop()
-    _assert_identical(*states)
+    assert_identical(*states)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
@@ -110,7 +97,7 @@ def test_evaluation_does_not_change_training(tmp_path: Path) -> None:
             algo.train()
         states.append(_learner_state(algo))
         algo.stop()
-    _assert_identical(*states)
+    assert_identical(*states)
 
 
 def test_a_changed_learning_rate_counts_from_the_first_update_after_restore(tmp_path: Path) -> None:
@@ -133,7 +120,7 @@ def test_an_older_checkpoint_restores_into_a_later_run(tmp_path: Path) -> None:
     for _ in range(3):
         algo.train()
     algo.restore_from_path(path)
-    _assert_identical(_learner_state(algo), early)
+    assert_identical(_learner_state(algo), early)
     runner = algo.env_runner.module.get_state()
     algo.stop()
     np.testing.assert_array_equal(

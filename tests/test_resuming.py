@@ -12,9 +12,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import tree
 from ray.train._internal.storage import StorageContext
-from tiny import TINY_NETWORKS, LineEnv, line_config
+from tiny import TINY_NETWORKS, LineEnv, assert_identical, line_config, run_state
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql import metrics as keys
@@ -34,17 +33,6 @@ def learner_states(algo: CalQL) -> list[dict[str, Any]]:
         return state
 
     return [result.get() for result in algo.learner_group.foreach_learner(state_of)]
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    tree.assert_same_structure(one, other)
-    for (path, a), (_, b) in zip(tree.flatten_with_path(one), tree.flatten_with_path(other), strict=True):
-        assert np.array_equal(np.asarray(a), np.asarray(b)), path
-
-
-def run_state(algo: CalQL) -> dict[str, Any]:
-    state: dict[str, Any] = algo.get_state(components=["calql"])["calql"]
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +70,8 @@ def test_remote_runners_and_a_learner_continue_a_local_run(
     config = config_of().env_runners(num_env_runners=1, num_envs_per_env_runner=2).learners(num_learners=1)
     restored = CalQL.from_checkpoint(saved["online"], config=config)
     assert restored.config.num_env_runners == 1
-    assert_equal(learner_states(restored), [saved["online_learner"]])
-    assert_equal(run_state(restored), saved["online_run"])
+    assert_identical(learner_states(restored), [saved["online_learner"]])
+    assert_identical(run_state(restored), saved["online_run"])
     expected = saved["online_learner"]["rl_module"]["default_policy"]["policy.head.weight"]
     weights = restored.env_runner_group.foreach_env_runner(
         lambda runner: runner.module.get_state()["policy.head.weight"]
@@ -106,15 +94,15 @@ def test_two_learners_continue_a_local_run_and_a_local_one_continues_theirs(
     saved: dict[str, Any], config_of: Callable[..., CalQLConfig], tmp_path: Path
 ) -> None:
     two = CalQL.from_checkpoint(saved["offline"], config=config_of().learners(num_learners=2))
-    assert_equal(learner_states(two), [saved["offline_learner"]] * 2)
+    assert_identical(learner_states(two), [saved["offline_learner"]] * 2)
     assert two.num_offline_updates == 3
     two.train()
     one_rank, other_rank = learner_states(two)
-    assert_equal(one_rank, other_rank)
+    assert_identical(one_rank, other_rank)
     path = two.save_to_path(tmp_path / "two")
     two.stop()
     local = CalQL.from_checkpoint(path, config=config_of().env_runners(num_env_runners=0).learners(num_learners=0))
-    assert_equal(learner_states(local), [one_rank])
+    assert_identical(learner_states(local), [one_rank])
     assert local.num_offline_updates == 6
     local.train()
     assert local.num_online_env_steps > 0
@@ -159,7 +147,7 @@ def test_a_refused_checkpoint_leaves_the_run_as_it_was(
     before = learner_states(algo)
     with pytest.raises(ValueError, match=r"made with `lagrangian=True`, this run has False; restore with True"):
         algo.restore_from_path(path)
-    assert_equal(learner_states(algo), before)
+    assert_identical(learner_states(algo), before)
     algo.train()
     algo.stop()
 
@@ -217,7 +205,7 @@ def test_online_data_can_be_left_out_and_the_run_goes_on_without(
     lean_config = config_of().training(store_buffer_in_checkpoints=False)
     lean = CalQL.from_checkpoint(saved["online"], config=lean_config)
     num_online = lean.store.num_online
-    assert_equal(run_state(lean)["store"]["rng"], saved["online_run"]["store"]["rng"])
+    assert_identical(run_state(lean)["store"]["rng"], saved["online_run"]["store"]["rng"])
     assert num_online > 0
     path = lean.save_to_path(tmp_path / "lean")
     counters = lean._counters_of_phases()
@@ -266,7 +254,7 @@ def test_pretrained_takes_over_networks_optimisers_and_the_count_of_updates(
 ) -> None:
     config = config_of().fine_tuning(pretrained=saved["online"], offline_updates=8).training(actor_lr=0.07)
     algo = config.debugging(seed=5).build()
-    assert_equal(learner_states(algo), [saved["online_learner"]])
+    assert_identical(learner_states(algo), [saved["online_learner"]])
     assert algo._counters_of_phases() == {
         keys.NUM_OFFLINE_UPDATES_LIFETIME: 6,
         keys.NUM_ONLINE_UPDATES_LIFETIME: 0,
@@ -289,7 +277,7 @@ def test_pretrained_without_further_offline_updates_or_data_begins_online(saved:
     config = CalQLConfig().environment(LineEnv).rl_module(model_config=TINY_NETWORKS).debugging(seed=0)
     config.training(num_actions=3, train_batch_size_per_learner=8).learners(num_learners=1)
     algo = config.fine_tuning(pretrained=saved["offline"]).build()
-    assert_equal(learner_states(algo), [saved["offline_learner"]])
+    assert_identical(learner_states(algo), [saved["offline_learner"]])
     assert (algo.phase, algo.num_offline_updates) == (keys.ONLINE, 3)
     algo.train()
     assert algo.num_online_updates == algo.num_online_env_steps > 0
@@ -383,7 +371,7 @@ def test_a_restored_run_needs_the_pretrained_checkpoint_no_more(
     with pytest.raises(FileNotFoundError, match=r"^`pretrained`: There is no checkpoint at '.*base'"):
         config.build()
     restored = CalQL.from_checkpoint(path)
-    assert_equal((learner_states(restored), run_state(restored)), before)
+    assert_identical((learner_states(restored), run_state(restored)), before)
     assert restored.num_offline_updates == 6
     restored.stop()
     # Ray Tune restores a trial only after it has been set up.
@@ -392,7 +380,7 @@ def test_a_restored_run_needs_the_pretrained_checkpoint_no_more(
     trial.load_checkpoint(path)
     trial.step()
     assert trial.num_online_env_steps > 0
-    assert_equal(learner_states(trial)[0]["calql"]["num_updates"], 6 + trial.num_online_updates)
+    assert_identical(learner_states(trial)[0]["calql"]["num_updates"], 6 + trial.num_online_updates)
     trial.stop()
     fresh = CalQL(config, storage=storage)
     with pytest.raises(FileNotFoundError, match=r"^`pretrained`: There is no checkpoint"):

@@ -9,8 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tree
 
-from rllib_calql import CalQLConfig
+from rllib_calql import CalQL, CalQLConfig
 
 TINY_NETWORKS = {"actor_hiddens": [8], "critic_hiddens": [8]}
 
@@ -110,3 +111,16 @@ def line_config(
         .debugging(seed=0)
     )
     return config
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    """Compares nested states bit for bit."""
+    tree.assert_same_structure(one, other)
+    for (path, a), (_, b) in zip(tree.flatten_with_path(one), tree.flatten_with_path(other), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b)), path
+
+
+def run_state(algo: CalQL) -> dict[str, Any]:
+    """Counters, owed updates, online data and random state."""
+    state: dict[str, Any] = algo.get_state(components=["calql"])["calql"]
+    return state
