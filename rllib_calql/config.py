@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.cql.cql import CQLConfig
+from ray.rllib.connectors.env_to_module import FlattenObservations
+from ray.rllib.connectors.module_to_env import GetActions
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
 from rllib_calql.config_checks import filesystem_of, validate_config
 from rllib_calql.datasets.episodes import ReadOptions
+from rllib_calql.env_connectors import ActionsForEnv, LatestObservations
 from rllib_calql.settings import CalQLSettings
 from rllib_calql.table_cache import default_memory_limit
 from rllib_calql.transitions import is_flat
@@ -209,15 +212,40 @@ class CalQLConfig(CalQLSettings):
 
     @override(AlgorithmConfig)
     def build_env_to_module_connector(self, env: Any = None, spaces: Any = None, device: Any = None) -> ConnectorV2:
-        """RLlib's pipeline; observations that are no flat vector are flattened as the offline data are."""
-        from ray.rllib.connectors.env_to_module import FlattenObservations
+        """One connector for flat observations; others are flattened as the offline data are, in RLlib's pipeline."""
+        config = self
+        if self._has_lean_connectors(env, spaces):
+            config = self.copy(copy_frozen=False)
+            config._env_to_module_connector = lambda *_: LatestObservations(device=device)
+            config.add_default_connectors_to_env_to_module_pipeline = False
+        elif self._env_to_module_connector is None:
+            space = _single_observation_space(env, spaces, self.observation_space)
+            if space is not None and not is_flat(space):
+                config = self.copy(copy_frozen=False)
+                config._env_to_module_connector = lambda *_: FlattenObservations()
+        return super(CalQLConfig, config).build_env_to_module_connector(env, spaces, device)
 
+    @override(AlgorithmConfig)
+    def build_module_to_env_connector(self, env: Any = None, spaces: Any = None) -> ConnectorV2:
+        """One connector behind RLlib's `GetActions` for flat observations, else RLlib's pipeline."""
+        config = self
+        if self._has_lean_connectors(env, spaces):
+            config = self.copy(copy_frozen=False)
+            config._module_to_env_connector = lambda *_: [GetActions(), ActionsForEnv()]
+            config.add_default_connectors_to_module_to_env_pipeline = False
+        return super(CalQLConfig, config).build_module_to_env_connector(env, spaces)
+
+    def _has_lean_connectors(self, env: Any, spaces: Any) -> bool:
+        """Whether neither environment nor user need RLlib's pipelines. They know each other: it is both or none."""
         space = _single_observation_space(env, spaces, self.observation_space)
-        if self._env_to_module_connector is None and space is not None and not is_flat(space):
-            flattening = self.copy(copy_frozen=False)
-            flattening._env_to_module_connector = lambda *_: FlattenObservations()
-            return super(CalQLConfig, flattening).build_env_to_module_connector(env, spaces, device)
-        return super().build_env_to_module_connector(env, spaces, device)
+        return (
+            space is not None
+            and is_flat(space)
+            and self._env_to_module_connector is None
+            and self._module_to_env_connector is None
+            and self.add_default_connectors_to_env_to_module_pipeline
+            and self.add_default_connectors_to_module_to_env_pipeline
+        )
 
 
 def _single_observation_space(env: Any, spaces: Any, configured: gym.Space[Any] | None) -> gym.Space[Any] | None:

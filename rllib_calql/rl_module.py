@@ -125,6 +125,18 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         return {Columns.ACTION_DIST_INPUTS: torch.cat([mean, log_std], dim=-1)}
 
     @override(TorchRLModule)
+    def forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Greedy actions. RLlib changes the mode of all layers at every env step, which changes nothing in these."""
+        outputs: dict[str, Any] = self._forward_inference(batch, **kwargs)
+        return outputs
+
+    @override(TorchRLModule)
+    def forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Sampled actions, without a change of mode as in `forward_inference`."""
+        outputs: dict[str, Any] = self._forward_exploration(batch, **kwargs)
+        return outputs
+
+    @override(TorchRLModule)
     def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Greedy actions tanh(mean). RLlib's deterministic squashed Gaussian would return the mean before squashing."""
         with torch.no_grad():

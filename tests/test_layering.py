@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("metrics", "returns", "losses", "networks", "registration", "checkpoint", "shared_data"),
+    ("metrics", "returns", "losses", "networks", "registration", "checkpoint", "shared_data", "env_connectors"),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
     ("datasets.pointmaze", "datasets.pendulum", "datasets.cube", "datasets.hopper_training", "datasets.report"),
     ("datasets.hopper",),

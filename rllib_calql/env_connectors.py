@@ -1,0 +1,62 @@
+"""Connectors between flat environments and the module: the work of RLlib's ten default ones in two.
+
+RLlib's defaults serve multi-agent, recurrent and nested cases one item at a time, which takes half the processor time
+of an env step here. What comes out is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.spaces.space_utils import unsquash_action
+
+
+class LatestObservations(ConnectorV2):
+    """Env to module: the latest observation of every episode as one tensor of shape (num_envs, obs_dim).
+
+    Args:
+        input_observation_space: Space of one sub-environment.
+        input_action_space: Space of one sub-environment.
+        device: Where the module lies; None is the CPU.
+    """
+
+    def __init__(
+        self,
+        input_observation_space: gym.Space[Any] | None = None,
+        input_action_space: gym.Space[Any] | None = None,
+        *,
+        device: Any = None,
+    ) -> None:
+        super().__init__(input_observation_space, input_action_space, device=device)
+        self._device = device
+
+    @override(ConnectorV2)
+    def __call__(
+        self, *, rl_module: RLModule, batch: dict[str, Any], episodes: Sequence[SingleAgentEpisode], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds `Columns.OBS`."""
+        observations = np.stack([episode.get_observations(-1) for episode in episodes])
+        batch[Columns.OBS] = torch.from_numpy(observations).to(self._device)
+        return batch
+
+
+class ActionsForEnv(ConnectorV2):
+    """Module to env: NumPy arrays of the module's outputs, and its actions mapped to the environment's bounds."""
+
+    @override(ConnectorV2)
+    def __call__(
+        self, *, rl_module: RLModule, batch: dict[str, Any], episodes: Sequence[SingleAgentEpisode], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds `Columns.ACTIONS_FOR_ENV`; `Columns.ACTIONS` remain the module's, in [-1, 1]."""
+        outputs: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in batch.items()}
+        outputs[Columns.ACTIONS_FOR_ENV] = unsquash_action(outputs[Columns.ACTIONS], self.action_space)
+        return outputs
