@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from rllib_calql.precision import PRECISIONS
+
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
@@ -51,7 +53,7 @@ UNUSED_SETTINGS: dict[str, str] = {
     "optimizer": "it belongs to the old API stack; set `actor_lr`, `critic_lr` and `alpha_lr`",
     "explore": "training always samples from the policy; set it in `.evaluation(evaluation_config=...)`",
     "torch_compile_learner": "the update is not compiled",
-    "_torch_grad_scaler_class": 'precision is "fp32"',
+    "_torch_grad_scaler_class": "bfloat16 has the exponents of float32, so no loss needs scaling",
     "rollout_fragment_length": "whole episodes are collected",
     "batch_mode": "returns-to-go need whole episodes",
     "min_sample_timesteps_per_iteration": "one iteration is `updates_per_iteration` updates, or one round of episodes",
@@ -345,8 +347,8 @@ def _check_choices(config: CalQLConfig) -> None:
             "`reference_value` and `use_recorded_returns` name columns of offline data, and there are none; set "
             "`input_` or drop them."
         )
-    if config.precision != "fp32":
-        raise ValueError(f'`precision` must be "fp32", got {config.precision!r}, which is not yet available.')
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {config.precision!r}.")
     if config.truncation not in TRUNCATION_RULES:
         raise ValueError(f"`truncation` must be one of {TRUNCATION_RULES}, got {config.truncation!r}.")
     if config.action_space_of_data not in ("environment", "module"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -62,22 +63,27 @@ class MeanAccumulator:
     """Running sums of scalar tensors on their device, read once."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Adds one step's scalars."""
-        for name, value in scalars.items():
-            detached = value.detach().double()
-            self._sums[name] = self._sums[name] + detached if name in self._sums else detached
-            self._counts[name] = self._counts.get(name, 0) + 1
+        """Adds one step's scalars. The same names come together at every step, and are summed as one vector."""
+        names = tuple(scalars)
+        values = torch.stack([scalar.detach() for scalar in scalars.values()]).double()
+        self._sums[names] = self._sums[names].add_(values) if names in self._sums else values
+        self._counts[names] = self._counts.get(names, 0) + 1
 
     def pop(self) -> dict[str, float]:
         """Returns the means since the last call and starts anew; the gap of a part that was empty is left out."""
         if not self._sums:
             return {}
-        names = list(self._sums)
-        totals = torch.stack([self._sums[name] for name in names]).tolist()
-        means = {name: total / self._counts[name] for name, total in zip(names, totals, strict=True)}
+        flat = iter(torch.cat(list(self._sums.values())).tolist())
+        totals: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
+        for names, count in self._counts.items():
+            for name in names:
+                totals[name] += next(flat)
+                counts[name] += count
         self._sums, self._counts = {}, {}
+        means = {name: total / counts[name] for name, total in totals.items()}
         return {name: mean for name, mean in means.items() if not (name in _MAY_BE_EMPTY and math.isnan(mean))}

@@ -25,8 +25,10 @@ from torch import Tensor
 from rllib_calql import losses
 from rllib_calql import metrics as keys
 from rllib_calql import rl_module as outputs
+from rllib_calql.allocator import keep_freed_memory
 from rllib_calql.config import CalQLConfig
 from rllib_calql.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.precision import check_precision, float32_products, product_dtype
 from rllib_calql.replay import IS_OFFLINE
 from rllib_calql.rl_module import CalQLTorchRLModule
 from rllib_calql.skipped_updates import SkippedUpdates
@@ -53,6 +55,9 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._num_updates = 0
         self._online = False
         self._accumulator = MeanAccumulator()
+        keep_freed_memory()
+        # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         super().build()
         self._skipped = SkippedUpdates(self._device)
         self._seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
@@ -60,6 +65,13 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._generator.manual_seed(self._seed)
         self._seed_noise_of_other_ranks()
         self._calql_module.generator = self._generator
+        self._set_precision()
+
+    def _set_precision(self) -> None:
+        self._calql_module.set_product_dtype(product_dtype(self.config.precision))
+        reason = check_precision(self.config.precision, torch.device(self._device))
+        if reason is not None and not self._learner_index:
+            logger.warning("`precision` is %r, but %s.", self.config.precision, reason)
 
     def _seed_noise_of_other_ranks(self) -> None:
         """Seeds the noise of the ranks above 0 by seed, rank and update count.
@@ -140,8 +152,9 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._weights_seq_no += 1
         columns = self._columns_on_device(data.batch)
         num_rows = len(columns[Columns.REWARDS])
-        for minibatch in _slices(columns, minibatch_size or num_rows):
-            self._update({DEFAULT_MODULE_ID: minibatch})
+        with float32_products(self.config.precision):
+            for minibatch in _slices(columns, minibatch_size or num_rows):
+                self._update({DEFAULT_MODULE_ID: minibatch})
         self._log_update(num_rows, minibatch_size or num_rows)
         self.after_gradient_based_update(timesteps=timesteps)
         return dict(self.metrics.reduce())

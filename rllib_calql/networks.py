@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rllib_calql.critic_kernel import evaluate_by_kernel
+
 LOG_STD_BOUNDS = (-20.0, 2.0)  # Authors' code and Haarnoja et al. 2018.
 DATA_ACTION_LIMIT = 0.99999  # Data actions are clipped to +-this before arctanh (authors' code).
 _HIDDEN_GAIN = math.sqrt(2.0)  # Orthogonal init, authors' code.
@@ -66,6 +68,7 @@ class TanhGaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self._activation = ACTIVATIONS[activation]
+        self.product_dtype: torch.dtype | None = None  # Of hidden layers; None is that of the parameters.
         widths = [obs_dim, *hiddens]
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(n) for n in hiddens) if layer_norm else None
@@ -79,13 +82,21 @@ class TanhGaussianPolicy(nn.Module):
         """Returns mean and log standard deviation before squashing, each of shape (B, A)."""
         hidden = obs
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden)
+            assert isinstance(layer, nn.Linear)
+            hidden = layer(hidden) if index == 0 else _linear(layer, hidden, self.product_dtype)
             if self.norms is not None:
                 hidden = self.norms[index](hidden)
             hidden = self._activation(hidden)
-        mean, raw_log_std = self.head(hidden).chunk(2, dim=-1)
+        mean, raw_log_std = _linear(self.head, hidden, obs.dtype).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * raw_log_std + self.log_std_offset
         return mean, log_std.clamp(*LOG_STD_BOUNDS)
+
+
+def _linear(layer: nn.Linear, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A layer whose product and result are of another type than its parameters."""
+    if dtype is None or dtype == inputs.dtype == layer.weight.dtype:
+        return functional.linear(inputs, layer.weight, layer.bias)
+    return functional.linear(inputs.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +158,8 @@ class EnsembleCritic(nn.Module):
         super().__init__()
         self.num_critics = num_critics
         self._activation = ACTIVATIONS[activation]
-        self._layer_norm = layer_norm
+        self._is_plain = self._activation is ACTIVATIONS["relu"] and not layer_norm
+        self.product_dtype: torch.dtype | None = None  # Of hidden layers; None is that of the parameters.
         widths = [obs_dim + action_dim, *hiddens, 1]
         sizes = list(itertools.pairwise(widths))
         joint = torch.empty(num_critics, *sizes[0])
@@ -179,21 +191,45 @@ class EnsembleCritic(nn.Module):
             raise ValueError(
                 f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
             )
-        return torch.stack([self._one_critic(c, obs, actions, frozen) for c in range(self.num_critics)])
+        parameters = [self.obs_weight, self.biases[0], self.action_weight]
+        for weight, bias in zip(self.weights, list(self.biases)[1:], strict=True):
+            parameters += [weight, bias]
+        norms = list(zip(self.norm_scales, self.norm_shifts, strict=True))
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+            norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
+        dtype = self.product_dtype or obs.dtype
+        has_kernel = self._is_plain and obs.device.type == "cpu" and not actions.requires_grad
+        q = []
+        # Separate products per critic run faster on CPUs than one batched product.
+        for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
+            obs_part = torch.addmm(bias, obs, obs_weight)
+            if has_kernel:
+                q.append(evaluate_by_kernel(obs_part, actions, dtype, *others))
+            else:
+                own_norms = [(scale[c], shift[c]) for scale, shift in norms]
+                q.append(self._evaluate(obs_part, actions, dtype, others, own_norms))
+        return torch.stack(q)
 
-    def _one_critic(self, c: int, obs: Tensor, actions: Tensor, frozen: bool) -> Tensor:
-        """Q of critic c, shape (M, B). Separate products per critic run faster on CPUs than one batched product."""
-
-        def part(stacked: Tensor) -> Tensor:
-            return stacked.detach()[c] if frozen else stacked[c]
-
-        num_actions, batch_size, _ = actions.shape
-        obs_part = torch.addmm(part(self.biases[0]), obs, part(self.obs_weight))
-        hidden = torch.matmul(actions.reshape(num_actions * batch_size, -1), part(self.action_weight))
-        hidden = (hidden.view(num_actions, batch_size, -1) + obs_part).view(num_actions * batch_size, -1)
-        for index, weight in enumerate(self.weights):
-            if self._layer_norm:
-                scale, shift = part(self.norm_scales[index]), part(self.norm_shifts[index])
-                hidden = functional.layer_norm(hidden, scale.shape, scale, shift)
-            hidden = torch.addmm(part(self.biases[index + 1]), self._activation(hidden), part(weight))
-        return hidden.view(num_actions, batch_size)
+    def _evaluate(
+        self,
+        obs_part: Tensor,
+        actions: Tensor,
+        dtype: torch.dtype,
+        parameters: Sequence[Tensor],
+        norms: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Q of one critic, shape (M, B); the kernel's arguments, scale and shift of every layer norm."""
+        action_weight, *layers = parameters
+        last = len(layers) - 2
+        hidden = torch.matmul(actions.to(dtype), action_weight.to(dtype)) + obs_part.to(dtype)
+        hidden = hidden.flatten(0, 1)
+        for index in range(0, len(layers), 2):
+            if norms:
+                scale, shift = norms[index // 2]
+                hidden = functional.layer_norm(hidden, scale.shape, scale.to(dtype), shift.to(dtype))
+            hidden = self._activation(hidden)
+            of_layer = obs_part.dtype if index == last else dtype
+            weight, bias = layers[index].to(of_layer), layers[index + 1].to(of_layer)
+            hidden = torch.addmm(bias, hidden.to(of_layer), weight)
+        return hidden.view(actions.shape[:2])

@@ -110,6 +110,11 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         """Parts that env runners do not hold."""
         return ["critic", "target_critic"]
 
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Sets the type of hidden layers' activations and products; None is that of the parameters."""
+        for network in (self.policy, self.critic, self.target_critic):
+            network.product_dtype = dtype
+
     def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
         self.obs_mean.copy_(mean)

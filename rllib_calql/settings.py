@@ -109,7 +109,7 @@ class CalQLSettings(CQLConfig):
         tau: float = NotProvided,
         target_update_period: int = NotProvided,
         bc_updates: int = NotProvided,
-        precision: Literal["fp32"] = NotProvided,
+        precision: Literal["fp32", "medium", "bf16"] = NotProvided,
         store_buffer_in_checkpoints: bool = NotProvided,
         **kwargs: Any,
     ) -> Self:
@@ -136,7 +136,10 @@ class CalQLSettings(CQLConfig):
             tau: Step of the target networks towards the critics, in (0, 1].
             target_update_period: Gradient updates between two steps of the targets.
             bc_updates: First gradient updates in which the actor clones the data's actions.
-            precision: "fp32".
+            precision: Arithmetic of the learners' matrix products. "fp32"; "medium", the factors rounded to TF32 on
+                GPUs and to bfloat16 on CPUs that can; or "bf16", hidden layers in bfloat16. First layers see
+                observations in float32, and last layers, targets, losses, gradients of parameters and optimisers are in
+                float32 always.
             store_buffer_in_checkpoints: Whether checkpoints hold the online transitions. Without them a restored run
                 goes on with offline data alone until new episodes are there.
             **kwargs: RLlib's own settings (`gamma`, `train_batch_size_per_learner`, `grad_clip`, `initial_alpha`,

@@ -92,6 +92,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 OTHER_VALUES: dict[str, dict[str, Any]] = {
     "training": {
+        "precision": "bf16",
         "calibrate": False,
         "min_q_weight": 0.0,
         "num_actions": 1,
@@ -290,9 +291,9 @@ def test_a_setting_arrives_through_its_method_and_is_accepted(method: str, name:
 
 def test_every_setting_of_the_design_is_tried() -> None:
     # Of the reference value the other form excludes `use_recorded_returns`; it has a test of its own.
-    not_yet_available = {("training", "precision"), ("training", "reference_value")}
+    tried_elsewhere = {("training", "reference_value")}
     tried = {(method, name) for method, name, _ in flat(OTHER_VALUES)}
-    assert {(method, name) for method, name, _ in flat(DEFAULTS)} - not_yet_available <= tried
+    assert {(method, name) for method, name, _ in flat(DEFAULTS)} - tried_elsewhere <= tried
 
 
 @pytest.mark.parametrize("method", ["training", "offline_data", "fine_tuning", "rl_module"])
@@ -559,7 +560,7 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     ("offline_data.observation_jump_tolerance", (-1.0, NAN, INF, "0", None, True), "must be a number of at least 0"),
     ("offline_data.cache_dir", ("",), "must be None or the path of a folder"),
     ("offline_data.input_filesystem", ("ftp", 3), "must be a `pyarrow.fs.FileSystem`, an fsspec file system"),
-    ("training.precision", ("bf16", 32), 'must be "fp32".*not yet available'),
+    ("training.precision", ("bfloat16", "tf32", 32, None), r"must be one of \('fp32', 'medium', 'bf16'\)"),
     ("offline_data.truncation", ("time-out", None, False), r"must be one of \('none', 'steady', 'bootstrap'\)"),
     ("offline_data.action_space_of_data", ("env", None), 'must be "environment" or "module"'),
     ("training.grad_clip", (-1.0, 0.0), "must be > 0|must be None or a positive"),

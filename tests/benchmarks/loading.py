@@ -19,7 +19,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from throughput import ACTION_DIM, OBS_DIM, stock_config, write_rows
+from updates import ACTION_DIM, OBS_DIM, stock_config, write_rows
 
 from rllib_calql import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo

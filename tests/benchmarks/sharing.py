@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from loading import ACTION_SPACE, OBS_SPACE, blocks, in_new_process
 from ray import tune
-from throughput import ACTION_DIM, OBS_DIM
+from updates import ACTION_DIM, OBS_DIM
 
 from rllib_calql import CalQLConfig
 from rllib_calql.datasets.file_formats import DatasetMetadata
