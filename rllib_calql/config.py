@@ -17,7 +17,7 @@ from rllib_calql.datasets.episodes import ReadOptions
 from rllib_calql.env_connectors import ActionsForEnv, LatestObservations
 from rllib_calql.settings import CalQLSettings
 from rllib_calql.table_cache import default_memory_limit
-from rllib_calql.transitions import is_flat
+from rllib_calql.transitions import is_flat, is_image
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -212,7 +212,7 @@ class CalQLConfig(CalQLSettings):
 
     @override(AlgorithmConfig)
     def build_env_to_module_connector(self, env: Any = None, spaces: Any = None, device: Any = None) -> ConnectorV2:
-        """One connector for flat observations; others are flattened as the offline data are, in RLlib's pipeline."""
+        """One connector for vectors and images; others are flattened as the offline data are, in RLlib's pipeline."""
         config = self
         if self._has_lean_connectors(env, spaces):
             config = self.copy(copy_frozen=False)
@@ -220,14 +220,14 @@ class CalQLConfig(CalQLSettings):
             config.add_default_connectors_to_env_to_module_pipeline = False
         elif self._env_to_module_connector is None:
             space = _single_observation_space(env, spaces, self.observation_space)
-            if space is not None and not is_flat(space):
+            if space is not None and not (is_flat(space) or is_image(space)):
                 config = self.copy(copy_frozen=False)
                 config._env_to_module_connector = lambda *_: FlattenObservations()
         return super(CalQLConfig, config).build_env_to_module_connector(env, spaces, device)
 
     @override(AlgorithmConfig)
     def build_module_to_env_connector(self, env: Any = None, spaces: Any = None) -> ConnectorV2:
-        """One connector behind RLlib's `GetActions` for flat observations, else RLlib's pipeline."""
+        """One connector behind RLlib's `GetActions` for vectors and images, else RLlib's pipeline."""
         config = self
         if self._has_lean_connectors(env, spaces):
             config = self.copy(copy_frozen=False)
@@ -240,7 +240,7 @@ class CalQLConfig(CalQLSettings):
         space = _single_observation_space(env, spaces, self.observation_space)
         return (
             space is not None
-            and is_flat(space)
+            and (is_flat(space) or is_image(space))
             and self._env_to_module_connector is None
             and self._module_to_env_connector is None
             and self.add_default_connectors_to_env_to_module_pipeline

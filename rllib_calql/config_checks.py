@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from rllib_calql.model_settings import check_model_config
 from rllib_calql.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
-
-DEFAULT_MODEL_CONFIG: dict[str, Any] = {
-    "actor_hiddens": [256, 256],  # Authors.
-    "critic_hiddens": [256, 256],  # Authors' default; AntMaze 4 layers of 256, Adroit 3 of 512.
-    "activation": "relu",  # Authors.
-    "layer_norm": False,  # Authors.
-    "orthogonal_init": True,  # Authors.
-}
 
 _READ_BY_US = "the data are read by this package's own readers"
 _FED_BY_STORE = "learners are fed from the transition store"
@@ -122,7 +115,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_ranges(config)
     _check_choices(config)
     _check_data(config)
-    _check_model_config(config)
+    check_model_config(config.model_config, config._model_config)
     _check_collection(config)
     _check_phases(config)
 
@@ -391,26 +384,6 @@ def _check_data(config: CalQLConfig) -> None:
     if config.input_filesystem is None and config.input_filesystem_kwargs:
         raise ValueError("`input_filesystem_kwargs` is set but `input_filesystem` is not; set it or drop them.")
     filesystem_of(config.input_filesystem, config.input_filesystem_kwargs)
-
-
-def _check_model_config(config: CalQLConfig) -> None:
-    from rllib_calql.networks import ACTIVATIONS
-
-    settings = config.model_config
-    unknown = (
-        sorted(set(config._model_config) - set(DEFAULT_MODEL_CONFIG)) if isinstance(config._model_config, dict) else []
-    )
-    if unknown:
-        raise ValueError(f"`model_config` may hold {sorted(DEFAULT_MODEL_CONFIG)}, got the unknown {unknown}.")
-    for name in ("actor_hiddens", "critic_hiddens"):
-        widths = settings[name]
-        if not isinstance(widths, (list, tuple)) or not widths or not all(_is_integer(n, 1) for n in widths):
-            raise ValueError(f"`{name}` must be a list of positive layer widths, got {widths!r}.")
-    if settings["activation"] not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {settings['activation']!r}.")
-    for name in ("layer_norm", "orthogonal_init"):
-        if not isinstance(settings[name], bool):
-            raise ValueError(f"`{name}` must be True or False, got {settings[name]!r}.")
 
 
 def _check_collection(config: CalQLConfig) -> None:

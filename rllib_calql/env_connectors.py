@@ -21,7 +21,7 @@ from ray.rllib.utils.spaces.space_utils import unsquash_action
 
 
 class LatestObservations(ConnectorV2):
-    """Env to module: the latest observation of every episode as one tensor of shape (num_envs, obs_dim).
+    """Env to module: the latest observation of every episode as one tensor of shape (num_envs, ...).
 
     Args:
         input_observation_space: Space of one sub-environment.

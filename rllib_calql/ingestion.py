@@ -23,6 +23,7 @@ from rllib_calql.transitions import (
     flat_size,
     flatten_observations,
     is_flat,
+    is_image,
     to_module_actions,
 )
 
@@ -151,7 +152,8 @@ class Conversion:
             return
         self._compared.add(id(reader))
         already_flat = isinstance(block.observations, np.ndarray) and block.observations.ndim == 2
-        if is_flat(self.observation_space) or (already_flat and not _is_integer(self.observation_space)):
+        space = self.observation_space
+        if is_flat(space) or is_image(space) or (already_flat and not _is_integer(self.observation_space)):
             return
         connector = FlattenObservations(
             input_observation_space=self.observation_space, input_action_space=self.action_space

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,9 @@ class CalQLTorchLearner(CQLTorchLearner):
         assert config is not None
         module = self._calql_module
         self.log_alpha_prime = self.log_alpha_prime.to(self._device).requires_grad_(config.lagrangian)
-        groups: list[tuple[str, list[Tensor], Any]] = [
-            ("critic", list(module.critic.parameters()), config.critic_lr),
-            ("policy", list(module.policy.parameters()), config.actor_lr),
+        groups: list[tuple[str, Sequence[Tensor], Any]] = [
+            ("critic", module.critic_parameters(), config.critic_lr),
+            ("policy", module.policy_parameters(), config.actor_lr),
             ("alpha", [self.curr_log_alpha[module_id]], config.alpha_lr),
         ]
         if config.lagrangian:
@@ -107,7 +107,7 @@ class CalQLTorchLearner(CQLTorchLearner):
                 module_id=module_id,
                 optimizer_name=name,
                 optimizer=torch.optim.Adam(params, fused=True),
-                params=params,
+                params=list(params),
                 lr_or_lr_schedule=lr,
             )
 

@@ -29,6 +29,8 @@ _NETWORK_SETTINGS = (
     "layer_norm",
     "num_critics",
     "normalize_observations",
+    "conv_filters",
+    "image_features",
 )
 _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
 _SETTING_OF = {"reference_column": "reference_value"}
@@ -69,7 +71,7 @@ def manifest_of(
             "fingerprint": store.offline.fingerprint() if store.offline is not None else None,
         },
         "rewards": {name: getattr(config, name) for name in _REWARD_SETTINGS},
-        "networks": {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
+        "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
         "lagrangian": config.lagrangian,
         "spaces": {
             "observation_space": {"size": flat_size(observation_space), "space": str(observation_space)},

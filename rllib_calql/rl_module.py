@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
@@ -20,7 +19,10 @@ from ray.rllib.utils.annotations import override
 from torch import Tensor, nn
 
 from rllib_calql.config_checks import check_action_space
+from rllib_calql.image_encoder import ImageEncoder, Trunk, random_shifts
+from rllib_calql.model_settings import check_image_settings_are_used
 from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
+from rllib_calql.transitions import is_flat, is_image
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
 Q_DATA = "q_data"  # (C, B)
@@ -56,14 +58,33 @@ class Noise(NamedTuple):
     following: Tensor
 
 
+class Inputs(NamedTuple):
+    """What the networks see of one batch, each of shape (B, n). For vectors all of s, and all of s', are the same.
+
+    Attributes:
+        critic: Of s, with gradient into the image encoder.
+        policy: Of s, without.
+        next_policy: Of s', without gradient.
+        target: Of s' for the target critics.
+    """
+
+    critic: Tensor
+    policy: Tensor
+    next_policy: Tensor
+    target: Tensor
+
+
 class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):
     """Policy pi(a|s) and critics Q_c(s, a) of Cal-QL, with the forward passes that its loss needs.
 
     RLlib's own CQL module is not reused: it repeats observations before every network and judges next-state proposals
     at the next state, which is another regulariser than the one of Kumar et al. 2020.
 
-    `model_config` keys: `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and those
-    that `CalQLConfig` adds (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`).
+    Images, Box(H, W, C) of uint8, pass an encoder first: once per state, for all actions and critics. The critics' loss
+    trains it, the actor's does not.
+
+    `model_config` keys: those of `model_settings.DEFAULT_MODEL_CONFIG`, and those that `CalQLConfig` adds
+    (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`).
     """
 
     policy: TanhGaussianPolicy
@@ -73,19 +94,30 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     @override(RLModule)
     def setup(self) -> None:
         """Builds the networks from `model_config` and the spaces."""
-        if not isinstance(self.observation_space, gym.spaces.Box) or len(self.observation_space.shape) != 1:
-            raise ValueError(
-                f"The module needs flat observations, Box(n,), got {self.observation_space}; leave "
-                "`env_to_module_connector` unset so that other spaces are flattened."
-            )
-        check_action_space(self.action_space, "The action space")
-        obs_dim, action_dim = self.observation_space.shape[0], self.action_space.shape[0]
         settings = self.model_config
+        self._sees_images = is_image(self.observation_space)
+        if not (self._sees_images or is_flat(self.observation_space)):
+            raise ValueError(
+                f"The module needs flat observations, Box(n,), or images, Box(H, W, C) of uint8, got "
+                f"{self.observation_space}; leave `env_to_module_connector` unset so that other spaces are flattened."
+            )
+        check_image_settings_are_used(settings, sees_images=self._sees_images)
+        check_action_space(self.action_space, "The action space")
+        action_dim = self.action_space.shape[0]
         network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
         self.obs_mean: Tensor
         self.obs_std: Tensor
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
+        num_numbers = 0 if self._sees_images else self.observation_space.shape[0]
+        self.register_buffer("obs_mean", torch.zeros(num_numbers))
+        self.register_buffer("obs_std", torch.ones(num_numbers))
+        obs_dim = settings["image_features"] if self._sees_images else num_numbers
+        if self._sees_images:
+            self.encoder = ImageEncoder(
+                self.observation_space.shape, settings["conv_filters"], orthogonal_init=settings["orthogonal_init"]
+            )
+            self.policy_trunk = Trunk(self.encoder.size, obs_dim)
+            if not self.inference_only:
+                self.critic_trunk = Trunk(self.encoder.size, obs_dim)
         self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
         self.explores_randomly = False  # Set by `collection.collect` during a random warm-up.
         self.generator: torch.Generator | None = None  # Set by the learner; None draws from torch's global generator.
@@ -97,23 +129,41 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
 
     @override(TargetNetworkAPI)
     def make_target_networks(self) -> None:
-        """Copies the critics. The targets never receive gradient."""
+        """Copies the critics and what stands before them. The targets never receive gradient."""
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        if self._sees_images:
+            self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.target_trunk = copy.deepcopy(self.critic_trunk).requires_grad_(False)
 
     @override(TargetNetworkAPI)
     def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of critic and target critic."""
-        return [(self.critic, self.target_critic)]
+        """Pairs of a network and its target."""
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.target_critic)]
+        if self._sees_images:
+            pairs += [(self.encoder, self.target_encoder), (self.critic_trunk, self.target_trunk)]
+        return pairs
 
     @override(InferenceOnlyAPI)
     def get_non_inference_attributes(self) -> list[str]:
         """Parts that env runners do not hold."""
-        return ["critic", "target_critic"]
+        of_images = ["critic_trunk", "target_encoder", "target_trunk"] if self._sees_images else []
+        return ["critic", "target_critic", *of_images]
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the actor's loss trains."""
+        return [*self.policy.parameters(), *(self.policy_trunk.parameters() if self._sees_images else ())]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critics' loss trains, the image encoder included."""
+        of_images = (self.encoder, self.critic_trunk) if self._sees_images else ()
+        return [parameter for network in (self.critic, *of_images) for parameter in network.parameters()]
 
     def set_product_dtype(self, dtype: torch.dtype | None) -> None:
         """Sets the type of hidden layers' activations and products; None is that of the parameters."""
         for network in (self.policy, self.critic, self.target_critic):
             network.product_dtype = dtype
+        if self._sees_images:
+            self.encoder.product_dtype = self.target_encoder.product_dtype = dtype
 
     def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
@@ -124,9 +174,27 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         numbers = obs.to(self.obs_mean.dtype)
         return (numbers - self.obs_mean) / self.obs_std if self.model_config["normalize_observations"] else numbers
 
+    def _policy_input(self, obs: Tensor) -> Tensor:
+        return self.policy_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
+
+    def _training_inputs(self, obs: Tensor, next_obs: Tensor) -> Inputs:
+        """Inputs of all networks; images of s and s' are shifted at random, each by itself."""
+        if not self._sees_images:
+            obs, next_obs = self._normalise(obs), self._normalise(next_obs)
+            return Inputs(obs, obs, next_obs, next_obs)
+        shape = self.encoder.image_shape
+        images = torch.cat([obs.view(-1, *shape), next_obs.view(-1, *shape)])
+        shifted = random_shifts(images, self.model_config["random_shift"], self.generator)
+        here, following = shifted.chunk(2)
+        code = self.encoder(here)
+        with torch.no_grad():
+            next_policy = self.policy_trunk(self.encoder(following))
+            target = self.target_trunk(self.target_encoder(following))
+        return Inputs(self.critic_trunk(code), self.policy_trunk(code.detach()), next_policy, target)
+
     @override(TorchRLModule)
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        mean, log_std = self.policy(self._normalise(batch[Columns.OBS]))
+        mean, log_std = self.policy(self._policy_input(batch[Columns.OBS]))
         return {Columns.ACTION_DIST_INPUTS: torch.cat([mean, log_std], dim=-1)}
 
     @override(TorchRLModule)
@@ -163,20 +231,22 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     @override(QNetAPI)
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Q of the batch's (module) actions: {"qf_preds": shape (C, B)}."""
-        obs = self._normalise(batch[Columns.OBS])
-        return {"qf_preds": self.critic(obs, batch[Columns.ACTIONS].unsqueeze(0))[:, 0]}
+        obs = batch[Columns.OBS]
+        seen = self.critic_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
+        return {"qf_preds": self.critic(seen, batch[Columns.ACTIONS].unsqueeze(0))[:, 0]}
 
     @override(TargetNetworkAPI)
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Minimum over the target critics of the batch's (module) actions: {"qf_target": shape (B,)}."""
-        obs = self._normalise(batch[Columns.OBS])
-        q = self.target_critic(obs, batch[Columns.ACTIONS].unsqueeze(0))
+        obs = batch[Columns.OBS]
+        seen = self.target_trunk(self.target_encoder(obs)) if self._sees_images else self._normalise(obs)
+        q = self.target_critic(seen, batch[Columns.ACTIONS].unsqueeze(0))
         return {"qf_target": q[:, 0].amin(dim=0)}
 
     @torch.no_grad()
     def estimate_values(self, obs: Tensor) -> Tensor:
         """V(s) of the greedy policy, min_c of the target critics at tanh(mean), shape (B,)."""
-        mean, _ = self.policy(self._normalise(obs))
+        mean, _ = self.policy(self._policy_input(obs))
         outputs: dict[str, Tensor] = self.forward_target({Columns.OBS: obs, Columns.ACTIONS: torch.tanh(mean)})
         return outputs["qf_target"]
 
@@ -197,25 +267,25 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """All values that the loss needs, each network evaluated once per distinct input.
 
-        Gradient flows from `Q_*` into the critics only, from `ACTOR_*` and `DATA_LOG_PROB` into the policy only.
+        Gradient flows from `Q_*` into the critics and the image encoder only, from `ACTOR_*` and `DATA_LOG_PROB` into
+        the policy only.
         """
-        obs = self._normalise(batch[Columns.OBS])
-        next_obs = self._normalise(batch[Columns.NEXT_OBS])
+        inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS])
         data_actions = batch[Columns.ACTIONS]
-        noise = self.draw_noise(obs.shape[0], obs.device)
+        noise = self.draw_noise(data_actions.shape[0], data_actions.device)
         num_actions = noise.current.shape[0]
 
-        mean, log_std = self.policy(obs)
+        mean, log_std = self.policy(inputs.policy)
         actor_actions, actor_log_prob = squash(mean, log_std, noise.actor)
         with torch.no_grad():
             current, log_prob_current = squash(mean, log_std, noise.current)
-            next_mean, next_log_std = self.policy(next_obs)
+            next_mean, next_log_std = self.policy(inputs.next_policy)
             following, log_prob_next = squash(next_mean, next_log_std, noise.following)
             target_actions, target_log_prob = squash(next_mean, next_log_std, noise.target)
-            target_next_q = self.target_critic(next_obs, target_actions).amin(dim=0)
+            target_next_q = self.target_critic(inputs.target, target_actions).amin(dim=0)
             # Every action is judged at s; only the proposal of `following` comes from s'.
             judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
-        q = self.critic(obs, judged)
+        q = self.critic(inputs.critic, judged)
         q_data, q_uniform, q_current, q_next = torch.split(q, [1, num_actions, num_actions, num_actions], dim=1)
         return {
             Q_DATA: q_data[:, 0],
@@ -227,6 +297,6 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             TARGET_NEXT_Q: target_next_q,
             TARGET_NEXT_LOG_PROB: target_log_prob,
             ACTOR_LOG_PROB: actor_log_prob,
-            ACTOR_Q: self.critic(obs, actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
+            ACTOR_Q: self.critic(inputs.critic.detach(), actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
             DATA_LOG_PROB: log_prob_of(mean, log_std, data_actions),
         }

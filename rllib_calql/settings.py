@@ -14,7 +14,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.cql.cql import CQLConfig
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config_checks import DEFAULT_MODEL_CONFIG, checked_input
+from rllib_calql.config_checks import checked_input
+from rllib_calql.model_settings import DEFAULT_MODEL_CONFIG
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -326,8 +327,9 @@ class CalQLSettings(CQLConfig):
         """Sets the networks.
 
         Args:
-            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`;
-                the others keep their defaults.
+            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and
+                for images `conv_filters`, a list of [channels, kernel, stride], `image_features`, the width between
+                encoder and networks, and `random_shift` in pixels; the others keep their defaults.
             **kwargs: RLlib's own settings.
 
         Returns:

@@ -25,6 +25,11 @@ def is_flat(space: gym.Space[Any]) -> bool:
     return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 
 
+def is_image(space: gym.Space[Any]) -> bool:
+    """Whether observations of this space are images, height x width x channels of bytes."""
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
+
+
 def flat_size(space: gym.Space[Any]) -> int:
     """Size of one flattened observation of `space`."""
     return gym.spaces.utils.flatdim(space)

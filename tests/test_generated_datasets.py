@@ -296,6 +296,7 @@ def test_catalog_knows_its_own_ids_only() -> None:
         "rllib-calql/pointmaze-medium-play-v0",
         "rllib-calql/pointmaze-large-play-v0",
         "rllib-calql/pendulum-swingup-v0",
+        "rllib-calql/pixel-reach-v0",
         "rllib-calql/cube-single-narrow-v0",
         "rllib-calql/hopper-medium-v0",
     ]

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 
-from rllib_calql.datasets import cube, hopper, hopper_training, minari_storage, pendulum, pointmaze
+from rllib_calql.datasets import cube, hopper, hopper_training, minari_storage, pendulum, pixel_reach, pointmaze
 
 _REFERENCE_EPISODES = 20
 _BUILD_PREFIX = ".rllib-calql-build-"  # Minari does not list hidden folders.
@@ -97,6 +97,18 @@ _GENERATORS = {
         algorithm_name="energy-shaping swing-up with PD balancing, mixed with uniform random actions",
         description="Pendulum swing-up; the share of random actions of an episode is uniform in [0, 1].",
         num_steps=20_000,
+    ),
+    "rllib-calql/pixel-reach-v0": _Generator(
+        collect=pixel_reach.collect,
+        reference_scores=pixel_reach.reference_scores,
+        env_id=pixel_reach.evaluation_env_id(),
+        algorithm_name="proportional controller with Gaussian noise, mixed with uniform random actions",
+        description=(
+            "A point is driven to a goal and seen as an image of 32 x 32; the share of random actions of an episode is "
+            "uniform in [0, 1]. Reward -1 until the goal is reached, which ends the episode."
+        ),
+        num_steps=20_000,
+        has_goal=True,
     ),
     "rllib-calql/cube-single-narrow-v0": _Generator(
         collect=cube.collect,
