@@ -64,14 +64,19 @@ class MeanAccumulator:
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._counts: dict[tuple[str, ...], int] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Adds one step's scalars. The same names come together at every step, and are summed as one vector."""
+        """Adds one step's scalars. The same names come together at every step, and are summed as one vector.
+
+        In place, and the count of steps beside the sums, so that a recorded step adds to them as well.
+        """
         names = tuple(scalars)
-        values = torch.stack([scalar.detach() for scalar in scalars.values()]).double()
-        self._sums[names] = self._sums[names].add_(values) if names in self._sums else values
-        self._counts[names] = self._counts.get(names, 0) + 1
+        values = torch.stack([scalar.detach() for scalar in scalars.values()])
+        if names not in self._sums:
+            self._sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=values.device)
+        sums = self._sums[names]
+        sums[:-1].add_(values)
+        sums[-1].add_(1.0)
 
     def pop(self) -> dict[str, float]:
         """Returns the means since the last call and starts anew; the gap of a part that was empty is left out."""
@@ -79,11 +84,13 @@ class MeanAccumulator:
             return {}
         flat = iter(torch.cat(list(self._sums.values())).tolist())
         totals: dict[str, float] = defaultdict(float)
-        counts: dict[str, int] = defaultdict(int)
-        for names, count in self._counts.items():
-            for name in names:
-                totals[name] += next(flat)
+        counts: dict[str, float] = defaultdict(float)
+        for names, sums in self._sums.items():
+            of_names = {name: next(flat) for name in names}
+            count = next(flat)
+            for name, total in of_names.items():
+                totals[name] += total
                 counts[name] += count
-        self._sums, self._counts = {}, {}
-        means = {name: total / counts[name] for name, total in totals.items()}
+            sums.zero_()
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         return {name: mean for name, mean in means.items() if not (name in _MAY_BE_EMPTY and math.isnan(mean))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,10 @@ from rllib_calql import rl_module as outputs
 from rllib_calql.allocator import keep_freed_memory
 from rllib_calql.config import CalQLConfig
 from rllib_calql.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.graphed_steps import graphed_steps
+from rllib_calql.optimisers import OptimisingLearner
 from rllib_calql.precision import check_precision, float32_products, product_dtype
 from rllib_calql.replay import IS_OFFLINE
-from rllib_calql.rl_module import CalQLTorchRLModule
 from rllib_calql.skipped_updates import SkippedUpdates
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
@@ -39,7 +40,7 @@ _STATE = "calql"
 logger = logging.getLogger(__name__)
 
 
-class CalQLTorchLearner(CQLTorchLearner):
+class CalQLTorchLearner(OptimisingLearner):
     """Performs K gradient steps per `update` call on K batches laid end to end.
 
     Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
@@ -66,6 +67,11 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._seed_noise_of_other_ranks()
         self._calql_module.generator = self._generator
         self._set_precision()
+        has_graphs = self.config.num_learners <= 1  # The all-reduce of several is not recorded.
+        self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
+
+    def _step_of_rows(self, rows: dict[str, Tensor]) -> None:
+        self._make_step({DEFAULT_MODULE_ID: rows})
 
     def _set_precision(self) -> None:
         self._calql_module.set_product_dtype(product_dtype(self.config.precision))
@@ -83,33 +89,6 @@ class CalQLTorchLearner(CQLTorchLearner):
         if self._learner_index:
             entropy = np.random.SeedSequence((self._seed, self._learner_index, self._num_updates))
             self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-    @property
-    def _calql_module(self) -> CalQLTorchRLModule:
-        module: CalQLTorchRLModule = self.module[DEFAULT_MODULE_ID].unwrapped()
-        return module
-
-    @override(CQLTorchLearner)
-    def configure_optimizers_for_module(self, module_id: str, config: CalQLConfig | None = None) -> None:
-        """Registers Adam optimisers for critics, policy, temperature and (with `lagrangian`) the dual variable."""
-        assert config is not None
-        module = self._calql_module
-        self.log_alpha_prime = self.log_alpha_prime.to(self._device).requires_grad_(config.lagrangian)
-        groups: list[tuple[str, Sequence[Tensor], Any]] = [
-            ("critic", module.critic_parameters(), config.critic_lr),
-            ("policy", module.policy_parameters(), config.actor_lr),
-            ("alpha", [self.curr_log_alpha[module_id]], config.alpha_lr),
-        ]
-        if config.lagrangian:
-            groups.append(("alpha_prime", [self.log_alpha_prime], config.critic_lr))
-        for name, params, lr in groups:
-            self.register_optimizer(
-                module_id=module_id,
-                optimizer_name=name,
-                optimizer=torch.optim.Adam(params, fused=True),
-                params=list(params),
-                lr_or_lr_schedule=lr,
-            )
 
     # --- One update call -------------------------------------------------------------------------------------------
 
@@ -152,18 +131,20 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._weights_seq_no += 1
         columns = self._columns_on_device(data.batch)
         num_rows = len(columns[Columns.REWARDS])
+        rows_per_step = minibatch_size or num_rows
+        if num_rows % rows_per_step:
+            raise ValueError(f"An update needs whole mini-batches of {rows_per_step} rows, got {num_rows} rows.")
         with float32_products(self.config.precision):
-            for minibatch in _slices(columns, minibatch_size or num_rows):
-                self._update({DEFAULT_MODULE_ID: minibatch})
-        self._log_update(num_rows, minibatch_size or num_rows)
+            if self._graphed is not None:
+                kinds = self._kinds_of_steps(num_rows // rows_per_step)
+                self._graphed.run(columns, rows_per_step, kinds)
+            else:
+                for start in range(0, num_rows, rows_per_step):
+                    rows = {key: column[start : start + rows_per_step] for key, column in columns.items()}
+                    self._update({DEFAULT_MODULE_ID: rows})
+        self._log_update(num_rows, rows_per_step)
         self.after_gradient_based_update(timesteps=timesteps)
         return dict(self.metrics.reduce())
-
-    def _move_learning_rates(self, env_steps: int) -> None:
-        """Sets the rates of schedules before the call's updates; RLlib does so after them, one call late."""
-        for optimizer, schedule in self._optimizer_lr_schedules.items():
-            if schedule.use_schedule:
-                self._set_optimizer_lr(optimizer, lr=schedule.update(timestep=env_steps))
 
     def _columns_on_device(self, batch: MultiAgentBatch | SampleBatch) -> dict[str, Tensor]:
         columns = batch.policy_batches[DEFAULT_MODULE_ID] if isinstance(batch, MultiAgentBatch) else batch
@@ -178,16 +159,28 @@ class CalQLTorchLearner(CQLTorchLearner):
         With a NaN or infinite gradient it changes nothing, but counts as an update, so that the counters of algorithm
         and learners agree. The decision stays on the device and is the same on every rank: it falls on the averages.
         """
+        fwd_out, loss_per_module = self._make_step(batch)
+        self._num_updates += 1
+        return fwd_out, loss_per_module, {}
+
+    def _make_step(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        """What an update launches. Nothing is read back, nor counted by Python, so that a graph can replay it."""
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)
         # Before RLlib's clipping, which would turn infinities into finite numbers.
         self._skipped.judge(list(gradients.values()))
         self.apply_gradients(self.postprocess_gradients(gradients))
-        self._num_updates += 1
-        if self._num_updates % self.config.target_update_period == 0:
+        if (self._num_updates + 1) % self.config.target_update_period == 0:
             self._update_targets()
-        return fwd_out, loss_per_module, {}
+        return fwd_out, loss_per_module
+
+    def _kinds_of_steps(self, num_steps: int) -> Iterator[tuple[bool, bool, bool]]:
+        """What Python decides in each step; counts the steps as they are made."""
+        for _ in range(num_steps):
+            clones = self._num_updates < self.config.bc_updates
+            yield self._online, clones, (self._num_updates + 1) % self.config.target_update_period == 0
+            self._num_updates += 1
 
     @override(CQLTorchLearner)
     def compute_loss_for_module(
@@ -361,6 +354,8 @@ class CalQLTorchLearner(CQLTorchLearner):
         """Restores in place, so that the optimisers keep referring to the same tensors."""
         self._weights_seq_no = 0  # RLlib would silently ignore an older checkpoint's weights.
         super().set_state(state)
+        if self._graphed is not None:
+            self._graphed.forget()
         if _STATE not in state:
             return
         own = state[_STATE]
@@ -372,18 +367,7 @@ class CalQLTorchLearner(CQLTorchLearner):
         self._generator.set_state(torch.as_tensor(own["generator"]))
         self._seed = own["seed"]
         self._seed_noise_of_other_ranks()
-        for optimizer, schedule in self._optimizer_lr_schedules.items():
-            if not schedule.use_schedule:
-                # The restored optimiser holds the old learning rate; the config's, perhaps changed by PBT, must win.
-                self._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
-
-    @override(TorchLearner)
-    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restores copies: RLlib's tensors lie in the object store, where all learners of a node would change them."""
-        super()._set_optimizer_state(state)
-        for optimizer in self._named_optimizers.values():
-            for buffers in optimizer.state.values():
-                buffers.update({name: value.clone() for name, value in buffers.items()})
+        self._set_constant_rates()
 
     def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Sets mean and standard deviation of observations, each of shape (obs_dim,), in the module."""
@@ -393,11 +377,3 @@ class CalQLTorchLearner(CQLTorchLearner):
         """Value of the greedy policy by the target critics; obs (B, obs_dim) gives (B,)."""
         values = self._calql_module.estimate_values(torch.as_tensor(obs).to(self._device))
         return np.asarray(convert_to_numpy(values))
-
-
-def _slices(columns: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    num_rows = len(columns[Columns.REWARDS])
-    if num_rows % size:
-        raise ValueError(f"An update needs whole mini-batches of {size} rows, got {num_rows} rows.")
-    for start in range(0, num_rows, size):
-        yield {key: column[start : start + size] for key, column in columns.items()}

@@ -20,7 +20,7 @@ MAX_LINES = 450
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
     ("metrics", "returns", "losses", "registration", "checkpoint", "shared_data", "env_connectors"),
-    ("allocator", "critic_kernel", "precision"),
+    ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
@@ -48,6 +48,7 @@ LAYERS = (
     ("replay", "table_cache", "ingestion"),
     ("loading", "settings", "manifest"),
     ("config",),
+    ("optimisers",),
     ("offline_data", "learner", "resuming", "collector", "learner_recovery"),
     ("updating",),
     ("algorithm",),
