@@ -33,6 +33,7 @@ _SHORTER = [
     (r"num_samples: \d+", "num_samples: 2"),
     (r"num_env_runners: 2", "num_env_runners: 1"),
 ]
+_REFERENCE_SCORES = {"pointmaze": (0.0, 1.0), "pendulum": (-1219.0, -140.0), "pixel": (-40.0, -4.95)}
 
 
 def _fit(trainable: Any, config: Any, tmp_path: Path) -> Any:
@@ -69,7 +70,9 @@ def test_the_class_runs_with_a_plain_dict(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pointmaze_umaze.yaml", "pointmaze_umaze_tune.yaml", "pendulum.yaml"])
+@pytest.mark.parametrize(
+    "name", ["pointmaze_umaze.yaml", "pointmaze_umaze_tune.yaml", "pendulum.yaml", "pixel_reach.yaml"]
+)
 def test_yaml_examples_run_in_short_versions(name: str, tmp_path: Path) -> None:
     text = (EXAMPLES / name).read_text()
     for pattern, shorter in _SHORTER:
@@ -89,7 +92,7 @@ def test_yaml_examples_run_in_short_versions(name: str, tmp_path: Path) -> None:
     assert any(result.metrics[keys.PHASE] == keys.ONLINE for result in results)
     for result in results:
         evaluation = result.metrics["evaluation"]["env_runners"]
-        low, high = (0.0, 1.0) if "pointmaze" in name else (-1219.0, -140.0)  # Reference scores of the data sets.
+        low, high = _REFERENCE_SCORES[name.split("_")[0].removesuffix(".yaml")]
         score = 100.0 * (evaluation["episode_return_mean"] - low) / (high - low)
         assert evaluation[keys.NORMALIZED_SCORE] == pytest.approx(score, abs=1.0)
 
