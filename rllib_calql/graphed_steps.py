@@ -105,21 +105,17 @@ class GraphedSteps:
             self._load(columns)
         for number, kind in enumerate(kinds):
             key = (kind, batch_size)
+            is_warm = self._num_calls[key] >= _NUM_WARM_UP_STEPS
+            if is_warm and key not in self._replays and not self._is_given_up:
+                self._record(key, batch_size)
             if self._is_given_up:
                 start = number * batch_size
                 self._step({name: column[start : start + batch_size] for name, column in columns.items()})
-            elif key in self._replays:
+            elif is_warm:
                 self._replays[key]()
-            elif self._num_calls[key] < _NUM_WARM_UP_STEPS:
+            else:
                 self._num_calls[key] += 1
                 self._recorder.warm_up(lambda: self._step_from_buffers(batch_size))
-            else:
-                self._record(key, batch_size)
-                if self._is_given_up:
-                    start = number * batch_size
-                    self._step({name: column[start : start + batch_size] for name, column in columns.items()})
-                else:
-                    self._replays[key]()
 
     def _load(self, columns: Columns) -> None:
         """Copies mini-batches into the buffers, which grow if they have to."""
