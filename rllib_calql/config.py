@@ -17,7 +17,7 @@ from rllib_calql.datasets.episodes import ReadOptions
 from rllib_calql.env_connectors import ActionsForEnv, LatestObservations
 from rllib_calql.settings import CalQLSettings
 from rllib_calql.table_cache import default_memory_limit
-from rllib_calql.transitions import is_flat, is_image
+from rllib_calql.transitions import is_flat_or_image
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -220,7 +220,7 @@ class CalQLConfig(CalQLSettings):
             config.add_default_connectors_to_env_to_module_pipeline = False
         elif self._env_to_module_connector is None:
             space = _single_observation_space(env, spaces, self.observation_space)
-            if space is not None and not (is_flat(space) or is_image(space)):
+            if space is not None and not is_flat_or_image(space):
                 config = self.copy(copy_frozen=False)
                 config._env_to_module_connector = lambda *_: FlattenObservations()
         return super(CalQLConfig, config).build_env_to_module_connector(env, spaces, device)
@@ -240,7 +240,7 @@ class CalQLConfig(CalQLSettings):
         space = _single_observation_space(env, spaces, self.observation_space)
         return (
             space is not None
-            and (is_flat(space) or is_image(space))
+            and is_flat_or_image(space)
             and self._env_to_module_connector is None
             and self._module_to_env_connector is None
             and self.add_default_connectors_to_env_to_module_pipeline

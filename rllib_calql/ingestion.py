@@ -22,8 +22,7 @@ from rllib_calql.transitions import (
     clipped_actions,
     flat_size,
     flatten_observations,
-    is_flat,
-    is_image,
+    is_flat_or_image,
     to_module_actions,
 )
 
@@ -153,7 +152,7 @@ class Conversion:
         self._compared.add(id(reader))
         already_flat = isinstance(block.observations, np.ndarray) and block.observations.ndim == 2
         space = self.observation_space
-        if is_flat(space) or is_image(space) or (already_flat and not _is_integer(self.observation_space)):
+        if is_flat_or_image(space) or (already_flat and not _is_integer(self.observation_space)):
             return
         connector = FlattenObservations(
             input_observation_space=self.observation_space, input_action_space=self.action_space

@@ -22,7 +22,7 @@ from rllib_calql.config_checks import check_action_space
 from rllib_calql.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.model_settings import check_image_settings_are_used
 from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
-from rllib_calql.transitions import is_flat, is_image
+from rllib_calql.transitions import is_flat_or_image, is_image
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
 Q_DATA = "q_data"  # (C, B)
@@ -96,7 +96,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         """Builds the networks from `model_config` and the spaces."""
         settings = self.model_config
         self._sees_images = is_image(self.observation_space)
-        if not (self._sees_images or is_flat(self.observation_space)):
+        if not is_flat_or_image(self.observation_space):
             raise ValueError(
                 f"The module needs flat observations, Box(n,), or images, Box(H, W, C) of uint8, got "
                 f"{self.observation_space}; leave `env_to_module_connector` unset so that other spaces are flattened."

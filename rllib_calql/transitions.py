@@ -30,6 +30,11 @@ def is_image(space: gym.Space[Any]) -> bool:
     return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
 
 
+def is_flat_or_image(space: gym.Space[Any]) -> bool:
+    """Whether env runners hand observations of this space to the module as they are, others being flattened first."""
+    return is_flat(space) or is_image(space)
+
+
 def flat_size(space: gym.Space[Any]) -> int:
     """Size of one flattened observation of `space`."""
     return gym.spaces.utils.flatdim(space)
