@@ -14,7 +14,7 @@ from ray.rllib.utils.annotations import override
 
 from rllib_calql.config_checks import filesystem_of, validate_config
 from rllib_calql.datasets.episodes import ReadOptions
-from rllib_calql.env_connectors import ActionsForEnv, LatestObservations
+from rllib_calql.env_connectors import ActionsForEnv, FlatObservations, LatestObservations
 from rllib_calql.settings import CalQLSettings
 from rllib_calql.table_cache import default_memory_limit
 from rllib_calql.transitions import is_flat_or_image
@@ -212,35 +212,36 @@ class CalQLConfig(CalQLSettings):
 
     @override(AlgorithmConfig)
     def build_env_to_module_connector(self, env: Any = None, spaces: Any = None, device: Any = None) -> ConnectorV2:
-        """One connector for vectors and images; others are flattened as the offline data are, in RLlib's pipeline."""
+        """One connector where the user sets none; others get observations flattened as the offline data are."""
         config = self
-        if self._has_lean_connectors(env, spaces):
-            config = self.copy(copy_frozen=False)
-            config._env_to_module_connector = lambda *_: LatestObservations(device=device)
-            config.add_default_connectors_to_env_to_module_pipeline = False
-        elif self._env_to_module_connector is None:
-            space = _single_observation_space(env, spaces, self.observation_space)
-            if space is not None and not is_flat_or_image(space):
+        space = _single_observation_space(env, spaces, self.observation_space)
+        if space is not None and self._env_to_module_connector is None:
+            if self._has_lean_connectors(space):
+                lean = LatestObservations(device=device)
+                if not is_flat_or_image(space):
+                    lean = FlatObservations(space, device=device)
+                config = self.copy(copy_frozen=False)
+                config._env_to_module_connector = lambda *_: lean
+                config.add_default_connectors_to_env_to_module_pipeline = False
+            elif not is_flat_or_image(space):
                 config = self.copy(copy_frozen=False)
                 config._env_to_module_connector = lambda *_: FlattenObservations()
         return super(CalQLConfig, config).build_env_to_module_connector(env, spaces, device)
 
     @override(AlgorithmConfig)
     def build_module_to_env_connector(self, env: Any = None, spaces: Any = None) -> ConnectorV2:
-        """One connector behind RLlib's `GetActions` for vectors and images, else RLlib's pipeline."""
+        """One connector behind RLlib's `GetActions` where the user sets none, else RLlib's pipeline."""
         config = self
-        if self._has_lean_connectors(env, spaces):
+        if self._has_lean_connectors(_single_observation_space(env, spaces, self.observation_space)):
             config = self.copy(copy_frozen=False)
             config._module_to_env_connector = lambda *_: [GetActions(), ActionsForEnv()]
             config.add_default_connectors_to_module_to_env_pipeline = False
         return super(CalQLConfig, config).build_module_to_env_connector(env, spaces)
 
-    def _has_lean_connectors(self, env: Any, spaces: Any) -> bool:
-        """Whether neither environment nor user need RLlib's pipelines. They know each other: it is both or none."""
-        space = _single_observation_space(env, spaces, self.observation_space)
+    def _has_lean_connectors(self, space: gym.Space[Any] | None) -> bool:
+        """Whether the user leaves RLlib's pipelines alone. They know each other: both are replaced, or none."""
         return (
             space is not None
-            and is_flat_or_image(space)
             and self._env_to_module_connector is None
             and self._module_to_env_connector is None
             and self.add_default_connectors_to_env_to_module_pipeline

@@ -1,4 +1,4 @@
-"""Connectors between flat environments and the module: the work of RLlib's ten default ones in two.
+"""Connectors between environments and the module: the work of RLlib's ten default ones in two.
 
 RLlib's defaults serve multi-agent, recurrent and nested cases one item at a time, which takes half the processor time
 of an env step here. What comes out is the same.
@@ -12,12 +12,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+import tree
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.spaces.space_utils import unsquash_action
+
+from rllib_calql.transitions import flat_size, flatten_observations
 
 
 class LatestObservations(ConnectorV2):
@@ -46,6 +49,33 @@ class LatestObservations(ConnectorV2):
         """Adds `Columns.OBS`."""
         observations = np.stack([episode.get_observations(-1) for episode in episodes])
         batch[Columns.OBS] = torch.from_numpy(observations).to(self._device)
+        return batch
+
+
+class FlatObservations(LatestObservations):
+    """The same for observations of any other space, which episodes then hold flattened, as after `FlattenObservations`.
+
+    Args:
+        space: Space of one sub-environment.
+        device: Where the module lies; None is the CPU.
+    """
+
+    def __init__(self, space: gym.Space[Any], *, device: Any = None) -> None:
+        self._space = space
+        super().__init__(device=device)
+
+    @override(ConnectorV2)
+    def recompute_output_observation_space(self, *spaces: gym.Space[Any]) -> gym.Space[Any]:
+        """Vectors of any numbers."""
+        return gym.spaces.Box(-np.inf, np.inf, (flat_size(self._space),), np.float32)
+
+    @override(ConnectorV2)
+    def __call__(self, *, episodes: Sequence[SingleAgentEpisode], **kwargs: Any) -> dict[str, Any]:
+        """Flattens the latest observation of every episode, and adds `Columns.OBS`."""
+        for episode in episodes:
+            latest = tree.map_structure(lambda part: np.asarray(part)[None], episode.get_observations(-1))
+            episode.set_observations(at_indices=-1, new_data=flatten_observations(self._space, latest)[0])
+        batch: dict[str, Any] = super().__call__(episodes=episodes, **kwargs)
         return batch
 
 
