@@ -65,13 +65,14 @@ class MeanAccumulator:
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
+    @torch.no_grad()
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Adds one step's scalars. The same names come together at every step, and are summed as one vector.
 
         In place, and the count of steps beside the sums, so that a recorded step adds to them as well.
         """
         names = tuple(scalars)
-        values = torch.stack([scalar.detach() for scalar in scalars.values()])
+        values = torch.stack(list(scalars.values()))
         if names not in self._sums:
             self._sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=values.device)
         sums = self._sums[names]

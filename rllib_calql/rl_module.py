@@ -280,8 +280,10 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         with torch.no_grad():
             current, log_prob_current = squash(mean, log_std, noise.current)
             next_mean, next_log_std = self.policy(inputs.next_policy)
-            following, log_prob_next = squash(next_mean, next_log_std, noise.following)
-            target_actions, target_log_prob = squash(next_mean, next_log_std, noise.target)
+            num_targets = noise.target.shape[0]
+            at_next, log_prob_at_next = squash(next_mean, next_log_std, torch.cat([noise.target, noise.following]))
+            target_actions, target_log_prob = at_next[:num_targets], log_prob_at_next[:num_targets]
+            following, log_prob_next = at_next[num_targets:], log_prob_at_next[num_targets:]
             target_next_q = self.target_critic(inputs.target, target_actions).amin(dim=0)
             # Every action is judged at s; only the proposal of `following` comes from s'.
             judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
