@@ -119,6 +119,7 @@ class CalQL(UpdatingCQL):
                 observation_space=self._observation_space,
                 action_space=self._action_space,
             )
+        self._set_up_residence()
         self._history = EvaluationHistory(self.offline_data.reference_scores if self.offline_data else None)
         if config.normalize_observations and config.pretrained is None:
             self._set_observation_statistics()

@@ -32,6 +32,7 @@ from rllib_calql.graphed_steps import graphed_steps
 from rllib_calql.optimisers import OptimisingLearner
 from rllib_calql.precision import check_precision, float32_products, product_dtype
 from rllib_calql.replay import IS_OFFLINE
+from rllib_calql.resident_store import ROW_NUMBERS, ResidentStore
 from rllib_calql.skipped_updates import SkippedUpdates
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
@@ -56,6 +57,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._num_updates = 0
         self._online = False
         self._accumulator = MeanAccumulator()
+        self.resident_store: ResidentStore | None = None  # Set by the algorithm where data fit on the device.
         keep_freed_memory()
         # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -109,7 +111,8 @@ class CalQLTorchLearner(OptimisingLearner):
         mini-batch iterator does.
 
         Args:
-            batch: Columns of K * `minibatch_size` rows for the default module.
+            batch: Columns of K * `minibatch_size` rows for the default module, or their `ROW_NUMBERS` alone if there
+                is a `resident_store`.
             batch_refs: The same as an object reference, for remote learners.
             training_data: The same as RLlib's container.
             timesteps: RLlib's lifetime counters, and `ONLINE`.
@@ -130,7 +133,7 @@ class CalQLTorchLearner(OptimisingLearner):
         data.solve_refs()
         self._weights_seq_no += 1
         columns = self._columns_on_device(data.batch)
-        num_rows = len(columns[Columns.REWARDS])
+        num_rows = len(next(iter(columns.values())))
         rows_per_step = minibatch_size or num_rows
         if num_rows % rows_per_step:
             raise ValueError(f"An update needs whole mini-batches of {rows_per_step} rows, got {num_rows} rows.")
@@ -165,6 +168,8 @@ class CalQLTorchLearner(OptimisingLearner):
 
     def _make_step(self, batch: dict[str, Any]) -> tuple[Any, Any]:
         """What an update launches. Nothing is read back, nor counted by Python, so that a graph can replay it."""
+        if self.resident_store is not None and ROW_NUMBERS in batch[DEFAULT_MODULE_ID]:
+            batch = {DEFAULT_MODULE_ID: self.resident_store.look_up(batch[DEFAULT_MODULE_ID][ROW_NUMBERS])}
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)

@@ -29,6 +29,8 @@ class _Table:
         self.limit = limit
         self.size = 0
         self.position = 0  # Next row to write.
+        self.num_appended = 0  # Rows ever appended, and
+        self.num_replaced = 0  # how often all rows were replaced or dropped: what a copy has to follow.
         dtypes = {Columns.OBS: obs_dtype, Columns.NEXT_OBS: obs_dtype, _LAST_ROW: np.dtype(np.int64)}
         self.columns: dict[str, Array] = {
             name: np.empty((0, *shape), dtype=dtypes.get(name, np.float32)) for name, shape in column_shapes.items()
@@ -57,9 +59,11 @@ class _Table:
             column[where] = where[-1] if name == _LAST_ROW else rows[name]
         self.position = (self.position + num_rows) % self.limit
         self.size = min(self.size + num_rows, capacity)
+        self.num_appended += num_rows
 
     def clear(self) -> None:
         self.size = self.position = 0
+        self.num_replaced += 1
 
     def get_state(self) -> dict[str, Any]:
         columns = {name: column[: self.size].copy() for name, column in self.columns.items()}
@@ -80,6 +84,7 @@ class _Table:
         self.size = len(state["columns"][Columns.REWARDS])
         self.columns = {name: np.array(column) for name, column in state["columns"].items()}
         self.position = state["position"]
+        self.num_replaced += 1
 
 
 class TransitionStore:
@@ -141,8 +146,35 @@ class TransitionStore:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one sampled row."""
-        columns = (self._online.columns[name] for name in self._batch_columns)
-        return sum(c.dtype.itemsize * int(np.prod(c.shape[1:], dtype=np.int64)) for c in columns)
+        return sum(column.nbytes for column in self.empty_columns(1).values())
+
+    @property
+    def tracks_tails(self) -> bool:
+        """Whether `refresh_returns` changes returns."""
+        return self._track_tails
+
+    @property
+    def online_capacity(self) -> int:
+        """Online rows that the store can hold."""
+        return self._online.limit
+
+    @property
+    def online_version(self) -> tuple[int, int]:
+        """How often all online rows were replaced, and how many were ever appended."""
+        return self._online.num_replaced, self._online.num_appended
+
+    def newest_online_rows(self, num_rows: int) -> npt.NDArray[np.int64]:
+        """Numbers of the online rows appended last, at most all that are held."""
+        num_rows = min(num_rows, self.num_online)
+        return (self._online.position - num_rows + np.arange(num_rows)) % self._online.limit
+
+    def empty_columns(self, *num_rows: int) -> dict[str, Array]:
+        """Columns of a batch, not filled, of shape (*num_rows, ...) each."""
+        return {
+            name: np.empty((*num_rows, *column.shape[1:]), dtype=column.dtype)
+            for name, column in self._online.columns.items()
+            if name in self._batch_columns
+        }
 
     def add_online(self, rows: RowColumns) -> None:
         """Adds the rows of one whole online episode, columns as in `transitions_from_episode`.
@@ -157,6 +189,14 @@ class TransitionStore:
         if self.offline is None:
             raise ValueError("The store holds no offline data.")
         return self.offline.column(name)
+
+    def offline_rows(self, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+        """Columns of a batch for these offline rows."""
+        if self.offline is None:
+            raise ValueError("The store holds no offline data.")
+        columns = self.empty_columns(len(rows))
+        self.offline.gather(rows, columns)
+        return columns
 
     def online_column(self, name: str) -> Array:
         """Read-only view of an online column, shape (num_online, ...), in storage order."""
@@ -190,26 +230,44 @@ class TransitionStore:
         Raises:
             ValueError: If a part that is asked for is empty.
         """
-        num_online_rows = batch_size - num_offline_rows
-        batch = {
-            name: np.empty((num_batches, batch_size, *column.shape[1:]), dtype=column.dtype)
-            for name, column in self._online.columns.items()
-            if name in self._batch_columns
-        }
+        rows = self.draw(num_batches=num_batches, batch_size=batch_size, num_offline_rows=num_offline_rows)
+        batch = self.empty_columns(num_batches, batch_size)
         if num_offline_rows:
-            rows = self._draw("offline", self.num_offline, num_batches, num_offline_rows)
-            assert self.offline is not None
-            self._gather_offline(rows, {name: column[:, :num_offline_rows] for name, column in batch.items()})
-        if num_online_rows:
-            rows = self._draw("online", self.num_online, num_batches, num_online_rows)
+            self._gather_offline(
+                rows[:, :num_offline_rows], {name: column[:, :num_offline_rows] for name, column in batch.items()}
+            )
+        if num_offline_rows < batch_size:
+            online_rows = rows[:, num_offline_rows:] - self.num_offline
             for name, column in batch.items():
-                column[:, num_offline_rows:] = self._online.columns[name][rows]
+                column[:, num_offline_rows:] = self._online.columns[name][online_rows]
         is_offline = np.zeros((num_batches, batch_size), dtype=np.float32)
         is_offline[:, :num_offline_rows] = 1.0
         batch[IS_OFFLINE] = is_offline
         return {name: column.reshape(num_batches * batch_size, *column.shape[2:]) for name, column in batch.items()}
 
-    def _draw(self, kind: str, size: int, num_batches: int, num_rows: int) -> npt.NDArray[np.int64]:
+    def draw(self, *, num_batches: int, batch_size: int, num_offline_rows: int) -> npt.NDArray[np.int64]:
+        """Draws the rows of batches: what `sample` draws, not yet looked up.
+
+        Args:
+            num_batches: K.
+            batch_size: B.
+            num_offline_rows: Offline rows of every batch, 0 to B; they come first in each.
+
+        Returns:
+            Row numbers of shape (K, B): offline rows from 0 on, then those of the online ring.
+
+        Raises:
+            ValueError: If a part that is asked for is empty.
+        """
+        parts = [
+            self._draw_part("offline", self.num_offline, num_batches, num_offline_rows),
+            self._draw_part("online", self.num_online, num_batches, batch_size - num_offline_rows) + self.num_offline,
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def _draw_part(self, kind: str, size: int, num_batches: int, num_rows: int) -> npt.NDArray[np.int64]:
+        if num_rows == 0:
+            return np.empty((num_batches, 0), dtype=np.int64)
         if size == 0:
             raise ValueError(f"A batch needs {num_rows} {kind} rows, but the store holds none.")
         return self._rng.integers(size, size=(num_batches, num_rows))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import RayError
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.utils.metrics import (
@@ -24,6 +25,7 @@ from rllib_calql.collection import Weights
 from rllib_calql.learner import ONLINE
 from rllib_calql.learner_recovery import LearnerRecovery, is_loss
 from rllib_calql.offline_data import as_multi_agent_batch
+from rllib_calql.resident_store import ROW_NUMBERS, ResidentStore, resident_store
 from rllib_calql.resuming import ResumableCQL
 from rllib_calql.skipped_updates import check_updates_are_applied
 
@@ -44,6 +46,13 @@ class UpdatingCQL(ResumableCQL):
         self._recovery = LearnerRecovery(timeout_s=_REBUILD_TIMEOUT_S)
         self._weights: Weights | None = None
         self._refreshed_at: tuple[int, int] | None = None  # Updates and episodes when returns were last refreshed.
+        self._resident_store: ResidentStore | None = None
+
+    def _set_up_residence(self) -> None:
+        """Lets a learner on a GPU, in this process, draw its batches there."""
+        if not self.learner_group.is_remote:
+            learner = self.learner_group._learner
+            self._resident_store = learner.resident_store = resident_store(self.store, torch.device(learner._device))
 
     @property
     def phase(self) -> str:
@@ -83,16 +92,18 @@ class UpdatingCQL(ResumableCQL):
 
     def _update_once(self, num_updates: int, *, online: bool) -> None:
         batch_size = self.config.train_batch_size_per_learner
-        batches = [
-            as_multi_agent_batch(
-                self.store.sample(
-                    num_batches=num_updates,
-                    batch_size=batch_size,
-                    num_offline_rows=self._num_offline_rows(online=online),
-                )
-            )
-            for _ in range(max(1, self.config.num_learners))
-        ]
+        drawing = {
+            "num_batches": num_updates,
+            "batch_size": batch_size,
+            "num_offline_rows": self._num_offline_rows(online=online),
+        }
+        if self._resident_store is not None:
+            self._resident_store.follow()
+            batches = [as_multi_agent_batch({ROW_NUMBERS: self.store.draw(**drawing).reshape(-1)})]
+        else:
+            batches = [
+                as_multi_agent_batch(self.store.sample(**drawing)) for _ in range(max(1, self.config.num_learners))
+            ]
         is_remote = self.learner_group.is_remote
         data = {"batch_refs": [ray.put(batch) for batch in batches]} if is_remote else {"batch": batches[0]}
         results = self.learner_group.update(

@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("metrics", "returns", "losses", "registration", "checkpoint", "shared_data", "env_connectors"),
+    ("metrics", "returns", "losses", "registration", "checkpoint", "shared_data"),
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
@@ -45,8 +45,8 @@ LAYERS = (
     ("skipped_updates", "callbacks", "connectors", "collection", "diagnostics", "evaluation_history", "config_checks"),
     ("offline_table", "transitions"),
     ("rl_module",),
-    ("replay", "table_cache", "ingestion"),
-    ("loading", "settings", "manifest"),
+    ("replay", "table_cache", "ingestion", "env_connectors"),
+    ("loading", "settings", "manifest", "resident_store"),
     ("config",),
     ("optimisers",),
     ("offline_data", "learner", "resuming", "collector", "learner_recovery"),
