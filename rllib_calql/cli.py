@@ -5,40 +5,23 @@ Exit codes: 0 success, 1 a run failed, 2 wrong usage, 130 interrupted. Ray is im
 
 from __future__ import annotations
 
-import logging
-import os
-import re
 import statistics
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import rllib_calql
 from rllib_calql.checkpoint import config_of
+from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
 from rllib_calql.dataset_cli import dataset
+from rllib_calql.study_cli import report, study
 
 if TYPE_CHECKING:
     from rllib_calql.experiment import Experiment
 
-_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # `ProgressCallback` reports instead.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C writes a checkpoint first, see `CheckpointOnInterrupt`.
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # Not every result has an evaluation for the scheduler to judge.
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
-}
-_INTERRUPTED = 130
 _CONFIG_FILE = "class_and_ctor_args.pkl"  # RLlib writes one into every checkpoint of an algorithm.
-_OUT_OF_TUNE_LOG = "Trials did not complete"
-
-
-class UsageError(click.ClickException):
-    """Wrong usage."""
-
-    exit_code = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +30,8 @@ def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
 
 
-main.add_command(dataset)
+for command in (dataset, study, report):
+    main.add_command(command)
 
 
 @main.group(epilog="Example: rllib train file tuned_examples/pointmaze_umaze.yaml")
@@ -84,7 +68,7 @@ def file(
 
     Ctrl-C writes a checkpoint after the current iteration and ends the run; --resume continues it.
     """
-    _prepare(verbose)
+    prepare(verbose)
     import ray
 
     from rllib_calql.experiment import read_experiments
@@ -105,7 +89,7 @@ def file(
     ]
     if resume:
         _refuse_missing_runs(runs, storage_path)
-    _start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
+    start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
     try:
         failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
     finally:
@@ -126,34 +110,19 @@ def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -
         inside = sorted(checkpoint.glob(f"**/checkpoint_*/{_CONFIG_FILE}"))
         hint = f" Did you mean '{inside[-1].parent}'?" if inside else ""
         raise UsageError(f"'{checkpoint}' {what}; give the folder that `rllib train` printed as checkpoint.{hint}")
-    _prepare(verbose)
+    prepare(verbose)
     try:
         returns, success_rate, score = _evaluate_checkpoint(checkpoint.resolve(), episodes, seed)
     except Exception as error:
         if verbose:
             raise
-        raise click.ClickException(f"Evaluating '{checkpoint}' failed: {_root_cause(error)}") from error
+        raise click.ClickException(f"Evaluating '{checkpoint}' failed: {root_cause(error)}") from error
     click.echo(f"episodes          {len(returns)}")
     click.echo(f"return            {statistics.fmean(returns):.2f} (std {statistics.pstdev(returns):.2f})")
     if success_rate is not None:
         click.echo(f"success rate      {success_rate:.2f}")
     if score is not None:
         click.echo(f"normalised score  {score:.2f}")
-
-
-def _prepare(verbose: bool) -> None:
-    for variable, value in _ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
-
-    if not verbose:
-        for logger in ("ray", "ray.rllib", "ray.tune"):
-            logging.getLogger(logger).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics)\b")
-        # Tune's copy of its state in the background fails where files change meanwhile; `KeepResumable` has its own.
-        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
-        # Said better by our own messages at the end.
-        logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
 
 
 def _with_options(
@@ -184,26 +153,6 @@ def _refuse_missing_runs(runs: list[Experiment], storage_path: str) -> None:
         )
 
 
-def _start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
-    import ray
-
-    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    if address is not None:
-        if num_cpus is not None:
-            raise UsageError("`--num-cpus` sizes a Ray that is started here; drop it or `--address`.")
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"There is no Ray cluster at '{address}': {error}") from error
-        return
-    if num_cpus is not None and num_cpus < needed:
-        raise UsageError(
-            f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
-            "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
-        )
-    ray.init(address="local", num_cpus=num_cpus or max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
-
-
 def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bool) -> bool:
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
     from rllib_calql.resume_run import ResumeError
@@ -217,22 +166,10 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
         raise UsageError(str(error)) from error
     if outcome.is_interrupted:
         where = "Checkpoints are" if outcome.has_checkpoints else "Stopped at once; earlier checkpoints, if any, are"
-        _exit_interrupted(where, f"{storage_path}/{experiment.name}")
+        exit_interrupted(where, f"{storage_path}/{experiment.name}")
     for cause in outcome.errors:
-        click.echo(f"Error in '{experiment.name}': {cause if verbose else _root_cause(cause)}", err=True)
+        click.echo(f"Error in '{experiment.name}': {cause if verbose else root_cause(cause)}", err=True)
     return not outcome.errors
-
-
-def _exit_interrupted(message: str, folder: str) -> NoReturn:
-    click.echo(f"{message} in '{folder}'; add `--resume` to the command to continue.", err=True)
-    raise click.exceptions.Exit(_INTERRUPTED)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The message of the error that was raised in the trial, without the tracebacks that Ray puts around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    starts = [i for i, line in enumerate(lines) if re.match(r"(\w+\.)*\w*(Error|Exception)\b(:|$)", line)]
-    return "\n".join(lines[starts[-1] :]) if starts else lines[-1]
 
 
 def _evaluate_checkpoint(

@@ -102,10 +102,10 @@ def read_experiments(path: str | Path) -> list[Experiment]:
         return [_read_python(path)]
     if path.suffix not in (".yaml", ".yml"):
         raise ExperimentError(f"The experiment file '{path}' must end in .yaml, .yml or .py.")
-    content = _load_yaml(path)
+    content = load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
-    return [_parse_experiment(str(name), entry) for name, entry in content.items()]
+    return [parse_experiment(str(name), entry) for name, entry in content.items()]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -130,7 +130,12 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _load_yaml(path: Path) -> Any:
+def load_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        ExperimentError: If it is not valid YAML or has a key twice.
+    """
     with reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
         return yaml.load(file, Loader=_StrictLoader)
 
@@ -167,7 +172,12 @@ def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, .
     return tuple(examples)
 
 
-def _parse_experiment(name: str, entry: Any) -> Experiment:
+def parse_experiment(name: str, entry: Any) -> Experiment:
+    """Checks one entry of an experiment file, `{run, env, stop, config, ...}`.
+
+    Raises:
+        ExperimentError: Naming the setting, and what to do.
+    """
     refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
     if "run" not in entry:
         raise ExperimentError(f"Experiment '{name}' has no `run`; set it to an algorithm, for example `run: CalQL`.")

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import rllib_calql
-from rllib_calql.cli import _root_cause, main
+from rllib_calql.cli import main
+from rllib_calql.command_setup import root_cause
 from rllib_calql.progress import (
     CheckpointOnInterrupt,
     Evaluation,
@@ -170,8 +171,8 @@ def test_a_second_interrupt_stops_at_once() -> None:
 
 def test_the_cause_of_a_failure_is_shown_without_rays_tracebacks() -> None:
     text = "ray::CalQL.__init__() (pid=1)\n  File 'a.py', line 1\nValueError: `tau` is wrong,\ngot 7.\n"
-    assert _root_cause(RuntimeError(text)) == "ValueError: `tau` is wrong,\ngot 7."
-    assert _root_cause(RuntimeError("plain message")) == "plain message"
+    assert root_cause(RuntimeError(text)) == "ValueError: `tau` is wrong,\ngot 7."
+    assert root_cause(RuntimeError("plain message")) == "plain message"
 
 
 def test_version_and_help_are_there() -> None:

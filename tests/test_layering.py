@@ -60,7 +60,12 @@ LAYERS = (
     ("progress", "run_state"),
     ("resume_run",),
     ("tune_runs",),
-    ("dataset_cli",),
+    ("study",),
+    ("study.evaluations", "command_setup"),
+    ("study.statistics", "study.plan"),
+    ("study.plots", "study.trial"),
+    ("study.report", "study.runner"),
+    ("dataset_cli", "study_cli"),
     ("cli",),
 )
 MATHEMATICS = {f"{PACKAGE}.critic_kernel", f"{PACKAGE}.critic_kernel.evaluate_by_kernel"}

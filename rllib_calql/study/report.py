@@ -1,0 +1,215 @@
+"""The report on a study: tables and plots in one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rllib_calql.study import plots
+from rllib_calql.study.evaluations import Evaluation, read_results
+from rllib_calql.study.statistics import CONFIDENCE, Fate, Interval, fate_of, interval, mean
+
+REPORT_FILE = "report.html"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .7em; text-align: right; }
+th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #888; vertical-align: bottom; }
+td { border-bottom: 1px solid #ddd; } img { max-width: 100%; }
+pre { background: #f5f5f5; padding: 1em; overflow: auto; }
+"""
+_PICTURES = {
+    "learning_curves.png": (
+        "Learning curves",
+        "Score of the greedy policy, mean over seeds, with the interval of that mean; linear between evaluations.",
+    ),
+    "regret.png": ("Cumulative regret online", "1 - mean score over the env steps since the switch: less is better."),
+    "dip.png": ("Dip at the switch", "Score at the switch minus the lowest score after it: less is better."),
+    "calibration_gap.png": (
+        "Calibration gap",
+        "Mean of Q(s, a) minus the reference value on offline rows. Far below zero, values are too low to compare with "
+        "real returns.",
+    ),
+    "bound_rate.png": (
+        "Calibrated share",
+        "Share of the policy's sampled actions whose Q lies below the reference value: for these calibration stops the "
+        "push-down (where it is on).",
+    ),
+}
+
+
+def group(evaluations: Iterable[Evaluation]) -> dict[str, dict[str, list[list[Evaluation]]]]:
+    """Task -> algorithm -> trials, each in order of time; tasks and algorithms in order of appearance."""
+    found: dict[str, dict[str, dict[int, list[Evaluation]]]] = {}
+    for one in evaluations:
+        found.setdefault(one.task, {}).setdefault(one.algorithm, {}).setdefault(one.seed, []).append(one)
+    return {
+        task: {
+            algorithm: [
+                sorted(its[seed], key=lambda one: (one.num_online_env_steps, one.num_offline_updates))
+                for seed in sorted(its)
+            ]
+            for algorithm, its in algorithms.items()
+        }
+        for task, algorithms in found.items()
+    }
+
+
+def write_report(results: Sequence[Path], folder: Path) -> Path:
+    """Writes the page, and its plots as PNG files beside it.
+
+    Args:
+        results: Folders with the results of one study each; their tasks are joined.
+        folder: Where to; made if it does not exist.
+
+    Returns:
+        The page.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+        ValueError: If a folder holds no results.
+    """
+    from rllib_calql.datasets.plots import require_matplotlib
+
+    require_matplotlib()
+    read = [read_results(path) for path in results]
+    trials = group(one for evaluations, _ in read for one in evaluations)
+    if not trials:
+        raise ValueError(f"No trial in {', '.join(map(str, results))} has finished yet.")
+    fates = {
+        task: {algorithm: [fate_of(trial) for trial in its] for algorithm, its in algorithms.items()}
+        for task, algorithms in trials.items()
+    }
+    pictures = {
+        "learning_curves.png": plots.curves(trials, "score", "score"),
+        "calibration_gap.png": plots.curves(trials, "calibration_gap", "Q - reference value"),
+        "bound_rate.png": plots.curves(trials, "bound_rate", "share of actions"),
+    }
+    for name, attribute, label in (
+        ("regret.png", "regret", "cumulative regret"),
+        ("dip.png", "dip", "dip of the score"),
+    ):
+        intervals = _intervals(fates, attribute)
+        if intervals:
+            pictures[name] = plots.forest(intervals, label, "{:.2f}".format)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    page = folder / REPORT_FILE
+    page.write_text(_page(trials, fates, pictures, [study for _, study in read]), encoding="utf-8")
+    return page
+
+
+def _intervals(fates: Mapping[str, Mapping[str, list[Fate]]], attribute: str) -> dict[str, dict[str, Interval]]:
+    """Task -> algorithm -> mean over seeds of a quantity that all trials of both have."""
+    found: dict[str, dict[str, Interval]] = {}
+    for task, algorithms in fates.items():
+        for algorithm, its in algorithms.items():
+            values = [getattr(fate, attribute) for fate in its]
+            if all(value is not None for value in values):
+                found.setdefault(task, {})[algorithm] = interval([values], mean)
+    return found
+
+
+def summary_rows(fates: Mapping[str, list[Fate]]) -> list[list[str]]:
+    """A line per algorithm of one task, as in the page's table."""
+    rows = []
+    for algorithm, its in fates.items():
+        recovered = [fate.recovered_after for fate in its if fate.recovered_after is not None]
+        never = sum(math.isinf(after) for after in recovered)
+        steps = "-"
+        if recovered:
+            finite = [after for after in recovered if math.isfinite(after)]
+            steps = f"{sum(finite) / len(finite):,.0f}" if finite else "-"
+            steps += f" ({never} of {len(recovered)} never)" if never else ""
+        rows.append(
+            [
+                algorithm,
+                str(len(its)),
+                _shown([fate.at_switch for fate in its]),
+                _shown([fate.final for fate in its]),
+                _shown([fate.final for fate in its], mean),
+                _shown([fate.regret for fate in its], mean),
+                _shown([fate.dip for fate in its], mean),
+                steps,
+            ]
+        )
+    return rows
+
+
+_HEADINGS = (
+    "algorithm",
+    "seeds",
+    "score at the switch (IQM)",
+    "final score (IQM)",
+    "final score (mean)",
+    "regret (mean)",
+    "dip (mean)",
+    "env steps to recover (mean)",
+)
+
+
+def _shown(values: Sequence[float | None], statistic: Any = None) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "-"
+    one = interval([known], statistic) if statistic else interval([known])
+    bounds = "" if math.isnan(one.low) else f" [{one.low:.2f}, {one.high:.2f}]"
+    return f"{one.value:.2f}{bounds}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _over_all_tasks(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
+    """Aggregate over tasks of the algorithms that ran on all of them, the seeds drawn anew task by task."""
+    names = [name for name in next(iter(fates.values())) if all(name in its for its in fates.values())]
+    rows = []
+    for name in names:
+        strata = [its[name] for its in fates.values()]
+        regrets = [[fate.regret for fate in its] for its in strata]
+        final = interval([[fate.final for fate in its] for its in strata])
+        known = all(value is not None for values in regrets for value in values)
+        regret = interval(regrets, mean) if known else None  # type: ignore[arg-type]
+        texts = [f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" if one else "-" for one in (final, regret)]
+        rows.append([name, *texts])
+    return _table(("algorithm", "final score (IQM)", "regret (mean)"), rows)
+
+
+def _page(
+    trials: plots.Trials,
+    fates: Mapping[str, Mapping[str, list[Fate]]],
+    pictures: Mapping[str, bytes],
+    studies: Sequence[Mapping[str, Any]],
+) -> str:
+    names = ", ".join(str(study["name"]) for study in studies)
+    parts = [
+        f"<h1>{html.escape(names)}</h1>",
+        f"<p>In brackets: {CONFIDENCE:.0%} percentile bootstrap over seeds, stratified by task (Agarwal et al. 2021). "
+        "IQM: interquartile mean. Score: success rate, or the normalised score / 100 where the environment reports no "
+        "success.</p>",
+    ]
+    for task, algorithms in fates.items():
+        episodes = {one.num_episodes for its in trials[task].values() for trial in its for one in trial}
+        parts.append(f"<h2>{html.escape(task)}</h2>")
+        parts.append(f"<p>{' or '.join(map(str, sorted(episodes)))} episodes per evaluation.</p>")
+        parts.append(_table(_HEADINGS, summary_rows(algorithms)))
+    if len(fates) > 1:
+        parts.append("<h2>Over all tasks</h2>" + _over_all_tasks(fates))
+    for name, (title, text) in _PICTURES.items():
+        if name in pictures:
+            source = base64.b64encode(pictures[name]).decode()
+            image = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{source}">'
+            parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{image}")
+    parts.append("<h2>Settings and versions</h2>")
+    parts += [f"<pre>{html.escape(json.dumps(study, indent=1))}</pre>" for study in studies]
+    body = "\n".join(parts)
+    head = f'<meta charset="utf-8"><title>{html.escape(names)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'

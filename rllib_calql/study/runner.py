@@ -1,0 +1,155 @@
+"""Runs the trials of a study through Ray Tune, as many at once as there are CPUs, and gathers their evaluations."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+import rllib_calql
+from rllib_calql.algorithm import CalQL
+from rllib_calql.experiment_errors import ExperimentError
+from rllib_calql.study.evaluations import Evaluation, write_results
+from rllib_calql.study.plan import Study, Trial
+from rllib_calql.study.trial import finished_evaluations, run_trial
+
+_PACKAGES = ("ray", "torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench")
+_TUNE_FOLDER = "tune"
+_TRIAL = "trial"  # Key of Tune's config: the number of the trial.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a study ended.
+
+    Attributes:
+        num_finished: Trials that have all their evaluations.
+        errors: Name and error of each trial that failed.
+        is_interrupted: Whether Ctrl-C ended it.
+    """
+
+    num_finished: int
+    errors: tuple[tuple[str, Exception], ...] = ()
+    is_interrupted: bool = False
+
+
+def num_cpus_per_trial(study: Study) -> int:
+    """CPUs that the largest trial asks Ray for."""
+    return max(int(_resources(trial).required_resources["CPU"]) for trial in study.trials)
+
+
+def run_study(study: Study, folder: Path, announce: Callable[[str], None]) -> Outcome:
+    """Runs what is not finished yet, and writes the evaluations of all finished trials. Ray must have been started.
+
+    Args:
+        study: What to run.
+        folder: Of this study's results. Finished trials in it are kept, begun ones are continued. On a cluster it must
+            be the same folder on all machines.
+        announce: Called with a line for people, again and again.
+
+    Raises:
+        ExperimentError: If a finished trial in the folder had other settings.
+    """
+    waiting = unfinished_trials(study, folder)
+    if len(waiting) < len(study.trials):
+        announce(f"{len(study.trials) - len(waiting)} of {len(study.trials)} trials are finished already.")
+    errors: tuple[tuple[str, Exception], ...] = ()
+    is_interrupted = False
+    if waiting:
+        try:
+            errors = _run_with_tune(waiting, folder, announce)
+        except KeyboardInterrupt:
+            is_interrupted = True
+    finished = [(t, finished_evaluations(folder / t.folder)) for t in study.trials]
+    rows: list[Evaluation] = [row for _, found in finished if found is not None for row in found[1]]
+    write_results(folder, rows, {**study.description, "versions": _versions()})
+    return Outcome(sum(found is not None for _, found in finished), errors, is_interrupted)
+
+
+def unfinished_trials(study: Study, folder: Path) -> list[Trial]:
+    """Trials that the folder has no evaluations of.
+
+    Raises:
+        ExperimentError: If it has some that were made with other settings.
+    """
+    waiting = []
+    for trial in study.trials:
+        found = finished_evaluations(folder / trial.folder)
+        if found is None:
+            waiting.append(trial)
+        elif found[0] != trial.fingerprint:
+            raise ExperimentError(
+                f"'{folder / trial.folder}' was made with other settings than '{trial.name}' has now; move it away to "
+                "run the trial again, or give another `--output`."
+            )
+    return waiting
+
+
+def _run_with_tune(
+    trials: Sequence[Trial], folder: Path, announce: Callable[[str], None]
+) -> tuple[tuple[str, Exception], ...]:
+    def trainable(config: dict[str, Any]) -> None:
+        trial = trials[config[_TRIAL]]
+        run_trial(trial, folder / trial.folder, lambda row: tune.report({"line": _line(trial, row)}))
+
+    shutil.rmtree(
+        folder / _TUNE_FOLDER, ignore_errors=True
+    )  # Of an earlier run; what lasts lies in the trials' folders.
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, lambda config: _resources(trials[config[_TRIAL]])),
+        param_space={_TRIAL: tune.grid_search(list(range(len(trials))))},
+        run_config=tune.RunConfig(
+            name=_TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce)]
+        ),
+    )
+    results = tuner.fit()
+    return tuple((trials[result.config[_TRIAL]].name, result.error) for result in results if result.error is not None)
+
+
+class _Announcing(tune.Callback):
+    """Says what trials report."""
+
+    def __init__(self, trials: Sequence[Trial], announce: Callable[[str], None]) -> None:
+        self._trials = trials
+        self._announce = announce
+        self._num_ended = 0
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """One evaluation."""
+        if "line" in result:
+            self._announce(result["line"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """The end of one."""
+        self._say_ended(trial, "finished")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Its failure."""
+        self._say_ended(trial, "FAILED")
+
+    def _say_ended(self, trial: Any, how: str) -> None:
+        self._num_ended += 1
+        self._announce(f"{self._trials[trial.config[_TRIAL]].name}: {how} ({self._num_ended}/{len(self._trials)})")
+
+
+def _resources(trial: Trial) -> Any:
+    return CalQL.default_resource_request(trial.config)
+
+
+def _line(trial: Trial, row: Evaluation) -> str:
+    steps = f"{row.num_offline_updates:,} updates, {row.num_online_env_steps:,}/{trial.schedule.num_env_steps:,} steps"
+    return f"{trial.name}: {steps}, score {row.score:.2f}"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"rllib-calql": rllib_calql.__version__, "python": platform.python_version()}
+    installed = {str(distribution.metadata["Name"]).lower() for distribution in metadata.distributions()}
+    versions |= {package: metadata.version(package) for package in _PACKAGES if package in installed}
+    return versions | {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}

@@ -1,0 +1,134 @@
+"""Runs one trial of a study, evaluates it by its schedule, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, LEARNER_RESULTS
+
+from rllib_calql import metrics as keys
+from rllib_calql.algorithm import CalQL
+from rllib_calql.study.evaluations import Evaluation, write_json
+from rllib_calql.study.plan import Trial
+
+FINISHED_FILE = "evaluations.json"
+_CHECKPOINT = "checkpoint"
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+def finished_evaluations(folder: Path) -> tuple[str, list[Evaluation]] | None:
+    """Fingerprint and evaluations of a finished trial, or None."""
+    path = folder / FINISHED_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["fingerprint"], [Evaluation(**row) for row in content["evaluations"]]
+
+
+def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]) -> None:
+    """Trains and evaluates; the folder then holds `FINISHED_FILE`.
+
+    Args:
+        trial: What to run.
+        folder: Of this trial. A checkpoint in it, of the same settings, is continued.
+        announce: Called with each new evaluation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    algo, rows, seconds_before = _restored(trial, folder) or (trial.config.build(), [], 0.0)
+    begin = saved_at = time.monotonic()
+    try:
+        learner_results: Mapping[str, Any] = {}
+        while True:
+            if not rows or _is_due(algo, rows[-1], trial):
+                seconds = seconds_before + time.monotonic() - begin
+                rows.append(_evaluate(algo, trial, learner_results, seconds))
+                announce(rows[-1])
+                if time.monotonic() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS:
+                    _save(algo, rows, trial, folder)
+                    saved_at = time.monotonic()
+            if algo.phase == keys.ONLINE and algo.num_online_env_steps >= trial.schedule.num_env_steps:
+                break
+            result = algo.train()
+            learner_results = result.get(LEARNER_RESULTS, {}).get("default_policy", learner_results)
+    finally:
+        algo.stop()
+    content = {"fingerprint": trial.fingerprint, "evaluations": [dataclasses.asdict(row) for row in rows]}
+    write_json(folder / FINISHED_FILE, content)
+    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
+
+
+def _is_due(algo: CalQL, last: Evaluation, trial: Trial) -> bool:
+    schedule = trial.schedule
+    if algo.num_online_env_steps > last.num_online_env_steps:
+        every = schedule.every_env_steps
+        is_end = algo.num_online_env_steps >= schedule.num_env_steps
+        return is_end or algo.num_online_env_steps // every > last.num_online_env_steps // every
+    if algo.num_offline_updates > last.num_offline_updates:
+        every = schedule.every_offline_updates
+        is_switch = algo.phase == keys.ONLINE
+        return is_switch or algo.num_offline_updates // every > last.num_offline_updates // every
+    return False
+
+
+def _evaluate(algo: CalQL, trial: Trial, learner_results: Mapping[str, Any], seconds: float) -> Evaluation:
+    found = algo.evaluate()[ENV_RUNNER_RESULTS]
+    num_critics = trial.config.num_critics
+
+    def reported(*names: str) -> float | None:
+        """Mean of what the learner reported under these names, None if it reported nothing yet."""
+        values = [float(learner_results[name]) for name in names if name in learner_results]
+        return sum(values) / len(values) if values else None
+
+    def of_critics(*templates: str) -> float | None:
+        return reported(*(template.format(c=c + 1) for template in templates for c in range(num_critics)))
+
+    gap = reported(keys.CALIBRATION_GAP_OFFLINE)
+    return Evaluation(
+        task=trial.task,
+        algorithm=trial.algorithm,
+        seed=trial.seed,
+        num_offline_updates=algo.num_offline_updates,
+        num_online_updates=algo.num_online_updates,
+        num_online_env_steps=algo.num_online_env_steps,
+        num_episodes=trial.schedule.evaluation_episodes,
+        return_mean=float(found[EPISODE_RETURN_MEAN]),
+        success_rate=_optional(found.get(keys.SUCCESS_RATE)),
+        normalized_score=_optional(found.get(keys.NORMALIZED_SCORE)),
+        calibration_gap=reported(keys.CALIBRATION_GAP) if gap is None else gap,
+        bound_rate=of_critics(keys.BOUND_RATE_CURRENT_OF_CRITIC, keys.BOUND_RATE_NEXT_OF_CRITIC),
+        q_data=of_critics(keys.Q_DATA_OF_CRITIC),
+        reference_value=reported(keys.REFERENCE_VALUE_MEAN),
+        time_s=seconds,
+    )
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> None:
+    """Replaces the checkpoint. Between the two renames there may be none, never half a one."""
+    partial, final = folder / f"{_CHECKPOINT}.partial", folder / _CHECKPOINT
+    shutil.rmtree(partial, ignore_errors=True)
+    algo.save_to_path(str(partial))
+    content = {
+        "fingerprint": trial.fingerprint,
+        "evaluations": [dataclasses.asdict(row) for row in rows],
+    }
+    write_json(partial / FINISHED_FILE, content)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+
+
+def _restored(trial: Trial, folder: Path) -> tuple[CalQL, list[Evaluation], float] | None:
+    saved = finished_evaluations(folder / _CHECKPOINT)
+    if saved is None or saved[0] != trial.fingerprint:
+        return None
+    return CalQL.from_checkpoint(folder / _CHECKPOINT), saved[1], saved[1][-1].time_s

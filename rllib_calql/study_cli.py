@@ -1,0 +1,71 @@
+"""The commands `rllib study` and `rllib report`. Ray is imported only once trials are run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
+
+_DEFAULT_FOLDER = "~/ray_results"
+
+
+@click.command(epilog="Example: rllib study tuned_examples/studies/umaze.yaml")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the results (default: ~/ray_results/NAME).")
+@click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
+@click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
+@click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
+def study(file: Path, output: Path | None, num_cpus: int | None, address: str | None, verbose: bool) -> None:
+    """Compare algorithms on tasks over seeds, as FILE says, and report on it.
+
+    As many trials run at once as there are CPUs. The same command again continues: finished trials are kept, begun ones
+    go on from their last checkpoint.
+    """
+    prepare(verbose)
+    import ray
+
+    from rllib_calql.experiment_errors import ExperimentError
+    from rllib_calql.study.plan import read_study
+    from rllib_calql.study.runner import num_cpus_per_trial, run_study, unfinished_trials
+
+    try:
+        plan = read_study(file)
+        folder = (output or Path(_DEFAULT_FOLDER, plan.name)).expanduser().resolve()
+        unfinished_trials(plan, folder)
+    except ExperimentError as error:
+        raise UsageError(str(error)) from error
+    start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
+    try:
+        outcome = run_study(plan, folder, lambda line: click.echo(line, err=True))
+    finally:
+        ray.shutdown()
+    if outcome.is_interrupted:
+        exit_interrupted(f"{outcome.num_finished} of {len(plan.trials)} trials are finished; results are", str(folder))
+    for name, cause in outcome.errors:
+        click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
+    if outcome.num_finished:
+        click.echo(f"Wrote {_report([folder], folder)}")
+    if outcome.errors:
+        raise click.ClickException(f"{len(outcome.errors)} of {len(plan.trials)} trials failed.")
+
+
+@click.command(epilog="Example: rllib report tests/evidence/umaze --output report")
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the report (default: the first RESULTS).")
+def report(results: tuple[Path, ...], output: Path | None) -> None:
+    """Write the report on RESULTS, folders that `rllib study` wrote, without running anything.
+
+    Several folders make one report over all their tasks.
+    """
+    click.echo(f"Wrote {_report(list(results), output or results[0])}")
+
+
+def _report(results: list[Path], folder: Path) -> Path:
+    from rllib_calql.study.report import write_report
+
+    try:
+        return write_report(results, folder)
+    except (ImportError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
