@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -78,6 +79,7 @@ def update(q: Tensor, rows: list[tuple[int, int, float]], policy: Tensor) -> Ten
     return (q - RATE * gradient).detach()
 
 
+@cache
 def run(reference: float) -> Run:
     """Pre-trains on the data, then meets the detour for the first time.
 
@@ -130,11 +132,11 @@ def plot(file: Path) -> None:
             column[state].plot(times, q, color=colour, linestyle=style, label=f"Q(s{state}, {label})")
         for state in (0, 1):
             column[state].axhline(1.0, color="black", linewidth=0.8, linestyle="dotted", label="best return")
-            column[state].legend(fontsize=7, loc="lower left")
+            column[state].legend(fontsize=7, loc="upper right")
             column[state].set_ylabel(f"Q at s{state} (cut at {_CUT:.0f})")
         column[2].plot(times, [greedy_return(q) for q in shown], color="black", drawstyle="steps-post")
         column[2].set_ylabel("greedy return")
-        column[2].set_xlabel("offline (100 updates a unit)  |  online (1 update a unit)")
+        column[2].set_xlabel("before 0: 100 offline updates a unit; after: 1 online one", fontsize=8)
         column[0].set_title(name, fontsize=10)
         for axes in column:
             axes.axvline(0, color="grey", linewidth=0.8)
