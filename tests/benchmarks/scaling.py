@@ -38,6 +38,7 @@ LABELS = {
     "rows": "transitions in the store",
 }
 WIDTH = 256
+RATES = (2, 5, 10, 20, 50)  # Marked in the plot.
 ROWS_AT_ONCE = 100_000
 
 
@@ -105,6 +106,7 @@ def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
         panel.plot(sizes, expected, "k--", linewidth=1.0, label="by arithmetic")
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], xticks=sizes)
         panel.set_xticklabels([f"{size:,}" for size in sizes], fontsize=8)
+        panel.set_yticks(RATES, [str(rate) for rate in RATES])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("gradient steps per second")

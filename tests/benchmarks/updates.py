@@ -144,6 +144,29 @@ def seconds_per_step_of_training(algo: Any, num_steps: int) -> float:
     return (time.perf_counter() - begin) / num_steps
 
 
+def shapes_of_products(depth: int, batch_size: int) -> list[tuple[int, int, int]]:
+    """Rows, inner and outer size of every matrix product that an update cannot do without; those of states left out."""
+    judged, proposed = (3 * 10 + 1) * batch_size, 10 * batch_size
+    sizes = [(ACTION_DIM, 256), *[(256, 256)] * (depth - 1)]
+    of_critic = []
+    for n_in, n_out in sizes:
+        of_critic += [(judged, n_in, n_out), (n_in, judged, n_out), (proposed, n_in, n_out)]
+        of_critic += [(judged, n_out, n_in)] if n_in == 256 else []  # Gradient of the layer's input.
+    return 2 * of_critic
+
+
+def seconds_per_step_of_products(depth: int, batch_size: int, num_steps: int) -> float:
+    """The matrix products of an update and nothing else, into memory that is there already: the arithmetic's floor."""
+    products = [
+        (torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes_of_products(depth, batch_size)
+    ]
+    begin = time.perf_counter()
+    for _ in range(num_steps):
+        for left, right, out in products:
+            torch.mm(left, right, out=out)
+    return (time.perf_counter() - begin) / num_steps
+
+
 def measure(path: Path, depth: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per gradient step of every program, one entry per turn."""
     hiddens = [256] * depth
@@ -158,7 +181,7 @@ def measure(path: Path, depth: int, options: argparse.Namespace) -> dict[str, li
     if options.stock_steps:
         stock_settings = stock_config(path, options.stock_steps, **batch)
         if depth != 2:  # Otherwise RLlib's own default, two layers of 256 for each of its critics' three parts.
-            stock_settings.rl_module(model_config={"fcnet_hiddens": hiddens})
+            stock_settings.rl_module(model_config={"fcnet_hiddens": hiddens, "head_fcnet_hiddens": hiddens})
         stock = stock_settings.build_algo()
     seconds: dict[str, list[float]] = {}
 
@@ -173,6 +196,8 @@ def measure(path: Path, depth: int, options: argparse.Namespace) -> dict[str, li
             note(f"its bare loop, {precision}", seconds_per_step_of_bare_loop(algo, options.steps), is_warm_up)
         first = next(iter(ours.values()))
         note("plain PyTorch", seconds_per_step_of_plain_torch(plain, first, options.steps // 2), is_warm_up)
+        seconds_of_products = seconds_per_step_of_products(depth, options.batch_size, options.steps)
+        note("its fp32 products alone", seconds_of_products, is_warm_up)
         if stock is not None:
             note("RLlib's CQL", seconds_per_step_of_training(stock, options.stock_steps), is_warm_up)
     for algo in (*ours.values(), stock):
