@@ -204,13 +204,15 @@ def test_a_trial_that_was_stopped_anywhere_goes_on_to_the_same_rows(
 
         return announce
 
-    for _ in range(2):
+    for interruption in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_trial(trial, tmp_path / "parts", stop_after(3))
         assert finished_evaluations(tmp_path / "parts") is None
+        if interruption:  # As if it had been killed just before the new checkpoint took the old one's place.
+            (tmp_path / "parts" / "checkpoint").rename(tmp_path / "parts" / "checkpoint.partial")
     run_trial(trial, tmp_path / "parts", lambda row: None)
     assert without_time(finished_evaluations(tmp_path / "parts")[1]) == without_time(whole)  # type: ignore[index]
-    assert not (tmp_path / "parts" / "checkpoint").exists()
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["evaluations.json"]
 
 
 def in_shell(*arguments: str) -> subprocess.Popen[str]:

@@ -19,7 +19,6 @@ from rllib_calql.study.evaluations import Evaluation, write_json
 from rllib_calql.study.plan import Trial
 
 FINISHED_FILE = "evaluations.json"
-_CHECKPOINT = "checkpoint"
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
@@ -59,9 +58,11 @@ def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]
             learner_results = result.get(LEARNER_RESULTS, {}).get("default_policy", learner_results)
     finally:
         algo.stop()
+        shutil.rmtree(algo.logdir, ignore_errors=True)  # Ray's, in `~/ray_results`, and empty.
     content = {"fingerprint": trial.fingerprint, "evaluations": [dataclasses.asdict(row) for row in rows]}
     write_json(folder / FINISHED_FILE, content)
-    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _is_due(algo: CalQL, last: Evaluation, trial: Trial) -> bool:
@@ -113,9 +114,14 @@ def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _checkpoints(folder: Path) -> tuple[Path, Path]:
+    """The trial's checkpoint, and the one that is being written."""
+    return folder / "checkpoint", folder / "checkpoint.partial"
+
+
 def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> None:
-    """Replaces the checkpoint. Between the two renames there may be none, never half a one."""
-    partial, final = folder / f"{_CHECKPOINT}.partial", folder / _CHECKPOINT
+    """Replaces the checkpoint. The evaluations are written last, so a folder that has them is whole."""
+    final, partial = _checkpoints(folder)
     shutil.rmtree(partial, ignore_errors=True)
     algo.save_to_path(str(partial))
     content = {
@@ -128,7 +134,8 @@ def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> No
 
 
 def _restored(trial: Trial, folder: Path) -> tuple[CalQL, list[Evaluation], float] | None:
-    saved = finished_evaluations(folder / _CHECKPOINT)
-    if saved is None or saved[0] != trial.fingerprint:
-        return None
-    return CalQL.from_checkpoint(folder / _CHECKPOINT), saved[1], saved[1][-1].time_s
+    for checkpoint in _checkpoints(folder):
+        saved = finished_evaluations(checkpoint)
+        if saved is not None and saved[0] == trial.fingerprint:
+            return CalQL.from_checkpoint(checkpoint), saved[1], saved[1][-1].time_s
+    return None
