@@ -72,7 +72,13 @@ def test_the_cluster_example_is_the_main_job_on_more_machines() -> None:
     (main_job,) = read_experiments(EXAMPLE.with_name("pointmaze_umaze.yaml"))
     theirs = main_job.config.to_dict()
     different = {key: value for key, value in cluster.config.to_dict().items() if theirs[key] != value}
-    assert different == {"sample_async": True, "num_env_runners": 8, "num_envs_per_env_runner": 2, "num_learners": 1}
+    assert different == {
+        "sample_async": True,
+        "num_env_runners": 8,
+        "num_envs_per_env_runner": 2,
+        "num_learners": 1,
+        "num_cpus_for_main_process": 1,  # The learner has a process of its own.
+    }
     assert cluster.num_cpus_per_trial == 10  # What the comments in the file say.
     assert cluster.max_failures == 3
     assert cluster.checkpoint_config["checkpoint_frequency"] == 1

@@ -32,6 +32,7 @@ _SHORTER = [
     (r"evaluation_duration: \d+", "evaluation_duration: 1"),
     (r"num_samples: \d+", "num_samples: 2"),
     (r"num_env_runners: 2", "num_env_runners: 1"),
+    (r"num_cpus_for_main_process: 2", "num_cpus_for_main_process: 1"),
 ]
 _REFERENCE_SCORES = {"pointmaze": (0.0, 1.0), "pendulum": (-1219.0, -140.0), "pixel": (-40.0, -4.95)}
 
@@ -117,6 +118,7 @@ def test_the_python_main_job_runs_in_a_short_version(capsys: pytest.CaptureFixtu
         (r"2_000", "300"),
         (r"evaluation_duration=20", "evaluation_duration=1"),
         (r"num_env_runners=2", "num_env_runners=1"),
+        (r"num_cpus_for_main_process=2", "num_cpus_for_main_process=1"),
     ]:
         text, count = re.subn(pattern, shorter, text)
         assert count == 1, pattern

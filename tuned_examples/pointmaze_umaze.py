@@ -24,12 +24,13 @@ config = (
         sample_async=False,  # Reproducible; a step of this simulator is too quick to be worth overlapping.
     )
     .env_runners(num_env_runners=2)
+    .resources(num_cpus_for_main_process=2)  # Two threads for the learner: here env runners wait while it learns.
     # Smaller and faster than the paper's settings, for two CPU cores. The weight is small because returns are: the
     # paper's 5 goes with returns of some hundreds. Rates fall over the first 300 online env steps, when the online data
     # are a few episodes only.
     .training(
         min_q_weight=1.0,
-        num_actions=4,
+        num_actions=3,
         gamma=0.985,
         actor_lr=[[0, 3e-4], [300, 5e-5]],
         critic_lr=[[0, 6e-4], [300, 1e-4]],
