@@ -179,6 +179,43 @@ def test_frozen_critics_give_the_same_values_and_gradient_to_the_actions_only(la
     assert gradients[1].any()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("hiddens", [[5], [5, 7], [5, 7, 6]])
+@pytest.mark.parametrize(("activation", "layer_norm"), [("relu", False), ("tanh", False), ("relu", True)])
+def test_batched_critics_as_on_gpus_give_the_same_values_and_gradients(
+    activation: str, layer_norm: bool, hiddens: list[int], frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = EnsembleCritic(3, 4, 2, hiddens, activation=activation, layer_norm=layer_norm).double()
+    randomise(critic)
+    obs, weight = random(6, 4, seed=1), random(3, 5, 6, seed=3)
+    found = []
+    for is_batched in (False, True):
+        monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda device, value=is_batched: value))
+        actions = random(5, 6, 2, seed=2).requires_grad_(True)
+        q = critic(obs, actions, frozen=frozen)
+        assert q.shape == (3, 5, 6)
+        wanted = [actions] if frozen else [actions, *critic.parameters()]
+        found.append([q, *torch.autograd.grad((q * weight).sum(), wanted)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_batched_critics_keep_hidden_layers_in_bfloat16_and_the_last_one_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    critic = EnsembleCritic(2, 4, 2, [8, 8])
+    randomise(critic)
+    critic.float()
+    critic.product_dtype = torch.bfloat16
+    obs, actions = random(6, 4, seed=1).float(), random(5, 6, 2, seed=2).float().requires_grad_(True)
+    alone = critic(obs, actions)
+    monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda device: True))
+    together = critic(obs, actions)
+    assert together.dtype == torch.float32
+    assert not torch.equal(together, together.bfloat16().float())  # The last layer is not rounded.
+    torch.testing.assert_close(together, alone, rtol=0.03, atol=0.03)
+
+
 def test_critics_start_orthogonal_on_state_and_action_together_and_differ() -> None:
     critic = EnsembleCritic(2, 3, 2, [16, 8])
     for c in range(2):
