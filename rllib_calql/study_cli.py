@@ -8,12 +8,12 @@ import click
 
 from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
 
-_DEFAULT_FOLDER = "~/ray_results"
+_DEFAULT_FOLDER = "~/ray_results/studies"
 
 
-@click.command(epilog="Example: rllib study tuned_examples/studies/umaze.yaml")
+@click.command(epilog="Example: rllib study tuned_examples/studies/pointmaze_umaze.yaml")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the results (default: ~/ray_results/NAME).")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the results (default: ~/ray_results/studies/NAME).")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
 @click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
@@ -51,7 +51,7 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
         raise click.ClickException(f"{len(outcome.errors)} of {len(plan.trials)} trials failed.")
 
 
-@click.command(epilog="Example: rllib report tests/evidence/umaze --output report")
+@click.command(epilog="Example: rllib report ~/ray_results/studies/pointmaze-umaze --output report")
 @click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the report (default: the first RESULTS).")
 def report(results: tuple[Path, ...], output: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,9 @@ def test_a_copy_takes_at_most_half_of_the_free_memory(free: int, fits: bool, mon
 
 
 @pytest.fixture
-def resident_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def resident_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The algorithm keeps its store on its device, also if that is a CPU."""
     monkeypatch.setattr(updating, "resident_store", ResidentStore)
-    return
 
 
 def _trained(config: Any, tmp_path: Path) -> tuple[Any, ...]:
