@@ -13,7 +13,7 @@ _DEFAULT_FOLDER = "~/ray_results/studies"
 
 @click.command(epilog="Example: rllib study tuned_examples/studies/pointmaze_umaze.yaml")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the results (default: ~/ray_results/studies/NAME).")
+@click.option("--output", type=click.Path(path_type=Path), help="Results (default: ~/ray_results/studies/NAME).")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
 @click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
