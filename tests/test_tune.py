@@ -112,7 +112,7 @@ def test_the_python_and_the_yaml_main_job_are_the_same() -> None:
 def test_the_python_main_job_runs_in_a_short_version(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (EXAMPLES / "pointmaze_umaze.py").read_text()
     for pattern, shorter in [
-        (r"offline_updates=8_000", "offline_updates=4"),
+        (r"offline_updates=7_000", "offline_updates=4"),
         (r"updates_per_iteration=1_000", "updates_per_iteration=2"),
         (r"updates_per_env_step=1,", "updates_per_env_step=0.02,"),
         (r"2_000", "300"),

@@ -17,7 +17,7 @@ config = (
         input_="minari:rllib-calql/pointmaze-umaze-play-v0", reward_scale=1.0, reward_bias=-1.0, failure_reward=0.0
     )
     .fine_tuning(
-        offline_updates=8_000,
+        offline_updates=7_000,
         updates_per_iteration=1_000,
         mixing_ratio=0.5,
         updates_per_env_step=1,
