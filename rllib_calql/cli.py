@@ -166,7 +166,7 @@ def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bo
         raise UsageError(str(error)) from error
     if outcome.is_interrupted:
         where = "Checkpoints are" if outcome.has_checkpoints else "Stopped at once; earlier checkpoints, if any, are"
-        exit_interrupted(where, f"{storage_path}/{experiment.name}")
+        exit_interrupted(f"{where} in '{storage_path}/{experiment.name}'; add `--resume` to the command to continue.")
     for cause in outcome.errors:
         click.echo(f"Error in '{experiment.name}': {cause if verbose else root_cause(cause)}", err=True)
     return not outcome.errors

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
@@ -17,7 +19,7 @@ _ENVIRONMENT = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
 }
-_INTERRUPTED = 130
+INTERRUPTED = 130  # Exit code.
 _OUT_OF_TUNE_LOG = "Trials did not complete"
 
 
@@ -68,10 +70,21 @@ def start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose
     ray.init(address="local", num_cpus=num_cpus or max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
 
 
-def exit_interrupted(message: str, folder: str) -> NoReturn:
+def exit_interrupted(message: str) -> NoReturn:
     """Says how to go on, and ends the process with the exit code of an interrupt."""
-    click.echo(f"{message} in '{folder}'; add `--resume` to the command to continue.", err=True)
-    raise click.exceptions.Exit(_INTERRUPTED)
+    click.echo(message, err=True)
+    raise click.exceptions.Exit(INTERRUPTED)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Prints what is wrong with data, files and installation without a traceback, for exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def root_cause(error: BaseException) -> str:

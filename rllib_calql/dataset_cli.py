@@ -20,13 +20,14 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from rllib_calql.command_setup import errors_in_one_line
+
 if TYPE_CHECKING:
     from rllib_calql.datasets import EpisodeReader
     from rllib_calql.datasets.episodes import ReadOptions
     from rllib_calql.datasets.summary import DatasetReport
 
 _DEFAULT_PLOT = Path("dataset_report.png")
-_INTERRUPTED = 130
 
 
 @click.group(epilog="Example: rllib dataset inspect minari:rllib-calql/pointmaze-umaze-play-v0")
@@ -100,13 +101,13 @@ def inspect(
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")
     file = _plot_file(plot, no_plot)
-    with _errors_in_one_line():
+    with errors_in_one_line():
         report = _report_on(inputs, options, failure_reward, keep_distributions=file is not None)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if file is not None:
         from rllib_calql.datasets.plots import plot_report
 
-        with _errors_in_one_line():
+        with errors_in_one_line():
             plot_report(report, file)
         click.echo(f"Wrote {file}", err=True)
 
@@ -124,7 +125,7 @@ def convert(inputs: tuple[str, ...], output: str, overwrite: bool, options: Read
     """
     from rllib_calql.datasets.conversion import convert as convert_dataset
 
-    with _errors_in_one_line(), Console(stderr=True).status(f"Converting to {output}"):
+    with errors_in_one_line(), Console(stderr=True).status(f"Converting to {output}"):
         summary = convert_dataset(
             inputs[0] if len(inputs) == 1 else list(inputs), output, options=options, overwrite=overwrite
         )
@@ -138,7 +139,7 @@ def list_() -> None:
     """List local Minari data, and what can be generated."""
     from rllib_calql.datasets.catalog import generated_dataset_ids
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         local = _local_datasets()
     rows = [
         (f"minari:{id_}", f"{metadata['total_episodes']:,} episodes, {metadata['total_steps']:,} transitions")
@@ -163,20 +164,9 @@ def generate(dataset_id: str, seed: int, num_steps: int | None, save_as: str | N
     if not catalog.is_generated(dataset_id):
         known = ", ".join(catalog.generated_dataset_ids())
         raise click.UsageError(f"`ID` must be one of {known}; got {dataset_id!r}.")
-    with _errors_in_one_line():
+    with errors_in_one_line():
         catalog.generate(dataset_id, seed=seed, num_steps=num_steps, save_as=save_as)
     click.echo(f"minari:{save_as or dataset_id}")
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Prints what is wrong with data, files and installation without a traceback, for exit code 1."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
-    except KeyboardInterrupt:
-        raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
 def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
@@ -193,7 +183,7 @@ def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
         raise click.UsageError(f"`--plot` must name a .png file, got '{file}'.")
     if not file.absolute().parent.is_dir():
         raise click.UsageError(f"`--plot`: the folder of '{file}' does not exist; create it first.")
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from rllib_calql.datasets.plots import require_matplotlib
 
         require_matplotlib()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
+from rllib_calql.command_setup import UsageError, errors_in_one_line, exit_interrupted, prepare, root_cause, start_ray
 
 _DEFAULT_FOLDER = "~/ray_results/studies"
 
@@ -42,7 +42,10 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
     finally:
         ray.shutdown()
     if outcome.is_interrupted:
-        exit_interrupted(f"{outcome.num_finished} of {len(plan.trials)} trials are finished; results are", str(folder))
+        exit_interrupted(
+            f"{outcome.num_finished} of {len(plan.trials)} trials are finished, results are in '{folder}'; give "
+            "the same command to continue."
+        )
     for name, cause in outcome.errors:
         click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
     if outcome.num_finished:
@@ -65,7 +68,5 @@ def report(results: tuple[Path, ...], output: Path | None) -> None:
 def _report(results: list[Path], folder: Path) -> Path:
     from rllib_calql.study.report import write_report
 
-    try:
+    with errors_in_one_line():
         return write_report(results, folder)
-    except (ImportError, OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error

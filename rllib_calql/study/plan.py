@@ -114,12 +114,11 @@ def read_study(path: Path) -> Study:
         raise ExperimentError(f"`seeds` of '{path}' must be a list of different whole numbers >= 0, got {seeds!r}.")
     tasks, algorithms = _mapping(content, "tasks", path), _mapping(content, "algorithms", path)
     entries = {name: _read_task(name, task, path) for name, task in tasks.items()}
-    trials, settings = {}, {}
+    trials = {}
     for task, (entry, how) in entries.items():
         for algorithm, changes in algorithms.items():
             where = f"{task} | {algorithm}"
             changed = _with_settings(entry, changes or {}, where)
-            settings[where] = changed
             experiment = parse_experiment(where, changed)
             schedule = _schedule(experiment, how, where)
             for seed in seeds:

@@ -99,9 +99,8 @@ def _run_with_tune(
         trial = trials[config[_TRIAL]]
         run_trial(trial, folder / trial.folder, lambda row: tune.report({"line": _line(trial, row)}))
 
-    shutil.rmtree(
-        folder / _TUNE_FOLDER, ignore_errors=True
-    )  # Of an earlier run; what lasts lies in the trials' folders.
+    # Of an earlier run; what lasts lies in the trials' folders.
+    shutil.rmtree(folder / _TUNE_FOLDER, ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(trials[config[_TRIAL]])),
         param_space={_TRIAL: tune.grid_search(list(range(len(trials))))},

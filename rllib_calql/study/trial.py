@@ -59,8 +59,7 @@ def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]
     finally:
         algo.stop()
         shutil.rmtree(algo.logdir, ignore_errors=True)  # Ray's, in `~/ray_results`, and empty.
-    content = {"fingerprint": trial.fingerprint, "evaluations": [dataclasses.asdict(row) for row in rows]}
-    write_json(folder / FINISHED_FILE, content)
+    _write_evaluations(rows, trial, folder)
     for checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -114,6 +113,12 @@ def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _write_evaluations(rows: list[Evaluation], trial: Trial, folder: Path) -> None:
+    """What `finished_evaluations` reads."""
+    content = {"fingerprint": trial.fingerprint, "evaluations": [dataclasses.asdict(row) for row in rows]}
+    write_json(folder / FINISHED_FILE, content)
+
+
 def _checkpoints(folder: Path) -> tuple[Path, Path]:
     """The trial's checkpoint, and the one that is being written."""
     return folder / "checkpoint", folder / "checkpoint.partial"
@@ -124,11 +129,7 @@ def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> No
     final, partial = _checkpoints(folder)
     shutil.rmtree(partial, ignore_errors=True)
     algo.save_to_path(str(partial))
-    content = {
-        "fingerprint": trial.fingerprint,
-        "evaluations": [dataclasses.asdict(row) for row in rows],
-    }
-    write_json(partial / FINISHED_FILE, content)
+    _write_evaluations(rows, trial, partial)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
 
