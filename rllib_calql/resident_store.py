@@ -33,13 +33,13 @@ class ResidentStore:
         self._store = store
         self._num_offline = store.num_offline
         self._columns = {
-            name: torch.zeros((_num_rows(store), *column.shape[1:]), dtype=column.dtype, device=device)
-            for name, column in ((key, torch.from_numpy(value)) for key, value in store.empty_columns(1).items())
+            name: torch.zeros((_num_rows(store), *row.shape[1:]), dtype=torch.from_numpy(row).dtype, device=device)
+            for name, row in store.empty_columns(1).items()
         }
         for start in range(0, self._num_offline, _ROWS_AT_ONCE):
             rows = np.arange(start, min(start + _ROWS_AT_ONCE, self._num_offline))
             self._write(rows, store.offline_rows(rows))
-        self._version: tuple[int, int] | None = None
+        self._version = (-1, 0)  # Of no ring yet.
         self.follow()
 
     def follow(self) -> None:
@@ -47,8 +47,8 @@ class ResidentStore:
         version = self._store.online_version
         if version == self._version:
             return
-        is_same_ring = self._version is not None and self._version[0] == version[0]
-        num_new = version[1] - self._version[1] if is_same_ring and self._version else self._store.num_online
+        is_same_ring = self._version[0] == version[0]
+        num_new = version[1] - self._version[1] if is_same_ring else self._store.num_online
         newest = self._store.newest_online_rows(num_new)
         for start in range(0, len(newest), _ROWS_AT_ONCE):
             rows = newest[start : start + _ROWS_AT_ONCE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,13 +70,12 @@ def _curve(axes: Axes, trials: Sequence[Sequence[Evaluation]], number: int, quan
     return line
 
 
-def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str, show: Callable[[float], str]) -> bytes:
+def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str) -> bytes:
     """PNG of one statistic, a panel per task, a row per algorithm: point and interval.
 
     Args:
         intervals: Task -> algorithm -> statistic.
         label: Of the horizontal axis.
-        show: Writes a value beside its point.
     """
     num_rows = max(len(its) for its in intervals.values())
     figure = _figure(2.2 + 3.4 * len(intervals), 1.1 + 0.36 * num_rows)
@@ -86,7 +85,9 @@ def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str, show: Ca
             colour = COLOURS[number % len(COLOURS)]
             axes.plot([one.low, one.high], [number, number], color=colour, linewidth=2.0)
             axes.plot([one.value], [number], marker="o", color=colour)
-            axes.annotate(show(one.value), (one.value, number), xytext=(0, 6), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                f"{one.value:.2f}", (one.value, number), xytext=(0, 6), textcoords="offset points", fontsize=8
+            )
         axes.set_yticks(range(len(its)), list(its))
         axes.set_ylim(len(its) - 0.4, -0.7)
         axes.set_xlabel(label)

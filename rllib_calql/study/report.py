@@ -12,7 +12,7 @@ from typing import Any
 
 from rllib_calql.study import plots
 from rllib_calql.study.evaluations import Evaluation, read_results
-from rllib_calql.study.statistics import CONFIDENCE, Fate, Interval, fate_of, interval, mean
+from rllib_calql.study.statistics import CONFIDENCE, Fate, Interval, fate_of, interquartile_mean, interval, mean
 
 REPORT_FILE = "report.html"
 _STYLE = """
@@ -95,7 +95,7 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
     ):
         intervals = _intervals(fates, attribute)
         if intervals:
-            pictures[name] = plots.forest(intervals, label, "{:.2f}".format)
+            pictures[name] = plots.forest(intervals, label)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
@@ -153,11 +153,11 @@ _HEADINGS = (
 )
 
 
-def _shown(values: Sequence[float | None], statistic: Any = None) -> str:
+def _shown(values: Sequence[float | None], statistic: Any = interquartile_mean) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return "-"
-    one = interval([known], statistic) if statistic else interval([known])
+    one = interval([known], statistic)
     bounds = "" if math.isnan(one.low) else f" [{one.low:.2f}, {one.high:.2f}]"
     return f"{one.value:.2f}{bounds}"
 
