@@ -116,7 +116,8 @@ def test_evaluation_env_starts_and_ends_in_its_marked_cells_through_make_vec() -
 
 @pytest.mark.parametrize("size", SIZES)
 def test_replaying_an_episode_in_the_environment_gives_every_column_bit_for_bit(size: str) -> None:
-    episodes = list(pointmaze.collect(size, num_steps=2_500, seed=5))
+    played = pointmaze.collect(size, num_steps=2_500, seed=5)
+    episodes = [*played, *pointmaze.collect_demonstrations(size, num_steps=500, seed=5)]
     env = gym.make(pointmaze.evaluation_env_id(size), **pointmaze.evaluation_env_config(size))
     for episode in episodes:
         obs, _ = env.reset(seed=episode["seed"], options=episode["options"])
@@ -200,6 +201,21 @@ def test_between_thirty_and_fifty_percent_of_umaze_episodes_succeed(umaze_episod
     assert 30_000 <= num_steps < 30_300
     success_share = np.mean([episode["terminations"][-1] for episode in umaze_episodes])
     assert 0.3 <= success_share <= 0.5
+
+
+def test_demonstrations_go_from_the_evaluations_start_straight_to_its_goal() -> None:
+    episodes = list(pointmaze.collect_demonstrations("umaze", num_steps=12_000, seed=0))
+    maze = pointmaze.MAZES["umaze"]
+    assert len(episodes) > 40
+    for episode in episodes:
+        cells = [maze.cell_at((x, y)) for x, y in episode["observations"]["achieved_goal"]]
+        visited = [cell for step, cell in enumerate(cells) if step == 0 or cell != cells[step - 1]]
+        assert visited[:6] == [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2)]
+        assert set(visited[6:]) <= {(3, 1)}  # The goal's own cell, unless its radius reaches out of it.
+        assert episode["terminations"][-1]
+    # From one step to the next it is the noise that changes an action, twice: 0.1 * sqrt(2), measured without outliers.
+    changes = np.concatenate([np.diff(episode["actions"], axis=0) for episode in episodes])
+    assert np.median(np.abs(changes)) / 0.6745 == pytest.approx(0.1 * np.sqrt(2.0), rel=0.1)
 
 
 def test_same_seed_gives_the_same_maze_data_and_another_seed_does_not() -> None:
@@ -295,6 +311,8 @@ def test_catalog_knows_its_own_ids_only() -> None:
         "rllib-calql/pointmaze-umaze-play-v0",
         "rllib-calql/pointmaze-medium-play-v0",
         "rllib-calql/pointmaze-large-play-v0",
+        "rllib-calql/pointmaze-umaze-demos-v0",
+        "rllib-calql/pointmaze-medium-demos-v0",
         "rllib-calql/pendulum-swingup-v0",
         "rllib-calql/pixel-reach-v0",
         "rllib-calql/cube-single-narrow-v0",

@@ -69,16 +69,21 @@ class _Generator:
     extra: str = "examples"
 
 
-def _pointmaze(size: str, num_steps: int) -> _Generator:
+def _pointmaze(size: str, num_steps: int, *, demonstrations: bool = False) -> _Generator:
+    collect = pointmaze.collect_demonstrations if demonstrations else pointmaze.collect
+    way = (
+        f"A point robot driven from the start to the goal of PointMaze ({size}) with little noise. Sparse reward for "
+        "the goal, which ends the episode."
+        if demonstrations
+        else f"A point robot driven between random cells of PointMaze ({size}) from random start cells. Sparse reward "
+        "for the fixed goal cell of the evaluation environment, which ends the episode."
+    )
     return _Generator(
-        collect=partial(pointmaze.collect, size),
+        collect=partial(collect, size),
         reference_scores=partial(pointmaze.reference_scores, size),
         env_id=pointmaze.evaluation_env_id(size),
         algorithm_name="waypoint PD controller with Gaussian noise",
-        description=(
-            f"A point robot driven between random cells of PointMaze ({size}) from random start cells. Sparse reward "
-            "for the fixed goal cell of the evaluation environment, which ends the episode."
-        ),
+        description=way,
         num_steps=num_steps,
         env_config=pointmaze.evaluation_env_config(size),
         has_goal=True,
@@ -90,6 +95,8 @@ _GENERATORS = {
     "rllib-calql/pointmaze-umaze-play-v0": _pointmaze("umaze", num_steps=100_000),
     "rllib-calql/pointmaze-medium-play-v0": _pointmaze("medium", num_steps=200_000),
     "rllib-calql/pointmaze-large-play-v0": _pointmaze("large", num_steps=300_000),
+    "rllib-calql/pointmaze-umaze-demos-v0": _pointmaze("umaze", num_steps=12_000, demonstrations=True),
+    "rllib-calql/pointmaze-medium-demos-v0": _pointmaze("medium", num_steps=20_000, demonstrations=True),
     "rllib-calql/pendulum-swingup-v0": _Generator(
         collect=pendulum.collect,
         reference_scores=pendulum.reference_scores,

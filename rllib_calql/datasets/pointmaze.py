@@ -1,9 +1,11 @@
-"""Play data of gymnasium-robotics' PointMaze: a noisy waypoint controller wanders through the maze.
+"""Data of gymnasium-robotics' PointMaze by a noisy waypoint controller: wide play data, and narrow demonstrations.
 
 Data and evaluation use one and the same environment: a fixed reset cell, a fixed goal cell, sparse reward, and an
 episode that ends at the goal. At every reset the environment moves start and goal by up to 0.25 m per axis inside their
-cells, in evaluation and data alike; an episode's exact goal is its `desired_goal`. Only the start cell of the data
-varies, through the reset option `reset_cell`, and the controller heads for random cells, whatever the goal is.
+cells, in evaluation and data alike; an episode's exact goal is its `desired_goal`.
+
+In play data the start cell varies, through the reset option `reset_cell`, and the controller heads for random cells,
+whatever the goal is. A demonstration begins where evaluation does and goes straight to the goal, with little noise.
 
 Steps are taken by MuJoCo itself with the environment's own velocity limit, which is four times as fast as the
 environment's `step` and gives the same numbers bit for bit (the tests replay the data through the environment).
@@ -16,7 +18,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -37,7 +39,8 @@ _TARGET_RADIUS = 0.2  # m from a play target, at which the next one is drawn.
 _GAIN = 2.0  # Action per metre. With `_DAMPING` slightly under critical: one unit of action accelerates by 24 m/s^2.
 _DAMPING = 0.5  # Action per m/s.
 _GAIN_RANGE = (0.5, 1.0)  # Factor on `_GAIN` of one episode, so that the data hold slow and fast driving.
-_NOISE_RANGE = (0.1, 0.6)  # Standard deviation of one episode's action noise.
+_NOISE_RANGE = (0.1, 0.6)  # Standard deviation of the action noise of one episode of play.
+_DEMONSTRATION_NOISE = 0.1  # The same of all demonstrations.
 _REFERENCE_SEED = 20_230_309  # The reference scores depend on the evaluation environment only, not on the data's seed.
 
 
@@ -158,8 +161,29 @@ def collect(size: str, *, num_steps: int, seed: int) -> Iterator[dict[str, Any]]
         actions (T, 2) in [-1, 1], float64 rewards, terminations, truncations, the `seed` and `options` of the reset.
     """
     maze = _maze(size)
-    rng = np.random.default_rng(seed)
     starts = maze.cells(".r")
+    return _collect(size, num_steps, seed, starts, lambda env, rng: _play_targets(maze, rng), _NOISE_RANGE)
+
+
+def collect_demonstrations(size: str, *, num_steps: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Drives from the evaluation's start straight to its goal, in whole episodes, until they hold `num_steps` steps.
+
+    Args and yields as of `collect`.
+    """
+    noise_range = (_DEMONSTRATION_NOISE, _DEMONSTRATION_NOISE)
+    starts = _maze(size).cells("r")
+    return _collect(size, num_steps, seed, starts, lambda env, rng: repeat(_goal(env)), noise_range)
+
+
+def _collect(
+    size: str,
+    num_steps: int,
+    seed: int,
+    starts: list[Cell],
+    targets: Callable[[Any, np.random.Generator], Iterator[Point]],
+    noise_range: tuple[float, float],
+) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
     env, max_steps = _make_env(size)
     try:
         while num_steps > 0:
@@ -167,8 +191,8 @@ def collect(size: str, *, num_steps: int, seed: int) -> Iterator[dict[str, Any]]
             options = {"reset_cell": list(starts[rng.integers(len(starts))])}
             env.reset(seed=env_seed, options=options)
             gain = _GAIN * rng.uniform(*_GAIN_RANGE)
-            noise = rng.normal(scale=rng.uniform(*_NOISE_RANGE), size=(max_steps, 2))
-            episode = _drive(env, maze, _play_targets(maze, rng), gain=gain, noise=noise)
+            noise = rng.normal(scale=rng.uniform(*noise_range), size=(max_steps, 2))
+            episode = _drive(env, _maze(size), targets(env, rng), gain=gain, noise=noise)
             yield {**episode, "seed": env_seed, "options": options}
             num_steps -= len(episode["rewards"])
     finally:
