@@ -33,10 +33,11 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
     try:
         plan = read_study(file)
         folder = (output or Path(_DEFAULT_FOLDER, plan.name)).expanduser().resolve()
-        unfinished_trials(plan, folder)
+        waiting = unfinished_trials(plan, folder)
     except ExperimentError as error:
         raise UsageError(str(error)) from error
-    start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
+    if waiting:
+        start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
     try:
         outcome = run_study(plan, folder, lambda line: click.echo(line, err=True))
     finally:

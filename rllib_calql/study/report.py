@@ -130,11 +130,11 @@ def summary_rows(fates: Mapping[str, list[Fate]]) -> list[list[str]]:
             [
                 algorithm,
                 str(len(its)),
-                _shown([fate.at_switch for fate in its]),
-                _shown([fate.final for fate in its]),
-                _shown([fate.final for fate in its], mean),
-                _shown([fate.regret for fate in its], mean),
-                _shown([fate.dip for fate in its], mean),
+                _shown([[fate.at_switch for fate in its]]),
+                _shown([[fate.final for fate in its]]),
+                _shown([[fate.final for fate in its]], mean),
+                _shown([[fate.regret for fate in its]], mean),
+                _shown([[fate.dip for fate in its]], mean),
                 steps,
             ]
         )
@@ -153,11 +153,12 @@ _HEADINGS = (
 )
 
 
-def _shown(values: Sequence[float | None], statistic: Any = interquartile_mean) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+def _shown(strata: Sequence[Sequence[float | None]], statistic: Any = interquartile_mean) -> str:
+    """A statistic over the seeds of one task or of several, and its bounds; a dash unless all trials have a value."""
+    known = [[value for value in values if value is not None] for values in strata]
+    if not all(known) or any(len(all_) > len(some) for all_, some in zip(strata, known, strict=True)):
         return "-"
-    one = interval([known], statistic)
+    one = interval(known, statistic)
     bounds = "" if math.isnan(one.low) else f" [{one.low:.2f}, {one.high:.2f}]"
     return f"{one.value:.2f}{bounds}"
 
@@ -174,12 +175,8 @@ def _over_all_tasks(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
     rows = []
     for name in names:
         strata = [its[name] for its in fates.values()]
-        regrets = [[fate.regret for fate in its] for its in strata]
-        final = interval([[fate.final for fate in its] for its in strata])
-        known = all(value is not None for values in regrets for value in values)
-        regret = interval(regrets, mean) if known else None  # type: ignore[arg-type]
-        texts = [f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" if one else "-" for one in (final, regret)]
-        rows.append([name, *texts])
+        final = _shown([[fate.final for fate in its] for its in strata])
+        rows.append([name, final, _shown([[fate.regret for fate in its] for its in strata], mean)])
     return _table(("algorithm", "final score (IQM)", "regret (mean)"), rows)
 
 
