@@ -186,16 +186,12 @@ class TransitionStore:
 
     def offline_column(self, name: str) -> Array:
         """Copy of an offline column in memory, shape (num_offline, ...), read-only."""
-        if self.offline is None:
-            raise ValueError("The store holds no offline data.")
-        return self.offline.column(name)
+        return self._offline_data().column(name)
 
     def offline_rows(self, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
         """Columns of a batch for these offline rows."""
-        if self.offline is None:
-            raise ValueError("The store holds no offline data.")
         columns = self.empty_columns(len(rows))
-        self.offline.gather(rows, columns)
+        self._offline_data().gather(rows, columns)
         return columns
 
     def online_column(self, name: str) -> Array:
@@ -265,6 +261,11 @@ class TransitionStore:
         ]
         return np.concatenate(parts, axis=1)
 
+    def _offline_data(self) -> OfflineTable:
+        if self.offline is None:
+            raise ValueError("The store holds no offline data.")
+        return self.offline
+
     def _draw_part(self, kind: str, size: int, num_batches: int, num_rows: int) -> npt.NDArray[np.int64]:
         if num_rows == 0:
             return np.empty((num_batches, 0), dtype=np.int64)
@@ -274,7 +275,6 @@ class TransitionStore:
 
     def _gather_offline(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
         """Gathers all batches at once, straight into the batch where offline rows fill it."""
-        assert self.offline is not None
         is_whole = all(column.flags.c_contiguous for column in out.values())
         flat = {
             name: column.reshape(rows.size, *column.shape[2:])
@@ -282,16 +282,14 @@ class TransitionStore:
             else np.empty((rows.size, *column.shape[2:]), column.dtype)
             for name, column in out.items()
         }
-        self.offline.gather(rows.reshape(-1), flat)
+        self._offline_data().gather(rows.reshape(-1), flat)
         if not is_whole:
             for name, column in out.items():
                 column[...] = flat[name].reshape(column.shape)
 
     def observation_statistics(self) -> tuple[Array, Array]:
         """Mean and standard deviation of the offline observations, in float64, each of shape (obs_dim,)."""
-        if self.offline is None:
-            raise ValueError("The store holds no offline data.")
-        return self.offline.observation_statistics()
+        return self._offline_data().observation_statistics()
 
     def refresh_returns(self, estimate_values: Callable[[Array], Array]) -> None:
         """Renews the value of the last observation in the returns of all episodes that were cut ("bootstrap").

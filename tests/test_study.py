@@ -336,7 +336,12 @@ def test_a_report_is_one_page_that_needs_nothing_else_and_is_the_same_each_time(
     assert "<h2>Over all tasks</h2>" in pages[0]
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(""", pages[0])
     pictures = {"learning_curves.png", "regret.png", "dip.png", "calibration_gap.png", "bound_rate.png"}
-    assert {file.name for file in (tmp_path / "a").iterdir()} == pictures | {"report.html"}
+    assert {file.name for file in (tmp_path / "a").iterdir()} == pictures | {"report.html", "summary.md"}
+    lines = (tmp_path / "a" / "summary.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["### Maze", "### Other"]
+    assert lines[2].startswith("| algorithm | seeds | score at the switch (IQM) |")
+    assert lines[3] == "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    assert lines[4].startswith("| Cal-QL | 2 | 0.70 [0.60, 0.80] | 1.00 [1.00, 1.00] |")
     assert pages[0].count("data:image/png;base64,") == len(pictures)
     assert all((tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 

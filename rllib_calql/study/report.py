@@ -15,6 +15,7 @@ from rllib_calql.study.evaluations import Evaluation, read_results
 from rllib_calql.study.statistics import CONFIDENCE, Fate, Interval, fate_of, interquartile_mean, interval, mean
 
 REPORT_FILE = "report.html"
+SUMMARY_FILE = "summary.md"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1a1a1a; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .7em; text-align: right; }
@@ -60,7 +61,7 @@ def group(evaluations: Iterable[Evaluation]) -> dict[str, dict[str, list[list[Ev
 
 
 def write_report(results: Sequence[Path], folder: Path) -> Path:
-    """Writes the page, and its plots as PNG files beside it.
+    """Writes the page, and beside it its plots as PNG files and its tables as Markdown.
 
     Args:
         results: Folders with the results of one study each; their tasks are joined.
@@ -99,6 +100,7 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
+    (folder / SUMMARY_FILE).write_text(_markdown(fates), encoding="utf-8")
     page = folder / REPORT_FILE
     page.write_text(_page(trials, fates, pictures, [study for _, study in read]), encoding="utf-8")
     return page
@@ -161,6 +163,14 @@ def _shown(strata: Sequence[Sequence[float | None]], statistic: Any = interquart
     one = interval(known, statistic)
     bounds = "" if math.isnan(one.low) else f" [{one.low:.2f}, {one.high:.2f}]"
     return f"{one.value:.2f}{bounds}"
+
+
+def _markdown(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
+    parts = []
+    for task, algorithms in fates.items():
+        rows = [_HEADINGS, ["---"] * len(_HEADINGS), *summary_rows(algorithms)]
+        parts.append("\n".join([f"### {task}", "", *("| " + " | ".join(row) + " |" for row in rows)]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
