@@ -14,8 +14,8 @@ from rllib_calql.study.plan import read_study
 ROOT = Path(__file__).parent.parent
 EVIDENCE = Path(__file__).parent / "evidence"
 FOLDERS = sorted(path.parent for path in EVIDENCE.glob("*/study.json"))
+STUDIES = sorted((ROOT / "tuned_examples" / "studies").glob("*.yaml"))
 MAX_BYTES = 2_000_000
-NARROW = "narrow_demonstrations"
 
 studies = pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 
@@ -44,6 +44,16 @@ def test_the_results_are_whole_and_of_the_settings_that_the_study_file_has(folde
     for trial in study.trials:
         its = [row for row in rows if (row.task, row.algorithm, row.seed) == (trial.task, trial.algorithm, trial.seed)]
         assert max(row.num_online_env_steps for row in its) >= trial.schedule.num_env_steps
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=[file.stem for file in STUDIES])
+def test_every_study_file_is_right_and_has_five_seeds(file: Path) -> None:
+    study = read_study(file)
+    seeds_of: dict[tuple[str, str], set[int]] = {}
+    for trial in study.trials:
+        seeds_of.setdefault((trial.task, trial.algorithm), set()).add(trial.seed)
+    assert len(seeds_of) > 1
+    assert all(len(seeds) >= 5 for seeds in seeds_of.values())
 
 
 def test_the_raw_results_are_small() -> None:
