@@ -39,7 +39,7 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
     if waiting:
         start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
     try:
-        outcome = run_study(plan, folder, lambda line: click.echo(line, err=True))
+        outcome = run_study(plan, waiting, folder, lambda line: click.echo(line, err=True))
     finally:
         ray.shutdown()
     if outcome.is_interrupted:

@@ -100,9 +100,10 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
-    (folder / SUMMARY_FILE).write_text(_markdown(fates), encoding="utf-8")
+    tables = {task: summary_rows(its) for task, its in fates.items()}
+    (folder / SUMMARY_FILE).write_text(_markdown(tables), encoding="utf-8")
     page = folder / REPORT_FILE
-    page.write_text(_page(trials, fates, pictures, [study for _, study in read]), encoding="utf-8")
+    page.write_text(_page(trials, fates, tables, pictures, [study for _, study in read]), encoding="utf-8")
     return page
 
 
@@ -165,10 +166,10 @@ def _shown(strata: Sequence[Sequence[float | None]], statistic: Any = interquart
     return f"{one.value:.2f}{bounds}"
 
 
-def _markdown(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
+def _markdown(tables: Mapping[str, Sequence[Sequence[str]]]) -> str:
     parts = []
-    for task, algorithms in fates.items():
-        rows = [_HEADINGS, ["---"] * len(_HEADINGS), *summary_rows(algorithms)]
+    for task, table in tables.items():
+        rows = [_HEADINGS, ["---"] * len(_HEADINGS), *table]
         parts.append("\n".join([f"### {task}", "", *("| " + " | ".join(row) + " |" for row in rows)]))
     return "\n\n".join(parts) + "\n"
 
@@ -193,6 +194,7 @@ def _over_all_tasks(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
 def _page(
     trials: plots.Trials,
     fates: Mapping[str, Mapping[str, list[Fate]]],
+    tables: Mapping[str, Sequence[Sequence[str]]],
     pictures: Mapping[str, bytes],
     studies: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -203,11 +205,11 @@ def _page(
         "IQM: interquartile mean. Score: success rate, or the normalised score / 100 where the environment reports no "
         "success.</p>",
     ]
-    for task, algorithms in fates.items():
+    for task, table in tables.items():
         episodes = {one.num_episodes for its in trials[task].values() for trial in its for one in trial}
         parts.append(f"<h2>{html.escape(task)}</h2>")
         parts.append(f"<p>{' or '.join(map(str, sorted(episodes)))} episodes per evaluation.</p>")
-        parts.append(_table(_HEADINGS, summary_rows(algorithms)))
+        parts.append(_table(_HEADINGS, table))
     if len(fates) > 1:
         parts.append("<h2>Over all tasks</h2>" + _over_all_tasks(fates))
     for name, (title, text) in _PICTURES.items():

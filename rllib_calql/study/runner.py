@@ -45,19 +45,16 @@ def num_cpus_per_trial(study: Study) -> int:
     return max(int(_resources(trial).required_resources["CPU"]) for trial in study.trials)
 
 
-def run_study(study: Study, folder: Path, announce: Callable[[str], None]) -> Outcome:
-    """Runs what is not finished yet, and writes the evaluations of all finished trials. Ray must have been started.
+def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Callable[[str], None]) -> Outcome:
+    """Runs what is not finished yet, and writes the evaluations of all finished trials.
 
     Args:
-        study: What to run.
+        study: The whole study.
+        waiting: What of it to run, as `unfinished_trials` says. If there is any, Ray must have been started.
         folder: Of this study's results. Finished trials in it are kept, begun ones are continued. On a cluster it must
             be the same folder on all machines.
         announce: Called with a line for people, again and again.
-
-    Raises:
-        ExperimentError: If a finished trial in the folder had other settings.
     """
-    waiting = unfinished_trials(study, folder)
     if len(waiting) < len(study.trials):
         announce(f"{len(study.trials) - len(waiting)} of {len(study.trials)} trials are finished already.")
     errors: tuple[tuple[str, Exception], ...] = ()

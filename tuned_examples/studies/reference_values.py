@@ -1,10 +1,9 @@
-"""Writes the demonstrations of PointMaze UMaze with other reference values, as columns of a file in this folder.
+"""Writes the demonstrations of PointMaze UMaze with other reference values, as columns of a file in the current folder.
 
 `python tuned_examples/studies/reference_values.py`, then `rllib study tuned_examples/studies/reference_values.yaml`.
 
-The columns: `returns`, the Monte-Carlo returns-to-go, which `reference_value: returns_to_go` would give as well;
-`raised` and `lowered`, the same 25 higher and lower (returns lie between 0 and 100); `noisy`, the same with Gaussian
-noise of standard deviation 25 at each step.
+The columns: `raised` and `lowered`, the Monte-Carlo returns-to-go, which lie between 0 and 100, 25 higher and lower;
+`noisy`, the same with Gaussian noise of standard deviation 25 at each step.
 """
 
 from __future__ import annotations
@@ -13,17 +12,20 @@ import minari
 import numpy as np
 
 from rllib_calql.datasets import ensure_dataset
+from rllib_calql.returns import RewardSettings, returns_to_go
 
 DATASET = "rllib-calql/pointmaze-umaze-demos-v0"
 FILE = "pointmaze_umaze_demos_references.npz"
-REWARD_SCALE, GAMMA = 100.0, 0.99  # Of pointmaze_umaze_demos.yaml.
+REWARDS = RewardSettings(gamma=0.99, reward_scale=100.0, failure_reward=0.0)  # Of pointmaze_umaze_demos.yaml.
 SHIFT = 25.0
 
 ensure_dataset(DATASET)
 columns: dict[str, list[np.ndarray]] = {}
+returns_of_episodes = []
 for episode in minari.load_dataset(DATASET).iterate_episodes():
     obs = np.concatenate([episode.observations[key] for key in sorted(episode.observations)], axis=1)
-    steps_to_go = np.arange(len(episode.rewards))[::-1]
+    is_success = bool(episode.terminations[-1])
+    returns_of_episodes.append(returns_to_go(episode.rewards, terminated=is_success, settings=REWARDS))
     for name, column in {
         "observations": obs[:-1],
         "next_observations": obs[1:],
@@ -31,11 +33,10 @@ for episode in minari.load_dataset(DATASET).iterate_episodes():
         "rewards": episode.rewards,
         "terminals": episode.terminations,
         "timeouts": episode.truncations,
-        "returns": REWARD_SCALE * episode.rewards[-1] * GAMMA**steps_to_go,  # The one reward is the last.
     }.items():
         columns.setdefault(name, []).append(column)
 table = {name: np.concatenate(parts) for name, parts in columns.items()}
-returns = table["returns"]
+returns = np.concatenate(returns_of_episodes)
 table["raised"] = returns + SHIFT
 table["lowered"] = returns - SHIFT
 table["noisy"] = returns + np.random.default_rng(0).normal(scale=SHIFT, size=len(returns))
