@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -42,7 +43,7 @@ class Outcome:
 
 def num_cpus_per_trial(study: Study) -> int:
     """CPUs that the largest trial asks Ray for."""
-    return max(int(_resources(trial).required_resources["CPU"]) for trial in study.trials)
+    return max(math.ceil(_resources(trial).required_resources["CPU"]) for trial in study.trials)
 
 
 def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Callable[[str], None]) -> Outcome:
