@@ -43,7 +43,8 @@ class Outcome:
 
 def num_cpus_per_trial(study: Study) -> int:
     """CPUs that the largest trial asks Ray for."""
-    return max(math.ceil(_resources(trial).required_resources["CPU"]) for trial in study.trials)
+    cpus: list[float] = [_resources(trial).required_resources["CPU"] for trial in study.trials]
+    return math.ceil(max(cpus))
 
 
 def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Callable[[str], None]) -> Outcome:
