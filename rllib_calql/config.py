@@ -12,9 +12,10 @@ from ray.rllib.connectors.module_to_env import GetActions
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config_checks import filesystem_of, validate_config
+from rllib_calql.config_checks import validate_config
 from rllib_calql.datasets.episodes import ReadOptions
 from rllib_calql.env_connectors import ActionsForEnv, FlatObservations, LatestObservations
+from rllib_calql.input_settings import filesystem_of
 from rllib_calql.settings import CalQLSettings
 from rllib_calql.table_cache import default_memory_limit
 from rllib_calql.transitions import is_flat_or_image
@@ -50,7 +51,7 @@ class CalQLConfig(CalQLSettings):
 
         super().__init__(algo_class=algo_class or CalQL)
 
-        # RLlib's settings whose inherited defaults do not fit; the first group is refused if set, see config_checks.py.
+        # RLlib's settings whose inherited defaults do not fit; the first group is refused if set (refused_settings.py).
         self.lr = None
         self.bc_iters = None
         self.replay_buffer_config = {"type": "EpisodeReplayBuffer"}

@@ -1,10 +1,9 @@
-"""The checks behind `CalQLConfig.validate`: refused settings, ranges, choices, and what must fit together."""
+"""The checks behind `CalQLConfig.validate`: ranges, choices, and what must fit together."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,68 +11,13 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from rllib_calql.input_settings import filesystem_of
 from rllib_calql.model_settings import check_model_config
 from rllib_calql.precision import PRECISIONS
+from rllib_calql.refused_settings import check_unused
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
-
-_READ_BY_US = "the data are read by this package's own readers"
-_FED_BY_STORE = "learners are fed from the transition store"
-
-# Settings of the parents that are not read here: name -> (reason and remedy). Refused unless left at their default.
-UNUSED_SETTINGS: dict[str, str] = {
-    "lr": "there is one rate per optimiser; set `actor_lr`, `critic_lr` and `alpha_lr`",
-    "bc_iters": "RLlib's counter never ends behaviour cloning; set `bc_updates`",
-    "twin_q": "set the size of the critic ensemble, `num_critics`",
-    "q_model_config": "it belongs to the old API stack; set `critic_hiddens` in `.rl_module(model_config=...)`",
-    "policy_model_config": "it belongs to the old API stack; set `actor_hiddens` in `.rl_module(model_config=...)`",
-    "n_step": "returns of several steps would mix the data's policy into the target; only 1 is possible",
-    "replay_buffer_config": "transitions are drawn uniformly, never prioritised; set `online_capacity` for the size",
-    "training_intensity": "set `updates_per_env_step`",
-    "num_steps_sampled_before_learning_starts": "set `warmup_env_steps`",
-    "target_network_update_freq": "targets move by gradient updates; set `target_update_period`",
-    "optimization": "set `actor_lr`, `critic_lr` and `alpha_lr`",
-    "clip_actions": "module actions lie in [-1, 1] and are mapped to the environment's bounds",
-    "_deterministic_loss": "the loss needs sampled actions",
-    "_use_beta_distribution": "the policy is a tanh-squashed Gaussian",
-    "num_epochs": _FED_BY_STORE,
-    "minibatch_size": f"{_FED_BY_STORE}; set `train_batch_size_per_learner`",
-    "shuffle_batch_per_epoch": _FED_BY_STORE,
-    "num_aggregator_actors_per_learner": _FED_BY_STORE,
-    "train_batch_size": "it belongs to the old API stack; set `train_batch_size_per_learner`",
-    "model": "it belongs to the old API stack; set `.rl_module(model_config=...)`",
-    "optimizer": "it belongs to the old API stack; set `actor_lr`, `critic_lr` and `alpha_lr`",
-    "explore": "training always samples from the policy; set it in `.evaluation(evaluation_config=...)`",
-    "torch_compile_learner": "the update is not compiled",
-    "_torch_grad_scaler_class": "bfloat16 has the exponents of float32, so no loss needs scaling",
-    "rollout_fragment_length": "whole episodes are collected",
-    "batch_mode": "returns-to-go need whole episodes",
-    "min_sample_timesteps_per_iteration": "one iteration is `updates_per_iteration` updates, or one round of episodes",
-    "min_train_timesteps_per_iteration": "one iteration is `updates_per_iteration` updates, or one round of episodes",
-    "input_read_method": _READ_BY_US,
-    "input_read_method_kwargs": _READ_BY_US,
-    "input_read_schema": _READ_BY_US,
-    "input_read_episodes": f"{_READ_BY_US}, which tell episodes from rows by themselves",
-    "input_read_sample_batches": _READ_BY_US,
-    "input_read_batch_size": _READ_BY_US,
-    "input_compress_columns": f"{_READ_BY_US}, which find compressed columns by themselves",
-    "materialize_data": _READ_BY_US,
-    "materialize_mapped_data": _READ_BY_US,
-    "map_batches_kwargs": _READ_BY_US,
-    "iter_batches_kwargs": _READ_BY_US,
-    "ignore_final_observation": "the last observation of a cut episode is needed for its bootstrap",
-    "prelearner_class": f"{_READ_BY_US}; there is no pre-learner",
-    "prelearner_buffer_class": f"{_READ_BY_US}; there is no pre-learner",
-    "prelearner_buffer_kwargs": f"{_READ_BY_US}; there is no pre-learner",
-    "prelearner_module_synch_period": f"{_READ_BY_US}; there is no pre-learner",
-    "prelearner_use_recorded_module_states": f"{_READ_BY_US}; there is no pre-learner",
-    "dataset_num_iters_per_learner": "set `updates_per_iteration`",
-    "actions_in_input_normalized": "set `action_space_of_data`",
-    "shuffle_buffer_size": "batches are drawn uniformly from all data",
-    "input_config": _READ_BY_US,
-    "postprocess_inputs": _READ_BY_US,
-}
 
 _POSITIVE = ("temperature", "tau", "updates_per_env_step", "initial_alpha")
 _NOT_NEGATIVE = ("min_q_weight",)
@@ -108,7 +52,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     Raises:
         ValueError: At the first setting that is wrong.
     """
-    _check_unused(config)
+    check_unused(config)
     _check_host(config)
     with _without_new_stack_banners():
         parent_validate()
@@ -118,20 +62,6 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     check_model_config(config.model_config, config._model_config)
     _check_collection(config)
     _check_phases(config)
-
-
-def _check_unused(config: CalQLConfig) -> None:
-    defaults = type(config)()
-    for name, reason in UNUSED_SETTINGS.items():
-        if config.in_evaluation and name in ("batch_mode", "explore", "rollout_fragment_length"):
-            continue  # RLlib sets these itself on the evaluation runners' config.
-        value = getattr(config, name)
-        if value != getattr(defaults, name):
-            raise ValueError(f"`{name}` is not used by CalQL, got {value!r}: {reason}.")
-    if config._learner_connector is not None:
-        raise ValueError(
-            f"`learner_connector` is not used by CalQL, got {config._learner_connector!r}: {_FED_BY_STORE}."
-        )
 
 
 def _check_host(config: CalQLConfig) -> None:
@@ -163,77 +93,6 @@ def check_action_space(space: gym.Space[Any], name: str) -> None:
         raise ValueError(f"{name} must be a Box(n,) of real numbers, got {space}; use an algorithm for such actions.")
     if not space.is_bounded():
         raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
-
-
-def checked_input(input_: Any, *, is_local: bool = True) -> Any:
-    """Returns `input_` as strings, or as objects that survive copies of the config.
-
-    RLlib would silently take a `pathlib.Path` for no input, and copy a list of episodes with every copy of the config.
-    What is there under a relative path is named by its absolute one, because Tune runs trials in folders of their own.
-
-    Args:
-        input_: What the user set.
-        is_local: Whether paths are those of this machine, and not of an `input_filesystem`.
-
-    Raises:
-        TypeError: If it is none of the things that can be read.
-    """
-    if isinstance(input_, (list, tuple)) and not _is_list_of_episodes(input_):
-        parts = [_checked_part(part, is_local) for part in input_]
-        if parts and None not in parts:
-            return parts
-    elif (part := _checked_part(input_, is_local)) is not None:
-        return part
-    raise TypeError(
-        "`input_` must be a string, a path, a `ray.data.Dataset`, a list of `SingleAgentEpisode`, or a non-empty list "
-        f"of these, got {input_!r}."
-    )
-
-
-def _checked_part(part: Any, is_local: bool) -> Any:
-    """One input as it is kept in a config; None if it is none."""
-    if isinstance(part, (str, os.PathLike)):
-        path = os.fspath(part)
-        return os.path.abspath(path) if is_local and path and os.path.exists(path) else path
-    from rllib_calql.datasets.in_memory import InMemoryDataset, InMemoryEpisodes
-
-    if isinstance(part, (InMemoryDataset, InMemoryEpisodes)):
-        return part
-    if _is_list_of_episodes(part):
-        return InMemoryEpisodes(part)
-    # Told by name, because importing Ray Data takes seconds that most configs need not wait for.
-    if any(base.__module__.startswith("ray.data.") and base.__name__ == "Dataset" for base in type(part).__mro__):
-        return InMemoryDataset(part)
-    return None
-
-
-def _is_list_of_episodes(part: Any) -> bool:
-    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-
-    return isinstance(part, (list, tuple)) and bool(part) and isinstance(part[0], SingleAgentEpisode)
-
-
-def filesystem_of(setting: Any, kwargs: dict[str, Any]) -> Any:
-    """The PyArrow file system that `input_filesystem` and `input_filesystem_kwargs` describe, or None.
-
-    Raises:
-        ValueError: If it is neither a file system nor the name of one.
-    """
-    if setting is None:
-        return None
-    from pyarrow import fs
-
-    if isinstance(setting, fs.FileSystem):
-        return setting
-    by_name = {"s3": "S3FileSystem", "gcs": "GcsFileSystem", "abs": "AzureFileSystem"}
-    if isinstance(setting, str) and hasattr(fs, by_name.get(setting, "")):
-        return getattr(fs, by_name[setting])(**kwargs)
-    if hasattr(setting, "protocol") and hasattr(setting, "open"):
-        return fs.PyFileSystem(fs.FSSpecHandler(setting))
-    raise ValueError(
-        f'`input_filesystem` must be a `pyarrow.fs.FileSystem`, an fsspec file system, "s3", "gcs" or "abs", got '
-        f"{setting!r}."
-    )
 
 
 @contextmanager

@@ -61,6 +61,14 @@ class ResumableCQL(CQL):
     _action_space: Any
     _is_pretrained_due: bool = False
 
+    def _collection_state(self) -> dict[str, Any]:
+        """What checkpoints keep of the collection, besides the episodes stored."""
+        raise NotImplementedError
+
+    def _set_collection_state(self, state: dict[str, Any]) -> None:
+        """Restores what `_collection_state` returned; empty from a checkpoint of an earlier version."""
+        raise NotImplementedError
+
     def _after_restore(self) -> None:
         """Brings env runners in line with what was restored, and waits for it."""
         raise NotImplementedError
@@ -159,6 +167,7 @@ class ResumableCQL(CQL):
                 "updates_owed": self._updates_owed,
                 "store": self.store.get_state(with_online=self.config.store_buffer_in_checkpoints),
                 "history": self._history.get_state(),
+                "collection": self._collection_state(),
                 "manifest": self._manifest(),
             }
         return state
@@ -266,6 +275,7 @@ class ResumableCQL(CQL):
                 num_missing,
             )
         self._history.set_state(own["history"])
+        self._set_collection_state(own.get("collection", {}))
         self._after_restore()
 
     # --- Another run's networks --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.cql.cql import CQLConfig
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config_checks import checked_input
+from rllib_calql.input_settings import checked_input
 from rllib_calql.model_settings import DEFAULT_MODEL_CONFIG
 
 if TYPE_CHECKING:

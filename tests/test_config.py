@@ -22,8 +22,8 @@ from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.callbacks import EpisodeCutCallback, EpisodeOutcomeCallback
-from rllib_calql.config_checks import UNUSED_SETTINGS
 from rllib_calql.datasets import InMemoryEpisodes
+from rllib_calql.refused_settings import UNUSED_SETTINGS
 
 INF = float("inf")
 NAN = float("nan")
