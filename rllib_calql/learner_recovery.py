@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -82,21 +83,21 @@ class LearnerRecovery:
         return group, dict(self._counters)
 
     def _built_in_time(self, build: Callable[[], Any], cause: BaseException) -> Any:
-        built: list[Any] = []
-        errors: list[BaseException] = []
+        future: Future[Any] = Future()
 
         def work() -> None:
             try:
-                built.append(build())
+                future.set_result(build())
             except Exception as error:
-                errors.append(error)
+                future.set_exception(error)
 
-        thread = threading.Thread(target=work, daemon=True, name="rebuild learners")
-        thread.start()
-        thread.join(self._timeout_s)
-        if built:
-            return built[0]
-        what = f"failed: {errors[0]}" if errors else f"took over {self._timeout_s:g} s; are there resources?"
+        threading.Thread(target=work, daemon=True, name="rebuild learners").start()
+        in_time = wait([future], self._timeout_s).done
+        error = future.exception() if in_time else None
+        if in_time and error is None:
+            return future.result()
+        future.add_done_callback(_discard)  # Learners that come too late would hold their resources.
+        what = f"failed: {error}" if error else f"took over {self._timeout_s:g} s; are there resources?"
         raise RuntimeError(
             f"A learner was lost and building the learners anew {what} The run can be resumed from its last "
             "checkpoint, also with fewer learners."
@@ -118,6 +119,11 @@ def _answers(worker: Any) -> bool:
     except (RayActorError, GetTimeoutError):
         return False
     return True
+
+
+def _discard(future: Future[Any]) -> None:
+    if future.exception() is None:
+        _shut_down(future.result())
 
 
 def _shut_down(group: Any) -> None:

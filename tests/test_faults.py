@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def test_an_episode_with_nan_is_left_out_and_the_others_are_stored(tmp_path: Pat
     assert result[keys.COLLECTION][keys.NUM_DISCARDED_EPISODES_LIFETIME] == 3
     assert np.isfinite(algo.store.online_column("new_obs")).all()
     assert algo.num_online_env_steps == 5 * algo.num_online_episodes == len(stored_steps(algo))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "num_faults", "counter"),
+    [("nan", 3, keys.NUM_DISCARDED_EPISODES_LIFETIME), ("raise", 1, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)],
+)
+def test_lifetime_counts_of_faults_go_on_after_a_restore(
+    tmp_path: Path, fault: str, num_faults: int, counter: str
+) -> None:
+    algo = logged_config(tmp_path / "log", num_env_runners=1, fault=fault, num_faults=num_faults).build()
+    _train_until(algo, 5)
+    path = algo.save_to_path(tmp_path / "checkpoint")
+    algo.stop()
+    restored = CalQL.from_checkpoint(path)
+    result = restored.train()  # The faults are over.
+    restored.stop()
+    assert result[keys.COLLECTION][counter] == num_faults
 
 
 # --- Learners ---------------------------------------------------------------------------------------------------------
@@ -159,6 +178,35 @@ def test_learners_that_cannot_be_rebuilt_end_the_run_with_a_message(
         algo.train()
     ray.kill(occupant)
     algo.stop()
+    for thread in threading.enumerate():
+        if thread.name == "rebuild learners":
+            thread.join(60.0)
+
+
+class _Group:
+    """What `LearnerRecovery` uses of RLlib's `LearnerGroup`."""
+
+    def __init__(self) -> None:
+        self._workers: list[Any] = []
+        self.was_shut_down = threading.Event()
+
+    def shutdown(self) -> None:
+        self.was_shut_down.set()
+
+
+def test_learners_that_are_built_too_late_are_ended() -> None:
+    may_build, late = threading.Event(), _Group()
+
+    def build() -> _Group:
+        assert may_build.wait(30.0)
+        return late
+
+    recovery = learner_recovery.LearnerRecovery(timeout_s=0.01)
+    with pytest.raises(RuntimeError, match="took over"):
+        recovery.rebuild(_Group(), build, RuntimeError("lost"))
+    assert not late.was_shut_down.is_set()
+    may_build.set()
+    assert late.was_shut_down.wait(30.0)
 
 
 # --- Object store -----------------------------------------------------------------------------------------------------
