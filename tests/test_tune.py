@@ -16,6 +16,7 @@ from tiny import line_config
 
 from rllib_calql import CalQL
 from rllib_calql import metrics as keys
+from rllib_calql.datasets import record
 from rllib_calql.experiment import Experiment, read_experiments
 from rllib_calql.experiment_errors import ExperimentError
 from rllib_calql.tune_runs import run_experiment
@@ -70,15 +71,10 @@ def test_the_class_runs_with_a_plain_dict(tmp_path: Path) -> None:
     assert list(Path(results[0].path).glob("events.out.tfevents*"))  # TensorBoard, through Tune's own logger.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["pointmaze_umaze.yaml", "pointmaze_umaze_tune.yaml", "pendulum.yaml", "pixel_reach.yaml"]
-)
-def test_yaml_examples_run_in_short_versions(name: str, tmp_path: Path) -> None:
-    text = (EXAMPLES / name).read_text()
+def _run_short(text: str, tmp_path: Path) -> Any:
     for pattern, shorter in _SHORTER:
         text = re.sub(pattern, shorter, text)
-    path = tmp_path / name
+    path = tmp_path / "short.yaml"
     path.write_text(text)
     (experiment,) = read_experiments(path)
     tuner = tune.Tuner(
@@ -91,11 +87,27 @@ def test_yaml_examples_run_in_short_versions(name: str, tmp_path: Path) -> None:
     assert not results.errors
     assert len(results) == experiment.num_samples
     assert any(result.metrics[keys.PHASE] == keys.ONLINE for result in results)
-    for result in results:
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["pointmaze_umaze.yaml", "pointmaze_umaze_tune.yaml", "pendulum.yaml", "pixel_reach.yaml"]
+)
+def test_yaml_examples_run_in_short_versions(name: str, tmp_path: Path) -> None:
+    for result in _run_short((EXAMPLES / name).read_text(), tmp_path):
         evaluation = result.metrics["evaluation"]["env_runners"]
         low, high = _REFERENCE_SCORES[name.split("_")[0].removesuffix(".yaml")]
         score = 100.0 * (evaluation["episode_return_mean"] - low) / (high - low)
         assert evaluation[keys.NORMALIZED_SCORE] == pytest.approx(score, abs=1.0)
+
+
+@pytest.mark.slow
+def test_the_hopper_example_runs_in_a_short_version_on_data_that_need_no_training(tmp_path: Path) -> None:
+    falls = record(lambda obs: [0.0] * 3, "Hopper-v5", episodes=5, to=tmp_path / "falls.parquet", seed=0)
+    text = (EXAMPLES / "hopper_medium.yaml").read_text()
+    (result,) = _run_short(text.replace("minari:rllib-calql/hopper-medium-v0", str(falls.target)), tmp_path)
+    assert result.metrics["evaluation"]["env_runners"]["episode_return_mean"] > 0.0
 
 
 def test_the_python_and_the_yaml_main_job_are_the_same() -> None:
