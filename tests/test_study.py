@@ -254,8 +254,11 @@ def test_a_killed_study_goes_on_without_repeating_finished_trials_and_reports(tm
     process = in_shell(*command)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
-    assert f"{len(finished)} of 4 trials are finished already." in output
-    assert len(re.findall(r": finished \(\d/\d\)", output)) == 4 - len(finished)
+    already = re.search(r"(\d) of 4 trials are finished already\.", output)
+    assert already, output
+    # A worker outlives its killed driver by a moment, in which its trial may end.
+    assert len(finished) <= int(already[1]) < 4
+    assert len(re.findall(r": finished \(\d/\d\)", output)) == 4 - int(already[1])
     assert {file: file.read_text() for file in finished} == finished
     rows, description = read_results(folder)
     assert {(row.algorithm, row.seed) for row in rows} == {
