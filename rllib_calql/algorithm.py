@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from operator import methodcaller
 from typing import Any
@@ -11,11 +10,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import (
-    ENV_RUNNER_RESULTS,
-    EPISODE_RETURN_MEAN,
-    EVALUATION_RESULTS,
-)
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
 
 from rllib_calql import metrics as keys
 from rllib_calql.collecting import CollectingCQL
@@ -27,12 +22,7 @@ from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
 from rllib_calql.returns import RewardSettings
-from rllib_calql.transitions import (
-    flat_size,
-    observation_dtype,
-)
-
-logger = logging.getLogger(__name__)
+from rllib_calql.transitions import flat_size, observation_dtype
 
 
 class CalQL(CollectingCQL):
