@@ -139,11 +139,9 @@ class CalQL(CollectingCQL):
         else:
             self._online_step()
 
-    @override(Algorithm)
+    @override(CollectingCQL)
     def cleanup(self) -> None:
         """Ends all workers, and lets go of offline data that are shared with other trials."""
-        if self._collector is not None:
-            self._collector.stop()
         super().cleanup()
         if self.offline_data is not None:
             self.offline_data.close()
@@ -186,7 +184,7 @@ class CalQL(CollectingCQL):
         if self._collector is not None:
             results[keys.COLLECTION] |= {
                 keys.NUM_HEALTHY_ENV_RUNNERS: self._collector.num_healthy,
-                keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._collector.num_failures,
+                keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._num_env_runner_failures,
             }
         results[keys.STORE] = {
             keys.NUM_OFFLINE_TRANSITIONS: self.store.num_offline,

@@ -38,6 +38,7 @@ class CollectingCQL(UpdatingCQL):
         config = self.config
         self._num_envs = max(1, config.num_env_runners) * config.num_envs_per_env_runner
         self._num_discarded, self._num_discarded_in_a_row = 0, 0
+        self._num_failures_before = 0
         self._generation = 0
         self._joiner = EpisodeJoiner()
         self._collector: Collector | None = None
@@ -172,19 +173,23 @@ class CollectingCQL(UpdatingCQL):
             raise error
         logger.warning("An episode is discarded: %s", error)
 
+    @property
+    def _num_env_runner_failures(self) -> int:
+        """Failures of env runners over the lifetime, also of runs before that this one continues."""
+        return self._num_failures_before + (0 if self._collector is None else self._collector.num_failures)
+
     @override(ResumableCQL)
     def _collection_state(self) -> dict[str, Any]:
-        num_failures = 0 if self._collector is None else self._collector.num_failures
         return {
             keys.NUM_DISCARDED_EPISODES_LIFETIME: self._num_discarded,
-            keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: num_failures,
+            keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._num_env_runner_failures,
         }
 
     @override(ResumableCQL)
     def _set_collection_state(self, state: dict[str, Any]) -> None:
         self._num_discarded = state.get(keys.NUM_DISCARDED_EPISODES_LIFETIME, 0)
-        if self._collector is not None:
-            self._collector.num_failures = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0)
+        own = self._num_env_runner_failures - self._num_failures_before
+        self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0) - own
 
     @override(ResumableCQL)
     def _after_restore(self) -> None:
@@ -205,3 +210,10 @@ class CollectingCQL(UpdatingCQL):
             return self._collector.take_recovered()
         restored: list[int] = super().restore_env_runners(env_runner_group)
         return restored
+
+    @override(Algorithm)
+    def cleanup(self) -> None:
+        """Ends the requests to env runners, then the workers themselves."""
+        if self._collector is not None:
+            self._collector.stop()
+        super().cleanup()

@@ -69,21 +69,13 @@ class _Generator:
     extra: str = "examples"
 
 
-def _pointmaze(size: str, num_steps: int, *, demonstrations: bool = False) -> _Generator:
-    collect = pointmaze.collect_demonstrations if demonstrations else pointmaze.collect
-    way = (
-        f"A point robot driven from the start to the goal of PointMaze ({size}) with little noise. Sparse reward for "
-        "the goal, which ends the episode."
-        if demonstrations
-        else f"A point robot driven between random cells of PointMaze ({size}) from random start cells. Sparse reward "
-        "for the fixed goal cell of the evaluation environment, which ends the episode."
-    )
+def _pointmaze(size: str, num_steps: int, *, collect: Callable[..., Any], description: str) -> _Generator:
     return _Generator(
         collect=partial(collect, size),
         reference_scores=partial(pointmaze.reference_scores, size),
         env_id=pointmaze.evaluation_env_id(size),
         algorithm_name="waypoint PD controller with Gaussian noise",
-        description=way,
+        description=description,
         num_steps=num_steps,
         env_config=pointmaze.evaluation_env_config(size),
         has_goal=True,
@@ -91,12 +83,28 @@ def _pointmaze(size: str, num_steps: int, *, demonstrations: bool = False) -> _G
     )
 
 
+def _pointmaze_play(size: str, num_steps: int) -> _Generator:
+    description = (
+        f"A point robot driven between random cells of PointMaze ({size}) from random start cells. Sparse reward for "
+        "the fixed goal cell of the evaluation environment, which ends the episode."
+    )
+    return _pointmaze(size, num_steps, collect=pointmaze.collect, description=description)
+
+
+def _pointmaze_demos(size: str, num_steps: int) -> _Generator:
+    description = (
+        f"A point robot driven from the start to the goal of PointMaze ({size}) with little noise. Sparse reward for "
+        "the goal, which ends the episode."
+    )
+    return _pointmaze(size, num_steps, collect=pointmaze.collect_demonstrations, description=description)
+
+
 _GENERATORS = {
-    "rllib-calql/pointmaze-umaze-play-v0": _pointmaze("umaze", num_steps=100_000),
-    "rllib-calql/pointmaze-medium-play-v0": _pointmaze("medium", num_steps=200_000),
-    "rllib-calql/pointmaze-large-play-v0": _pointmaze("large", num_steps=300_000),
-    "rllib-calql/pointmaze-umaze-demos-v0": _pointmaze("umaze", num_steps=12_000, demonstrations=True),
-    "rllib-calql/pointmaze-medium-demos-v0": _pointmaze("medium", num_steps=20_000, demonstrations=True),
+    "rllib-calql/pointmaze-umaze-play-v0": _pointmaze_play("umaze", num_steps=100_000),
+    "rllib-calql/pointmaze-medium-play-v0": _pointmaze_play("medium", num_steps=200_000),
+    "rllib-calql/pointmaze-large-play-v0": _pointmaze_play("large", num_steps=300_000),
+    "rllib-calql/pointmaze-umaze-demos-v0": _pointmaze_demos("umaze", num_steps=12_000),
+    "rllib-calql/pointmaze-medium-demos-v0": _pointmaze_demos("medium", num_steps=20_000),
     "rllib-calql/pendulum-swingup-v0": _Generator(
         collect=pendulum.collect,
         reference_scores=pendulum.reference_scores,
