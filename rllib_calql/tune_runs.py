@@ -10,9 +10,9 @@ from ray import tune
 from rich.console import Console
 
 from rllib_calql.experiment import Experiment
-from rllib_calql.progress import CheckpointOnInterrupt, ProgressCallback
 from rllib_calql.resume_run import prepare_resume
 from rllib_calql.run_state import KeepResumable
+from rllib_calql.tune_callbacks import CheckpointOnInterrupt, ProgressCallback
 
 
 @dataclass(frozen=True)

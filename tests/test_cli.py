@@ -22,9 +22,7 @@ import rllib_calql
 from rllib_calql.cli import main
 from rllib_calql.command_setup import root_cause
 from rllib_calql.progress import (
-    CheckpointOnInterrupt,
     Evaluation,
-    ProgressCallback,
     Totals,
     TrialProgress,
     format_duration,
@@ -33,6 +31,7 @@ from rllib_calql.progress import (
     observe,
 )
 from rllib_calql.run_state import KeepResumable, result_of_whole
+from rllib_calql.tune_callbacks import CheckpointOnInterrupt, ProgressCallback
 
 COMMAND = [sys.executable, "-c", "from rllib_calql.cli import main; main(prog_name='rllib')"]
 TIMEOUT_S = 120

@@ -9,17 +9,14 @@ Axes: R rows, E episodes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import tree
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-from rllib_calql.datasets.arrow import Where, decode_numbers, describe_type, first_null
+from rllib_calql.datasets.arrow import Where, decode_numbers
 from rllib_calql.datasets.arrow_columns import (
     ColumnDecoder,
     Table,
@@ -30,8 +27,8 @@ from rllib_calql.datasets.arrow_columns import (
     row_shapes,
 )
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
+from rllib_calql.datasets.episode_index import EpisodeIndex, index_episodes
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
-from rllib_calql.datasets.flat_columns import as_texts
 from rllib_calql.datasets.flat_episodes import EpisodeDivider
 
 BLOCK_BYTES = 4 * 2**20
@@ -140,27 +137,11 @@ class ArrowRowsReader(EpisodeReader):
         for columns, first, stop in tables:
             yield self._row_block(columns, index.ids[first:stop], index.lengths[first:stop])
 
-    def _index(self) -> _Index:
+    def _index(self) -> EpisodeIndex:
         """Reads only the episode ids."""
         column = self._columns.known[Columns.EPS_ID]
-        codes: dict[Any, int] = {}
-        runs: list[tuple[int, int]] = []
-        row = 0
-        for batch in self._source.batches([column]):
-            ids = batch.column(0)
-            if ids.null_count:
-                where = self._source.where(row + first_null(ids))
-                raise ValueError(f"`{column}` has no value in {where}; give every row an id.")
-            if not _is_id_type(ids.type):
-                raise ValueError(
-                    f"`{column}` must hold whole numbers or text, got {describe_type(ids.type)} in "
-                    f"{self._source.where(row)}; convert the ids."
-                )
-            if pa.types.is_floating(ids.type):
-                as_texts(ids.to_numpy(zero_copy_only=False), self._where_from(row))
-            runs += [(codes.setdefault(id_, len(codes)), length) for id_, length in runs_of(ids)]
-            row += len(ids)
-        return _Index([_text_of(id_) for id_ in codes], np.array(runs, dtype=np.int64).reshape(-1, 2))
+        ids = (batch.column(0) for batch in self._source.batches([column]))
+        return index_episodes(ids, column, self._where_from)
 
     def _pieces(self) -> Iterator[Table]:
         """Yields the columns as arrays, some rows at a time, in order."""
@@ -202,7 +183,7 @@ class ArrowRowsReader(EpisodeReader):
         held[-1][Columns.TRUNCATEDS][-1:] |= divider.end_file()
         yield _with_lengths(_concatenate(held))
 
-    def _stream(self, index: _Index) -> Iterator[tuple[Table, int, int]]:
+    def _stream(self, index: EpisodeIndex) -> Iterator[tuple[Table, int, int]]:
         """Yields (columns, first episode, stop episode) as soon as a block's worth of whole episodes is read."""
         ends = np.cumsum(index.lengths)
         held: list[Table] = []
@@ -222,7 +203,7 @@ class ArrowRowsReader(EpisodeReader):
                 first_episode = stop_episode
                 first_row += num_rows
 
-    def _group(self, index: _Index) -> Iterator[tuple[Table, int, int]]:
+    def _group(self, index: EpisodeIndex) -> Iterator[tuple[Table, int, int]]:
         """The same as `_stream` for interleaved episodes: holds all rows, keeps their order within each episode."""
         columns = _concatenate(list(self._pieces()))
         order = np.argsort(index.row_codes(), kind="stable")
@@ -295,48 +276,6 @@ class ArrowRowsReader(EpisodeReader):
             f"{self._source.where(second)} ({sign}); give every episode its own `{Columns.EPS_ID}`, for instance "
             "with the file's name in front."
         )
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Which rows belong to which episode: runs of rows with one id, as (episode, number of rows)."""
-
-    ids: list[str]
-    runs: NDArray[np.int64]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """[E] Number of rows per episode."""
-        lengths = np.zeros(len(self.ids), dtype=np.int64)
-        np.add.at(lengths, self.runs[:, 0], self.runs[:, 1])
-        return lengths
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the rows of every episode stand together; episodes are numbered by their first row."""
-        return bool(np.all(np.diff(self.runs[:, 0]) >= 0))
-
-    def row_codes(self) -> NDArray[np.int64]:
-        """[R] The episode of each row."""
-        return np.repeat(self.runs[:, 0], self.runs[:, 1])
-
-
-def _is_id_type(type_: Any) -> bool:
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    checks = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    return any(check(type_) for check in (*checks, pa.types.is_large_binary, pa.types.is_floating))
-
-
-def _text_of(id_: Any) -> str:
-    return id_.decode(errors="replace") if isinstance(id_, bytes) else str(id_)
-
-
-def runs_of(ids: Any) -> Iterator[tuple[Any, int]]:
-    """Yields (id, number of rows) for each run of equal ids."""
-    encoded = pc.run_end_encode(ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids)
-    lengths = np.diff(encoded.run_ends.to_numpy(), prepend=0)
-    return zip(encoded.values.to_pylist(), lengths.tolist(), strict=True)
 
 
 def _leaves(columns: Table) -> dict[str, NDArray[Any]]:

@@ -16,9 +16,10 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.datasets.arrow import describe_type
 from rllib_calql.datasets.arrow_columns import find_row_columns
-from rllib_calql.datasets.arrow_rows import BLOCK_BYTES, ArrowRowsReader, runs_of
+from rllib_calql.datasets.arrow_rows import BLOCK_BYTES, ArrowRowsReader
 from rllib_calql.datasets.boundaries import whole_episodes
 from rllib_calql.datasets.chunks import extra_columns_of, gather, join_chunks, observation_space_of
+from rllib_calql.datasets.episode_index import runs_of
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
 
 if TYPE_CHECKING:
