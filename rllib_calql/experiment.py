@@ -168,8 +168,23 @@ def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, .
             setattr(example, attribute, substitute(getattr(config, attribute), chosen, (attribute,)))
         with reported(f"Experiment '{name}'"):
             example.validate()
+            _check_places(example)
         examples.append(example)
     return tuple(examples)
+
+
+def _check_places(config: AlgorithmConfig) -> None:
+    """Ray Tune reserves a place for every env runner of a trial, and Ray refuses one of no size."""
+    resources = (
+        config.num_cpus_per_env_runner,
+        config.num_gpus_per_env_runner,
+        *config.custom_resources_per_env_runner.values(),
+    )
+    if config.num_env_runners and not any(resources):
+        raise ValueError(
+            "`num_cpus_per_env_runner` must be above 0, since Ray Tune reserves a place for every env runner; set 0.01 "
+            "to run more of them than there are CPUs."
+        )
 
 
 def parse_experiment(name: str, entry: Any) -> Experiment:

@@ -56,6 +56,18 @@ def test_an_experiment_has_its_algorithm_environment_stop_and_settings(tmp_path:
     assert experiment.num_cpus_per_trial == 3  # The algorithm itself and two env runners.
 
 
+@pytest.mark.parametrize(
+    ("text", "num_cpus"),
+    [
+        ("num_env_runners: 2, num_cpus_per_env_runner: 0.01", 0.01),
+        ("num_env_runners: 2, num_cpus_per_env_runner: 0, custom_resources_per_env_runner: {robot: 1}", 0),
+        ("num_env_runners: 0, num_cpus_per_env_runner: 0", 0),
+    ],
+)
+def test_env_runners_need_a_place_but_no_whole_cpu(tmp_path: Path, text: str, num_cpus: float) -> None:
+    assert config_of(tmp_path, text).num_cpus_per_env_runner == num_cpus
+
+
 def test_a_file_may_hold_several_experiments_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, "b: {run: CalQL, env: Pendulum-v1}\na: {run: PPO, env: CartPole-v1}\n")
     assert [(e.name, e.algorithm) for e in read_experiments(path)] == [("b", CalQL), ("a", PPO)]
@@ -224,6 +236,10 @@ HEAD = "run: CalQL, env: Pendulum-v1"
         ),
         (f"e: {{{HEAD}, config: {{tau: 0.1, training: {{tau: 0.2}}}}}}\n", r"`tau` of experiment 'e' is there twice"),
         (f"e: {{{HEAD}, config: {{mixing_ratio: 7}}}}\n", r"Experiment 'e': `mixing_ratio`.*got 7"),
+        (
+            f"e: {{{HEAD}, config: {{num_env_runners: 2, num_cpus_per_env_runner: 0}}}}\n",
+            r"Experiment 'e': `num_cpus_per_env_runner` must be above 0, since Ray Tune .* set 0\.01",
+        ),
         (f"e: {{{HEAD}, config: {{grad_clip_by: nrom}}}}\n", r"`training` \(`grad_clip_by`\): `grad_clip_by` \(nrom\)"),
         (
             f"e: {{{HEAD}, config: {{tau: {{uniform: [1]}}}}}}\n",
