@@ -19,7 +19,7 @@ config = (
     .fine_tuning(
         offline_updates=7_000,
         updates_per_iteration=1_000,
-        mixing_ratio=0.5,
+        mixing_ratio=0.9,  # A first round is a few hundred rows; half of a batch of them costs success.
         updates_per_env_step=1,
         sample_async=False,  # Reproducible; a step of this simulator is too quick to be worth overlapping.
     )
