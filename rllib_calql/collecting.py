@@ -188,8 +188,9 @@ class CollectingCQL(UpdatingCQL):
     @override(ResumableCQL)
     def _set_collection_state(self, state: dict[str, Any]) -> None:
         self._num_discarded = state.get(keys.NUM_DISCARDED_EPISODES_LIFETIME, 0)
-        own = self._num_env_runner_failures - self._num_failures_before
-        self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0) - own
+        self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0)
+        if self._collector is not None:
+            self._collector.num_failures = 0  # They belong to the run that is left.
 
     @override(ResumableCQL)
     def _after_restore(self) -> None:

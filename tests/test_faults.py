@@ -92,12 +92,10 @@ def test_lifetime_counts_of_faults_go_on_after_a_restore(
     _train_until(algo, 5)
     path = algo.save_to_path(tmp_path / "checkpoint")
     algo.stop()
-    local = logged_config(tmp_path / "log", num_env_runners=0).build()
-    local.restore_from_path(path)
+    local = CalQL.from_checkpoint(path, config=logged_config(tmp_path / "log", num_env_runners=0))
     path = local.save_to_path(tmp_path / "continued")
     local.stop()
-    restored = logged_config(tmp_path / "log", num_env_runners=1).build()
-    restored.restore_from_path(path)
+    restored = CalQL.from_checkpoint(path, config=logged_config(tmp_path / "log", num_env_runners=1))
     result = restored.train()  # The faults are over.
     restored.stop()
     assert result[keys.COLLECTION][counter] == num_faults
