@@ -1,18 +1,14 @@
 """Strict experiment files: YAML or Python in, validated experiments out.
 
-The YAML format is the one of RLlib's former `rllib train file`: `name: {run, env, stop, config}`. Every setting goes
-through the typed methods of the algorithm's config, because RLlib's own `update_from_dict` accepts any misspelt key.
+The YAML format is the one of RLlib's former `rllib train file`: `name: {run, env, stop, config}`.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import re
 import runpy
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +16,14 @@ from typing import Any
 import yaml
 from ray.rllib.algorithms import registry
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.utils.from_config import NotProvided
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search.sample import Categorical
 
 from rllib_calql import metrics as keys
 from rllib_calql.experiment_errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.registration import register
 from rllib_calql.schedulers import mutations, parse_scheduler
-from rllib_calql.search_spaces import contents, find_spaces, foreseeable_choices, is_space, parse_spaces, substitute
+from rllib_calql.search_spaces import find_spaces, foreseeable_choices, substitute
+from rllib_calql.typed_settings import build_config, settings_by_method
 
 _EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler", "max_failures")
 _CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
@@ -174,16 +169,12 @@ def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, .
 
 
 def _check_places(config: AlgorithmConfig) -> None:
-    """Ray Tune reserves a place for every env runner of a trial, and Ray refuses one of no size."""
-    resources = (
-        config.num_cpus_per_env_runner,
-        config.num_gpus_per_env_runner,
-        *config.custom_resources_per_env_runner.values(),
-    )
-    if config.num_env_runners and not any(resources):
+    """Ray Tune reserves a place for every worker of a trial, and Ray refuses one of no size."""
+    assert config.algo_class is not None
+    if not all(config.algo_class.default_resource_request(config).bundles):
         raise ValueError(
-            "`num_cpus_per_env_runner` must be above 0, since Ray Tune reserves a place for every env runner; set 0.01 "
-            "to run more of them than there are CPUs."
+            "`num_cpus_per_env_runner` must be above 0, since Ray Tune reserves a place for every worker, and so must "
+            "`num_cpus_per_learner`; set 0.01 to run more of them than there are CPUs."
         )
 
 
@@ -204,7 +195,7 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
         if "env" in settings:
             raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")
         settings = {"env": entry["env"], **settings}
-    config = _build_config(default_config, settings, name)
+    config = build_config(default_config, settings, name)
     num_samples = entry.get("num_samples", 1)
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
@@ -263,97 +254,3 @@ def _parse_stop(stop: Any, name: str) -> dict[str, float]:
         else:
             flat[str(key)] = value
     return flat
-
-
-def _build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
-    """The default config with settings applied, by name or grouped by method; values may be search spaces."""
-    parsed = parse_spaces(dict(settings))
-    config = config.copy(copy_frozen=False)
-    _apply(config, parsed, name)
-    # A method that converts its argument loses a space in it; one that copies does not.
-    lost = Counter(contents(space) for _, space in find_spaces(parsed))
-    lost -= Counter(contents(space) for _, space in find_spaces(vars(config)))
-    for path, space in find_spaces(parsed):
-        if lost[contents(space)]:
-            raise ExperimentError(
-                f"`{'/'.join(map(str, path))}` of experiment '{name}' cannot be searched over here; put the space on "
-                "single values inside it, or write one experiment per value."
-            )
-    return config
-
-
-def settings_by_method(config_class: type) -> dict[str, dict[str, Any]]:
-    """The typed methods of a config class and what each accepts.
-
-    A typed method is one with parameters whose default is RLlib's `NotProvided`. The MRO is followed as long as
-    methods forward `**kwargs`.
-
-    Returns:
-        Method -> setting -> annotation.
-    """
-    methods: dict[str, dict[str, Any]] = {}
-    for method in dir(config_class):
-        if method.startswith("_") or not callable(getattr(config_class, method)):
-            continue
-        accepted: dict[str, Any] = {}
-        for cls in config_class.__mro__:
-            if method not in vars(cls):
-                continue
-            if not inspect.isfunction(vars(cls)[method]):
-                break
-            parameters = inspect.signature(vars(cls)[method]).parameters.values()
-            for parameter in parameters:
-                if parameter.default is NotProvided:
-                    accepted.setdefault(parameter.name, parameter.annotation)
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-        if accepted:
-            methods[method] = accepted
-    return methods
-
-
-def _apply(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> None:
-    methods = settings_by_method(type(config))
-    calls: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        is_group = key in methods and isinstance(value, dict) and not is_space(value)
-        for setting, setting_value in value.items() if is_group else [(key, value)]:
-            method, parameter = _find_setting(methods, config, setting, key if is_group else None, name)
-            if parameter in calls.setdefault(method, {}):
-                raise ExperimentError(f"The setting `{parameter}` of experiment '{name}' is there twice; drop one.")
-            calls[method][parameter] = _as_annotated(setting_value, methods[method][parameter])
-    for method, arguments in calls.items():
-        listed = ", ".join(f"`{argument}`" for argument in arguments)
-        with reported(f"Experiment '{name}', `{method}` ({listed})"):
-            getattr(config, method)(**arguments)
-
-
-def _find_setting(
-    methods: Mapping[str, Mapping[str, Any]], config: AlgorithmConfig, key: Any, group: str | None, name: str
-) -> tuple[str, str]:
-    """The method and the parameter for a key. RLlib's YAML writes `lambda` and `input` for `lambda_` and `input_`."""
-    among = {group: methods[group]} if group else methods
-    for parameter in (key, f"{key}_"):
-        # Some settings moved from `training` to other methods, which then are the better place.
-        found = sorted((method for method in among if parameter in among[method]), key=lambda m: m == "training")
-        if found:
-            return found[0], parameter
-    known = [parameter for accepted in among.values() for parameter in accepted] + ([] if group else list(methods))
-    place = f"`{group}` of experiment '{name}'" if group else f"`config` of experiment '{name}'"
-    raise ExperimentError(
-        f"Unknown setting `{key}` in {place}{did_you_mean(str(key), known)} "
-        f"Settings are those of the methods of {type(config).__name__}."
-    )
-
-
-def _as_annotated(value: Any, annotation: Any) -> Any:
-    """`1e4` is a float in YAML; where only whole numbers make sense it becomes one."""
-    if isinstance(value, Categorical):
-        value.categories = _as_annotated(value.categories, annotation)
-    elif is_space(value) and isinstance(value, dict):
-        value["grid_search"] = _as_annotated(value["grid_search"], annotation)
-    elif isinstance(value, list):
-        return [_as_annotated(item, annotation) for item in value]
-    text = str(annotation)
-    wants_int = re.search(r"\bint\b", text) and not re.search(r"\bfloat\b|\bAny\b|Schedule", text)
-    return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value

@@ -12,7 +12,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.sample import Categorical, Float
 
 from rllib_calql import CalQL
-from rllib_calql.experiment import Experiment, ExperimentError, read_experiments, settings_by_method
+from rllib_calql.experiment import Experiment, ExperimentError, read_experiments
+from rllib_calql.typed_settings import settings_by_method
 
 
 def write(tmp_path: Path, text: str, name: str = "experiment.yaml") -> Path:
@@ -239,6 +240,14 @@ HEAD = "run: CalQL, env: Pendulum-v1"
         (
             f"e: {{{HEAD}, config: {{num_env_runners: 2, num_cpus_per_env_runner: 0}}}}\n",
             r"Experiment 'e': `num_cpus_per_env_runner` must be above 0, since Ray Tune .* set 0\.01",
+        ),
+        (
+            f"e: {{{HEAD}, config: {{num_cpus_per_env_runner: 0, evaluation_num_env_runners: 1}}}}\n",
+            r"Experiment 'e': `num_cpus_per_env_runner` must be above 0",
+        ),
+        (
+            f"e: {{{HEAD}, config: {{num_learners: 1, num_cpus_per_learner: 0}}}}\n",
+            r"and so must `num_cpus_per_learner`; set 0\.01",
         ),
         (f"e: {{{HEAD}, config: {{grad_clip_by: nrom}}}}\n", r"`training` \(`grad_clip_by`\): `grad_clip_by` \(nrom\)"),
         (

@@ -63,7 +63,7 @@ LAYERS = (
     ("",),
     ("experiment_errors",),
     ("search_spaces",),
-    ("schedulers",),
+    ("schedulers", "typed_settings"),
     ("experiment",),
     ("progress", "run_state"),
     ("resume_run", "tune_callbacks"),

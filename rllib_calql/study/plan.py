@@ -18,9 +18,10 @@ from typing import Any
 
 from rllib_calql import metrics as keys
 from rllib_calql.config import CalQLConfig
-from rllib_calql.experiment import Experiment, load_yaml, parse_experiment, settings_by_method
+from rllib_calql.experiment import Experiment, load_yaml, parse_experiment
 from rllib_calql.experiment_errors import ExperimentError, refuse_unknown
 from rllib_calql.search_spaces import find_spaces
+from rllib_calql.typed_settings import settings_by_method
 
 _STUDY_KEYS = ("name", "seeds", "tasks", "algorithms")
 _TASK_KEYS = (
