@@ -19,7 +19,8 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("metrics", "returns", "losses", "registration", "checkpoint", "shared_data"),
+    ("file_lock", "metrics", "returns", "losses", "registration"),
+    ("checkpoint", "shared_data"),
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
