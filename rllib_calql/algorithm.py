@@ -21,7 +21,7 @@ from rllib_calql.evaluation_history import EvaluationHistory
 from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
-from rllib_calql.returns import RewardSettings
+from rllib_calql.returns import reward_settings
 from rllib_calql.transitions import flat_size, observation_dtype
 
 
@@ -65,14 +65,7 @@ class CalQL(CollectingCQL):
         self.config = _with_input(config, with_handles(config.input_))
         super().setup(self.config)
         self.config = config = _with_input(self.config, config.input_)
-        settings = RewardSettings(
-            gamma=config.gamma,
-            reward_scale=config.reward_scale,
-            reward_bias=config.reward_bias,
-            failure_reward=config.failure_reward,
-            truncation=config.truncation,
-        )
-        self._add_returns = AddReturnsToGo(settings)
+        self._add_returns = AddReturnsToGo(reward_settings(config))
         self._set_up_collection()
         self._observation_space, self._action_space = self._environment_spaces()
         self.store = TransitionStore(

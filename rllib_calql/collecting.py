@@ -20,7 +20,7 @@ from rllib_calql.collection import EpisodeJoiner, collect, collect_or_tell
 from rllib_calql.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.resuming import ResumableCQL
-from rllib_calql.transitions import check_finite, flatten_observations, transitions_from_episode
+from rllib_calql.transitions import check_storable, flatten_observations, transitions_from_episode
 from rllib_calql.updating import UpdatingCQL
 
 logger = logging.getLogger(__name__)
@@ -139,21 +139,19 @@ class CollectingCQL(UpdatingCQL):
             self._store_episode(episode)
 
     def _store_episode(self, episode: SingleAgentEpisode) -> None:
-        observations = flatten_observations(self._observation_space, episode.get_observations())
-        actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
+        settings = self._add_returns.settings
+        self._add_returns(batch={}, episodes=[episode])
+        with np.errstate(over="ignore", invalid="ignore"):  # What overflows is found below.
+            observations = flatten_observations(self._observation_space, episode.get_observations())
+            actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
+            rows = transitions_from_episode(episode, observations=observations, actions=actions, settings=settings)
         try:
-            check_finite(episode.id_, "an observation", observations)
-            check_finite(episode.id_, "a reward", np.asarray(episode.get_rewards()).reshape(-1, 1))
+            check_storable(episode, observations, rows, settings)
         except ValueError as error:
             self._discard_episode(error)
             return
         self._num_discarded_in_a_row = 0
-        self._add_returns(batch={}, episodes=[episode])
-        self.store.add_online(
-            transitions_from_episode(
-                episode, observations=observations, actions=actions, settings=self._add_returns.settings
-            )
-        )
+        self.store.add_online(rows)
         begun = max(self.num_online_env_steps, self.config.num_warmup_env_steps)
         self.num_online_env_steps += len(episode)
         self.num_online_episodes += 1

@@ -15,12 +15,17 @@ from rllib_calql.input_settings import filesystem_of
 from rllib_calql.model_settings import check_model_config
 from rllib_calql.precision import PRECISIONS
 from rllib_calql.refused_settings import check_unused
+from rllib_calql.returns import TRUNCATION_RULES, is_endless, reward_settings
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 _POSITIVE = ("temperature", "tau", "updates_per_env_step", "initial_alpha")
 _NOT_NEGATIVE = ("min_q_weight",)
+_IN_FLOAT32 = (
+    *("temperature", "tau", "initial_alpha", "min_q_weight", "min_q_weight_online", "lagrangian_thresh"),
+    *("target_entropy", "actor_lr", "critic_lr", "alpha_lr", "reward_scale", "reward_bias", "failure_reward"),
+)
 _POSITIVE_INTEGERS = (
     "num_actions",
     "num_critics",
@@ -58,6 +63,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         parent_validate()
     _check_ranges(config)
     _check_choices(config)
+    _check_float32(config)
     _check_data(config)
     check_model_config(config.model_config, config._model_config)
     _check_collection(config)
@@ -131,6 +137,25 @@ def _is_rate_or_schedule(value: Any) -> bool:
     )
 
 
+def _check_float32(config: CalQLConfig) -> None:
+    """Refuses what would be 0 or infinite where training computes with it."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    for name in _IN_FLOAT32:
+        value = getattr(config, name)
+        if _is_real(value) and value != 0 and not smallest <= abs(value) <= largest:
+            raise ValueError(
+                f"`{name}` must be 0 or between {smallest:.2g} and {largest:.2g} in size, since training computes in "
+                f"float32; got {value!r}."
+            )
+    if config.failure_reward is not None:
+        value = reward_settings(config).endless_return(config.failure_reward)
+        if not abs(value) <= largest:
+            raise ValueError(
+                f"`failure_reward` {config.failure_reward!r} for ever is a return of {value:.3g} by "
+                f"{reward_settings(config)}, but training stores float32, at most {largest:.2g}; lower one of them."
+            )
+
+
 def _check_ranges(config: CalQLConfig) -> None:
     for name in _POSITIVE:
         value = getattr(config, name)
@@ -183,8 +208,6 @@ def _check_ranges(config: CalQLConfig) -> None:
 
 
 def _check_choices(config: CalQLConfig) -> None:
-    from rllib_calql.returns import TRUNCATION_RULES
-
     if not isinstance(config.reference_value, str) or not config.reference_value:
         raise ValueError(
             '`reference_value` must be "returns_to_go" or the name of a column of the offline data, got '
@@ -210,9 +233,10 @@ def _check_choices(config: CalQLConfig) -> None:
     ratio = config.mixing_ratio
     if ratio != "proportional" and not (_is_real(ratio) and 0 <= float(ratio) <= 1):
         raise ValueError(f'`mixing_ratio` must be in [0, 1] or "proportional", got {ratio!r}.')
-    if config.gamma == 1 and (config.truncation == "steady" or config.failure_reward is not None):
+    if is_endless(config.gamma) and (config.truncation == "steady" or config.failure_reward is not None):
         raise ValueError(
-            '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1.'
+            '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1; '
+            f"got {config.gamma!r}."
         )
     failure = config.failure_reward
     if failure is not None and not (_is_real(failure) and math.isfinite(failure)):

@@ -27,6 +27,7 @@ from rllib_calql.transitions import (
 )
 
 Array = npt.NDArray[Any]
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NUM_COMPARED = 4  # Observations of each input whose flattening is compared with RLlib's.
 
 
@@ -83,7 +84,7 @@ class Conversion:
         _check_range(Columns.NEXT_OBS, final_observations, lambda episode: where(int(last_rows[episode])))
         self._compare_with_rllib(reader, block, observations)
         rewards = self.connector.settings.transform(block.rewards)
-        _check_range(Columns.REWARDS, rewards[:, None], where)
+        self._check_rewards(block.rewards, rewards, where)
         returns, has_tail = self._reference_values(block, where)
         return EpisodeColumns(
             lengths=block.lengths,
@@ -124,9 +125,28 @@ class Conversion:
             return clipped_actions(check_module_actions(actions, where))
         return clipped_actions(to_module_actions(actions, self.action_space, where))
 
+    def _check_rewards(self, recorded: Array, rewards: Array, where: Callable[[int], str]) -> None:
+        """Refuses training rewards that float32 cannot hold; both [R]."""
+        row = _first_too_large(rewards)
+        if row is None:
+            return
+        if abs(float(recorded[row])) > _FLOAT32_MAX:
+            _check_range(Columns.REWARDS, recorded[:, None], where)
+        raise ValueError(
+            f"{where(row)}: a reward of {recorded[row]:.6g} becomes {rewards[row]:.3g} by {self.connector.settings}, "
+            f"but training stores float32, at most {_FLOAT32_MAX:.3g}; lower `reward_scale` or `reward_bias`."
+        )
+
     def _reference_values(self, block: EpisodeBlock, where: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
         if self.reference_column is None:
-            return self.connector.returns_of_block(block.rewards, block.lengths, block.terminateds)
+            returns, has_tail = self.connector.returns_of_block(block.rewards, block.lengths, block.terminateds)
+            row = _first_too_large(returns)
+            if row is not None:
+                raise ValueError(
+                    f"{where(row)}: the return from there on is more than float32 can hold, {_FLOAT32_MAX:.3g}, by "
+                    f"{self.connector.settings}; lower `reward_scale`, or repair the rewards of the episode."
+                )
+            return returns, has_tail
         if self.reference_column not in block.extra_model_outputs:
             raise ValueError(
                 f"{where(0)}: there is no column of numbers `{self.reference_column}`, which holds the reference "
@@ -143,6 +163,7 @@ class Conversion:
         if not finite.all():
             row = int(np.argmin(finite))
             raise ValueError(f"{where(row)}: `{self.reference_column}` holds {values[row]}; it must be finite.")
+        _check_range(self.reference_column, values[:, None], where)
         return values, np.zeros(len(block.lengths), dtype=bool)
 
     def _compare_with_rllib(self, reader: EpisodeReader, block: EpisodeBlock, flat: Array) -> None:
@@ -189,16 +210,22 @@ def _converted(flat: Array, dtype: np.dtype[Any], where: str, remedy: str) -> Ar
 
 def _check_range(column: str, values: Array, where: Callable[[int], str]) -> None:
     """Refuses what float32, the type of batches, cannot hold; values [R, n]."""
-    limit = np.finfo(np.float32).max
     if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or values.size == 0:
         return
-    if values.max() <= limit and values.min() >= -limit:
+    if values.max() <= _FLOAT32_MAX and values.min() >= -_FLOAT32_MAX:
         return
-    row, entry = np.argwhere(np.abs(values) > limit)[0].tolist()
+    row, entry = np.argwhere(~(np.abs(values) <= _FLOAT32_MAX))[0].tolist()
     raise ValueError(
-        f"{where(row)}: `{column}` holds {values[row, entry]:.3g}, but training stores float32, at most {limit:.3g}; "
-        "repair or scale the value."
+        f"{where(row)}: `{column}` holds {values[row, entry]:.3g}, but training stores float32, at most "
+        f"{_FLOAT32_MAX:.3g}; repair or scale the value."
     )
+
+
+def _first_too_large(values: Array) -> int | None:
+    """The first of some numbers [R] that is NaN, infinite or beyond float32."""
+    if values.size == 0 or (values.max() <= _FLOAT32_MAX and values.min() >= -_FLOAT32_MAX):
+        return None
+    return int(np.argmax(~(np.abs(values) <= _FLOAT32_MAX)))
 
 
 def _check_size(where: str, what: str, size: int, expected: int) -> None:

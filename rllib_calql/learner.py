@@ -45,9 +45,9 @@ class CalQLTorchLearner(OptimisingLearner):
     """Performs K gradient steps per `update` call on K batches laid end to end.
 
     Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
-    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; a NaN or
-    infinite gradient skips the step of every optimiser and learner; temperature, Lagrange multiplier and random state
-    are part of the checkpoint; behaviour cloning ends after `bc_updates`.
+    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; a NaN, infinite
+    or too large gradient skips the step of every optimiser and learner; temperature, Lagrange multiplier and random
+    state are part of the checkpoint; behaviour cloning ends after `bc_updates`.
     """
 
     @override(CQLTorchLearner)
@@ -159,8 +159,9 @@ class CalQLTorchLearner(OptimisingLearner):
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         """One gradient step: all gradients at the same parameters, then every optimiser, then the targets.
 
-        With a NaN or infinite gradient it changes nothing, but counts as an update, so that the counters of algorithm
-        and learners agree. The decision stays on the device and is the same on every rank: it falls on the averages.
+        With a gradient that is NaN, infinite or too large for Adam it changes nothing, but counts as an update, so that
+        the counters of algorithm and learners agree. The decision stays on the device and is the same on every rank: it
+        falls on the averages.
         """
         fwd_out, loss_per_module = self._make_step(batch)
         self._num_updates += 1
@@ -175,7 +176,10 @@ class CalQLTorchLearner(OptimisingLearner):
         gradients = self.compute_gradients(loss_per_module)
         # Before RLlib's clipping, which would turn infinities into finite numbers.
         self._skipped.judge(list(gradients.values()))
-        self.apply_gradients(self.postprocess_gradients(gradients))
+        applied = self.postprocess_gradients(gradients)
+        self._skipped.judge_squares(list(applied.values()))
+        self._skipped.count()
+        self.apply_gradients(applied)
         if (self._num_updates + 1) % self.config.target_update_period == 0:
             self._update_targets()
         return fwd_out, loss_per_module
@@ -326,9 +330,9 @@ class CalQLTorchLearner(OptimisingLearner):
             self.metrics.log_value((DEFAULT_MODULE_ID, name), count, reduce="max")
         if skipped.new and self._learner_index == 0:
             logger.warning(
-                "%d of %d gradient updates were skipped because a gradient was NaN or infinite (%d so far). Not finite "
-                "on the first learner: %s. Look for extreme rewards or observations in the data, then lower the "
-                "learning rates or set `grad_clip`.",
+                "%d of %d gradient updates were skipped because a gradient was NaN or infinite, or its square (%d so "
+                "far). Not finite on the first learner: %s. Look for extreme rewards or observations in the data, then "
+                "lower the learning rates or set `grad_clip`.",
                 skipped.new,
                 num_rows // rows_per_step,
                 skipped.lifetime,

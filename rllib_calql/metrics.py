@@ -55,7 +55,7 @@ CALIBRATION_GAP_OFFLINE = "calibration_gap_offline"  # The same, offline rows on
 CALIBRATION_GAP_ONLINE = "calibration_gap_online"  # The same, online rows only (online phase).
 REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the batch.
 NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made, skipped ones included.
-NUM_SKIPPED_UPDATES_LIFETIME = "num_skipped_updates_lifetime"  # Those that changed nothing: a gradient was not finite.
+NUM_SKIPPED_UPDATES_LIFETIME = "num_skipped_updates_lifetime"  # Those that changed nothing, see `SkippedUpdates`.
 NUM_SKIPPED_UPDATES_IN_A_ROW = "num_skipped_updates_in_a_row"  # Skipped updates since the last one that was not.
 
 # Per critic c = 1, 2, ...; `format(c=...)` gives the key.

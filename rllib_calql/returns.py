@@ -8,7 +8,7 @@ Source:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,27 @@ class RewardSettings:
     truncation: str = "none"
 
     def transform(self, rewards: npt.NDArray[Any]) -> Float64Array:
-        """Training reward of environment rewards, `reward_scale * r + reward_bias`, in float64."""
-        return np.asarray(rewards, dtype=np.float64) * self.reward_scale + self.reward_bias
+        """Training reward of environment rewards, `reward_scale * r + reward_bias`, in float64, maybe infinite."""
+        with np.errstate(over="ignore"):
+            return np.asarray(rewards, dtype=np.float64) * self.reward_scale + self.reward_bias
+
+    def endless_return(self, reward: float) -> float:
+        """Return of a reward (environment units) that goes on for ever.
+
+        Raises:
+            ValueError: If `gamma` is 1.
+        """
+        return float(self.transform(np.float64(reward))) * _endless(self.gamma, "failure_reward")
+
+    def __str__(self) -> str:
+        """What training rewards and returns are made by, for messages."""
+        names = ("reward_scale", "reward_bias", "gamma", "truncation")
+        return ", ".join(f"`{name}` {getattr(self, name)!r}" for name in names)
+
+
+def reward_settings(config: Any) -> RewardSettings:
+    """Those of a `CalQLConfig`."""
+    return RewardSettings(**{field.name: getattr(config, field.name) for field in fields(RewardSettings)})
 
 
 def is_failure(rewards: npt.NDArray[Any], failure_reward: float) -> bool:
@@ -163,8 +182,8 @@ def returns_of_episodes(
         last_values: Value estimate of each last observation in training-reward units, shape (E,); for "bootstrap".
 
     Returns:
-        Returns-to-go in training-reward units, shape (R,), computed in float64, stored as float32; and which episodes
-        the last value enters, shape (E,).
+        Returns-to-go in training-reward units, shape (R,), computed in float64, stored as float32, infinite where that
+        cannot hold them; and which episodes the last value enters, shape (E,).
 
     Raises:
         ValueError: If "bootstrap" is asked for without `last_values`, or an endless sum does not converge (gamma = 1).
@@ -185,17 +204,22 @@ def returns_of_episodes(
         if last_values is None and has_value.any():
             raise ValueError('`truncation="bootstrap"` needs the value of the last observation, got None.')
         tails[has_value] = 0.0 if last_values is None else np.asarray(last_values)[has_value]
-    returns = discounted_sums(scaled, lengths, settings.gamma, tails).astype(np.float32)
-    if failed.any():
-        assert settings.failure_reward is not None
-        value = float(settings.transform(np.float64(settings.failure_reward)))
-        returns[np.repeat(failed, lengths)] = value * _endless(settings.gamma, "failure_reward")
+    with np.errstate(over="ignore", invalid="ignore"):
+        returns = discounted_sums(scaled, lengths, settings.gamma, tails).astype(np.float32)
+        if failed.any():
+            assert settings.failure_reward is not None
+            returns[np.repeat(failed, lengths)] = settings.endless_return(settings.failure_reward)
     return returns, has_value
 
 
 def tail_discounts(num_steps: int, gamma: float) -> npt.NDArray[np.float32]:
     """Weight gamma^(T-t) of the last observation's value in the return of each step t = 0 .. T-1, shape (T,)."""
     return (gamma ** np.arange(num_steps, 0, -1, dtype=np.float64)).astype(np.float32)
+
+
+def is_endless(gamma: float) -> bool:
+    """Whether the sum of 1 + gamma + gamma^2 + ... has no value that means anything."""
+    return math.isclose(gamma, 1.0) or gamma > 1.0
 
 
 def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -205,6 +229,6 @@ def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _endless(gamma: float, setting: str) -> float:
     """Sum of 1 + gamma + gamma^2 + ..."""
-    if math.isclose(gamma, 1.0) or gamma > 1.0:
+    if is_endless(gamma):
         raise ValueError(f"`{setting}` sums rewards for ever, which needs `gamma` < 1, got {gamma}.")
     return 1.0 / (1.0 - gamma)

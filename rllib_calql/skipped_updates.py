@@ -1,7 +1,8 @@
-"""Gradient updates that are skipped because a gradient is not finite: the decision, the counts, the end of a run."""
+"""Gradient updates that are skipped because of a gradient that Adam cannot take: the decision, the counts, the end."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,10 @@ from rllib_calql import metrics as keys
 # A skipped update changes no parameter, so only the batch differs between tries. Even if half of all batches were bad,
 # a million updates would hold about one such row, and a run that skips half of its updates is rightly stopped.
 MAX_SKIPPED_UPDATES_IN_A_ROW = 20
+
+# Adam's second moment is a mean of squared gradients. One square that overflows float32 makes it infinite, and with it
+# every later step of that parameter 0. Squares up to this stay finite, and so does every mean of them.
+_LARGEST_GRADIENT = 0.999 * math.sqrt(torch.finfo(torch.float32).max)
 
 _MODULE = "default_policy"
 
@@ -53,6 +58,19 @@ class SkippedUpdates:
         """
         self.found_inf = torch.zeros_like(self._factor)
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, self._factor)
+
+    def judge_squares(self, gradients: list[Tensor]) -> None:
+        """Skips the update also if the square of an element would make a moment of Adam infinite.
+
+        Args:
+            gradients: What the optimisers are to get, after clipping.
+        """
+        largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
+        # Negated, because NaN compares false with everything.
+        self.found_inf = torch.maximum(self.found_inf, (~(largest <= _LARGEST_GRADIENT)).to(self.found_inf.dtype))
+
+    def count(self) -> None:
+        """Counts the update that was judged."""
         self._lifetime.add_(self.found_inf)
         self._in_a_row.add_(self.found_inf).mul_(self.found_inf)
 
@@ -88,7 +106,7 @@ def check_updates_are_applied(learner_results: Sequence[Mapping[str, Any]]) -> N
         skipped = int(logged.peek() if hasattr(logged, "peek") else logged)
         if skipped >= MAX_SKIPPED_UPDATES_IN_A_ROW:
             raise RuntimeError(
-                f"The last {skipped} gradient updates were skipped, because a gradient was NaN or infinite in each; "
-                "the parameters are those before them. Look for extreme rewards or observations in the data, then "
-                "lower the learning rates or set `grad_clip`, and continue from a checkpoint."
+                f"The last {skipped} gradient updates were skipped, because a gradient was NaN, infinite or too large "
+                "in each; the parameters are those before them. Look for extreme rewards or observations in the data, "
+                "then lower the learning rates or set `grad_clip`, and continue from a checkpoint."
             )

@@ -185,20 +185,31 @@ def transitions_from_episode(
     return rows
 
 
-def check_finite(episode_id: str, what: str, values: Array) -> None:
-    """Refuses numbers of an online episode that are not finite.
+def check_storable(episode: SingleAgentEpisode, observations: Array, rows: dict[str, Array], rule: object) -> None:
+    """Refuses numbers of an online episode that are not finite in float32, the type that they are stored in.
 
     Args:
-        episode_id: Named in the message.
-        what: "an observation" or "a reward".
-        values: Shape (T, n).
+        episode: Source of the rewards.
+        observations: Flat observations in float32, shape (T + 1, obs_dim).
+        rows: What is to be stored, see `transitions_from_episode`.
+        rule: What training rewards and returns are made by, for the message.
 
     Raises:
         ValueError: Naming the first such step.
     """
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    rewards = np.asarray(episode.get_rewards(), dtype=np.float64).reshape(-1, 1)
+    _check_finite(episode.id_, "the environment returned an observation", observations)
+    _check_finite(episode.id_, "the environment returned a reward", rewards)
+    made = (Columns.ACTIONS, "the policy made an action"), (Columns.REWARDS, f"by {rule} there is a training reward")
+    for name, what in (*made, (Columns.RETURNS_TO_GO, f"by {rule} there is a return")):
+        _check_finite(episode.id_, what, rows[name].reshape(len(rewards), -1))
+
+
+def _check_finite(episode_id: str, what: str, values: Array) -> None:
+    """Refuses values [T, n] that are not finite in float32."""
+    bad = np.flatnonzero(~(np.abs(values) <= np.finfo(np.float32).max).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"Online episode {episode_id}, step {bad[0]}: the environment returned {what} with NaN or infinity, "
+            f"Online episode {episode_id}, step {bad[0]}: {what} with NaN or infinity in float32, "
             f"{values[bad[0]].tolist()}; mend it, or let it end the episode before."
         )
