@@ -170,6 +170,8 @@ class CalQLOfflineData(OfflineData):
     def _log_report(self, report: DatasetReport) -> None:
         """Says what the data hold and, as warnings, what was decided about them."""
         logger.info("Offline data:\n%s", report)
+        if report.share_outlying_rewards:
+            logger.warning("%s: %s.", ", ".join(report.names), report.note_on_outliers)
         for remark, count in report.remarks.items():
             if remark == REPEATED and self.config.missing_final_observation != "repeat":
                 continue  # After terminations only, where nothing is bootstrapped from it; the report says it.

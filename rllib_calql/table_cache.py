@@ -29,7 +29,7 @@ from rllib_calql.offline_table import FINAL_OBSERVATIONS, RECORDS, OfflineTable
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
-_VERSION = 1
+_VERSION = 2
 _EPISODES = "episodes.npz"
 _META = "meta.json"
 _BUILDING = ".building-"

@@ -24,6 +24,7 @@ LAYERS = (
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
+    ("datasets.magnitudes",),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
     (
         "datasets.pointmaze",

@@ -421,3 +421,51 @@ def test_the_headline_says_sizes_ends_returns_and_what_was_decided() -> None:
         "3 episodes, 7 transitions, 33.33 % terminated, mean return -0.6667, 66.67 % failed; "
         "2 unfinished episodes dropped"
     )
+
+
+# --- Rewards that stand out -------------------------------------------------------------------------------------------
+
+
+def _blocks_of(rewards: np.ndarray, num_blocks: int) -> list[EpisodeBlock]:
+    return [block([(part.tolist(), True)]) for part in np.array_split(rewards, num_blocks)]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7])
+@pytest.mark.parametrize("num_rewards", [20, 500, 100_000])
+@pytest.mark.parametrize("kind", ["normal", "sparse", "lognormal", "small", "glitches", "negative glitch"])
+def test_the_share_of_outlying_rewards_is_that_of_a_sorted_copy(kind: str, num_rewards: int, num_blocks: int) -> None:
+    rng = np.random.default_rng(0)
+    rewards = {
+        "sparse": (rng.random(num_rewards) < 0.01).astype(np.float64),
+        "lognormal": rng.lognormal(0.0, 1.0, num_rewards),
+        "small": 1e-9 * rng.normal(size=num_rewards),
+    }.get(kind, rng.normal(size=num_rewards))
+    if "glitch" in kind:
+        rewards[3] = -1e25 if kind.startswith("negative") else 1e25
+    report = report_on(*_blocks_of(rewards, num_blocks))
+    sizes = np.sort(np.abs(rewards[rewards != 0]))
+    left_out = max(len(sizes) // 1000, min(3, len(sizes) // 10))
+    usual = sizes[len(sizes) - 1 - left_out] if len(sizes) else 0.0
+    assert report.usual_reward == pytest.approx(usual, rel=0.01)
+    assert report.share_outlying_rewards == (np.abs(rewards) > 1000 * usual).mean()
+    assert (report.share_outlying_rewards > 0) == ("glitch" in kind)
+
+
+def test_rewards_that_stand_out_are_noted_in_report_headline_and_dictionary() -> None:
+    report = report_on(block([([1.0] * 999 + [1e25], True)]))
+    assert report.share_outlying_rewards == 0.001
+    assert notes_of(report, "0.1 % of the rewards are over 1,000 times the usual size, 1: unless the task has such")
+    assert "outlying rewards  0.1 % over 1,000 times the usual size, 1 (99.9 % quantile" in str(report)
+    assert report.headline.endswith("0.1 % of the rewards over 1,000 x usual")
+    assert DatasetReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[0.0] * 50, [-1.0] * 50, [0.0] * 999 + [100.0], [-1.0] * 5000 + [1000.0], [1e-40] * 9 + [1.0], [5.0]],
+    ids=["zeros", "constant", "one goal", "a goal worth 1,000 steps", "denormal", "one step"],
+)
+def test_rewards_of_usual_tasks_do_not_stand_out(rewards: list[float]) -> None:
+    report = report_on(block([(rewards, True)]))
+    assert report.share_outlying_rewards == 0.0
+    assert notes_of(report, "usual size") == []

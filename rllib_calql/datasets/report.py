@@ -1,6 +1,6 @@
 """Collects the report about a data set while its episodes pass by, and says what looks wrong.
 
-Three numbers per episode are kept, whatever the rows hold.
+Three numbers per episode are kept, whatever the rows hold, and a histogram.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tree
 from numpy.typing import NDArray
 
 from rllib_calql.datasets.episodes import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader, Nested
+from rllib_calql.datasets.magnitudes import Magnitudes
 from rllib_calql.datasets.summary import ArrayInfo, DatasetReport, Distribution, format_number, format_share
 from rllib_calql.returns import failure_tolerance
 
@@ -53,6 +54,7 @@ class ReportBuilder:
         self._num_terminated = 0
         self._num_failed = 0
         self._reward_range = (math.inf, -math.inf)
+        self._magnitudes = Magnitudes()
         self._observations: dict[str, ArrayInfo] = {}
         self._actions: dict[str, ArrayInfo] = {}
 
@@ -75,6 +77,7 @@ class ReportBuilder:
         self._constants.frombytes(constants.tobytes())
         low, high = self._reward_range
         self._reward_range = (min(low, float(lowest.min())), max(high, float(highest.max())))
+        self._magnitudes.add(rewards)
         self._num_terminated += int(np.count_nonzero(block.terminateds))
         if self._failure_reward is not None:
             # All rewards are near a number exactly if the lowest and the highest are.
@@ -105,6 +108,7 @@ class ReportBuilder:
         unfinished, dropped = self._remarks[TRUNCATED] + self._remarks[DROPPED], self._remarks[DROPPED]
         lowest, highest = self._reward_range
         return_distribution = Distribution.of(returns)
+        usual_reward, share_outlying = self._magnitudes.summary()
         report = DatasetReport(
             names=names,
             num_episodes=num_episodes,
@@ -116,6 +120,8 @@ class ReportBuilder:
             return_distribution=return_distribution,
             length_distribution=Distribution.of(lengths),
             reward_range=self._reward_range,
+            usual_reward=usual_reward,
+            share_outlying_rewards=share_outlying,
             constant_reward=lowest if lowest == highest else None,
             failure_reward=self._failure_reward,
             share_failed=None if self._failure_reward is None else self._num_failed / num_episodes,
@@ -241,6 +247,8 @@ def _notes_on_rewards(report: DatasetReport, share_lowest: float) -> Iterator[st
         yield f"all rewards are {format_number(report.constant_reward)}: they say nothing about what is better"
     elif returns.minimum == returns.maximum and report.num_episodes > 1:
         yield "all returns are equal: no episode is better than another"
+    if report.share_outlying_rewards:
+        yield report.note_on_outliers
     if report.share_failed == 1.0:
         yield "all episodes failed: there is no success to learn from"
     elif report.share_failed == 0.0:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rllib_calql.datasets.magnitudes import OUTLIER_FACTOR
+
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _QUANTILE_NAMES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max", "mean", "std")
 _ARRAYS = ("returns", "lengths")  # Not part of what is stored.
@@ -74,6 +76,8 @@ class DatasetReport:
         return_distribution: Of the undiscounted returns.
         length_distribution: Of the number of steps.
         reward_range: Least and largest reward of a step.
+        usual_reward: 99.9 % quantile of the sizes of the rewards that are not 0, see `Magnitudes`.
+        share_outlying_rewards: Share of the rewards over `OUTLIER_FACTOR` times that, in [0, 1].
         constant_reward: The reward of every step if they are all equal, else None.
         failure_reward: As given; None if no failure rule applies.
         share_failed: Share of the episodes whose every reward is `failure_reward`; None without it.
@@ -97,6 +101,8 @@ class DatasetReport:
     return_distribution: Distribution
     length_distribution: Distribution
     reward_range: tuple[float, float]
+    usual_reward: float
+    share_outlying_rewards: float
     constant_reward: float | None
     failure_reward: float | None
     share_failed: float | None
@@ -115,6 +121,15 @@ class DatasetReport:
         return None if self.share_failed is None else 1.0 - self.share_failed
 
     @property
+    def note_on_outliers(self) -> str:
+        """What rewards that stand out mean, in a sentence."""
+        return (
+            f"{format_share(self.share_outlying_rewards)} of the rewards are over {OUTLIER_FACTOR:,} times the usual "
+            f"size, {format_number(self.usual_reward)}: unless the task has such rewards they are glitches, and one of "
+            "them spoils Q for long; repair them, or drop their episodes"
+        )
+
+    @property
     def headline(self) -> str:
         """One line: the sizes, how episodes end, the mean return, and what was decided about incomplete data."""
         parts = [
@@ -124,6 +139,8 @@ class DatasetReport:
         ]
         if self.share_failed is not None:
             parts.append(f"{format_share(self.share_failed)} failed")
+        if self.share_outlying_rewards:
+            parts.append(f"{format_share(self.share_outlying_rewards)} of the rewards over {OUTLIER_FACTOR:,} x usual")
         return "; ".join([", ".join(parts), *(f"{count:,} {remark}" for remark, count in self.remarks.items())])
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +178,14 @@ class DatasetReport:
             ("transitions", f"{self.num_transitions:,}"),
             ("ended", "terminated {}, truncated {}; without an end in the data {}".format(*shares)),
         ]
-        rewards = [("reward", _interval(*self.reward_range))]
+        rewards = [
+            ("reward", _interval(*self.reward_range)),
+            (
+                "outlying rewards",
+                f"{format_share(self.share_outlying_rewards)} over {OUTLIER_FACTOR:,} times the usual size, "
+                f"{format_number(self.usual_reward)} (99.9 % quantile of those that are not 0)",
+            ),
+        ]
         if self.failure_reward is not None and self.share_failed is not None:
             succeeded, failed = format_share(1.0 - self.share_failed), format_share(self.share_failed)
             reward = format_number(self.failure_reward)
