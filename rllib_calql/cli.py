@@ -6,6 +6,8 @@ Exit codes: 0 success, 1 a run failed, 2 wrong usage, 130 interrupted. Ray is im
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import rllib_calql
 from rllib_calql.checkpoint import config_of
 from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
 from rllib_calql.dataset_cli import dataset
+from rllib_calql.plain_names import refuse_unplain_name
 from rllib_calql.study_cli import report, study
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def train() -> None:
 @click.option("--storage-path", default="~/ray_results", show_default=True, help="Folder or cloud URI for results.")
 @click.option("--name", help="Name of the run's folder (default: the experiment's name).")
 @click.option("--resume", is_flag=True, help="Continue the run of this name from its checkpoints.")
+@click.option("--overwrite", is_flag=True, help="Remove the run of this name, if there is one, and begin anew.")
 @click.option("--seed", type=int, help="Seed of every trial; replaces the file's.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
@@ -59,6 +63,7 @@ def file(
     storage_path: str,
     name: str | None,
     resume: bool,
+    overwrite: bool,
     seed: int | None,
     num_cpus: int | None,
     address: str | None,
@@ -68,6 +73,8 @@ def file(
 
     Ctrl-C writes a checkpoint after the current iteration and ends the run; --resume continues it.
     """
+    if resume and overwrite:
+        raise UsageError("`--resume` continues a run and `--overwrite` removes it; drop one.")
     prepare(verbose)
     import ray
 
@@ -78,22 +85,26 @@ def file(
         experiments = read_experiments(file)
     except ExperimentError as error:
         raise UsageError(str(error)) from error
-    if name and len(experiments) > 1:
+    if name is not None and len(experiments) > 1:
         raise UsageError(f"`--name` needs a file with one experiment; '{file}' has {len(experiments)}. Drop `--name`.")
     if "://" not in storage_path:
         storage_path = str(Path(storage_path).expanduser().resolve())
     overrides = {"checkpoint_frequency": checkpoint_freq, "checkpoint_at_end": checkpoint_at_end}
+    if name is not None:
+        try:
+            refuse_unplain_name(name, "`--name`")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     runs = [
         _with_options(experiment, name=name, num_samples=num_samples, seed=seed, checkpoint_config=overrides)
         for experiment in experiments
     ]
-    if resume:
-        _refuse_missing_runs(runs, storage_path)
-    start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
-    try:
-        failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
-    finally:
-        ray.shutdown()
+    with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
+        start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
+        try:
+            failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
+        finally:
+            ray.shutdown()
     if failed:
         raise click.ClickException(f"Failed: {', '.join(failed)}.")
 
@@ -136,21 +147,57 @@ def _with_options(
     given = {key: value for key, value in checkpoint_config.items() if value is not None}
     return replace(
         experiment if seed is None else experiment.with_seed(seed),
-        name=name or experiment.name,
+        name=experiment.name if name is None else name,
         num_samples=num_samples or experiment.num_samples,
         checkpoint_config={"checkpoint_at_end": True} | experiment.checkpoint_config | given,
     )
 
 
-def _refuse_missing_runs(runs: list[Experiment], storage_path: str) -> None:
-    """One of several experiments in a file may not have begun yet when the command was stopped."""
-    from rllib_calql.resume_run import has_begun
+@contextmanager
+def _run_folders(runs: list[Experiment], storage_path: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keeps the folders of the runs for this process, in the state that the options ask for.
 
-    if not any(has_begun(run, storage_path) for run in runs):
-        raise UsageError(
-            f"There is nothing to resume at '{storage_path}/{runs[0].name}'; check `--name` and `--storage-path`, or "
-            "drop `--resume`."
-        )
+    Raises:
+        UsageError: If another process runs one of them, if there is none to resume, or if one has begun and is neither
+            to be resumed nor replaced.
+    """
+    from rllib_calql.file_lock import LockedError
+    from rllib_calql.run_folders import RunFolder, shown
+
+    with ExitStack() as stack:
+        try:
+            folders = [RunFolder(storage_path, run.name) for run in runs]
+            for folder in folders:
+                stack.enter_context(folder.locked())
+        except LockedError as error:
+            raise UsageError(
+                f"The run in '{error.path.parent}' is still going on: {error.holder}. Wait for its end, or choose "
+                "another `--name`."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"`--storage-path` '{storage_path}' cannot be used: {error}") from error
+        begun = [folder for folder in folders if folder.has_begun()]
+        # One of several experiments in a file may not have begun yet when the command was stopped.
+        if resume and not begun:
+            raise UsageError(
+                f"There is nothing to resume at '{folders[0].path}'; check `--name` and `--storage-path`, or drop "
+                "`--resume`."
+            )
+        for folder in [] if resume else begun:
+            if foreign := folder.foreign():
+                raise UsageError(
+                    f"'{folder.path}' holds {shown(foreign)}, which no run made, so no run begins there and nothing is "
+                    "removed; choose another `--name` or `--storage-path`."
+                )
+            if not overwrite:
+                raise UsageError(
+                    f"There is a run in '{folder.path}' already. Continue it with `--resume`, begin another with "
+                    "`--name NAME`, or replace it with `--overwrite`."
+                )
+        if overwrite:
+            for folder in begun:
+                folder.remove_run()
+        yield
 
 
 def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bool) -> bool:

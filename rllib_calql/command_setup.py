@@ -77,11 +77,13 @@ def exit_interrupted(message: str) -> NoReturn:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(
+    kinds: tuple[type[Exception], ...] = (ImportError, OSError, ValueError),
+) -> Iterator[None]:
     """Prints what is wrong with data, files and installation without a traceback, for exit code 1."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except kinds as error:
         raise click.ClickException(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         raise click.exceptions.Exit(INTERRUPTED) from None

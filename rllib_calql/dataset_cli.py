@@ -158,12 +158,19 @@ def list_() -> None:
 @click.option("--save-as", help="Minari id to save the data under (default: ID).")
 def generate(dataset_id: str, seed: int, num_steps: int | None, save_as: str | None) -> None:
     """Generate one of the data sets that `list` names."""
-    from rllib_calql.datasets import catalog
+    from rllib_calql.datasets import catalog, minari_storage
 
     dataset_id = dataset_id.removeprefix("minari:")
     if not catalog.is_generated(dataset_id):
         known = ", ".join(catalog.generated_dataset_ids())
         raise click.UsageError(f"`ID` must be one of {known}; got {dataset_id!r}.")
+    if save_as is not None:
+        save_as = save_as.removeprefix("minari:")
+        try:
+            with errors_in_one_line((ImportError, OSError)):
+                minari_storage.new_dataset_path(save_as, "`--save-as`")
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
     with errors_in_one_line():
         catalog.generate(dataset_id, seed=seed, num_steps=num_steps, save_as=save_as)
     click.echo(f"minari:{save_as or dataset_id}")

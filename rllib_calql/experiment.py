@@ -20,6 +20,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from rllib_calql import metrics as keys
 from rllib_calql.experiment_errors import ExperimentError, did_you_mean, refuse_unknown, reported
+from rllib_calql.plain_names import refuse_unplain_name
 from rllib_calql.registration import register
 from rllib_calql.schedulers import mutations, parse_scheduler
 from rllib_calql.search_spaces import find_spaces, foreseeable_choices, substitute
@@ -94,13 +95,26 @@ def read_experiments(path: str | Path) -> list[Experiment]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ExperimentError(f"The experiment file '{path}' {what}; give a .yaml or .py file.")
     if path.suffix == ".py":
-        return [_read_python(path)]
+        return _with_plain_names([_read_python(path)], path)
     if path.suffix not in (".yaml", ".yml"):
         raise ExperimentError(f"The experiment file '{path}' must end in .yaml, .yml or .py.")
     content = load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
-    return [parse_experiment(str(name), entry) for name, entry in content.items()]
+    return _with_plain_names([parse_experiment(str(name), entry) for name, entry in content.items()], path)
+
+
+def _with_plain_names(experiments: list[Experiment], path: Path) -> list[Experiment]:
+    """The same experiments; their names become folders."""
+    names = [experiment.name for experiment in experiments]
+    try:
+        for name in names:
+            refuse_unplain_name(name, f"The name of an experiment in '{path}'")
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"Two experiments in '{path}' have the same name; there are {', '.join(names)}.")
+    return experiments
 
 
 class _StrictLoader(yaml.SafeLoader):

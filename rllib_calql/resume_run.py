@@ -48,12 +48,6 @@ class ResumeError(ValueError):
     """A run that cannot be continued. The message says what to do."""
 
 
-def has_begun(experiment: Experiment, storage_path: str) -> bool:
-    """Whether there is a folder of a run of this name."""
-    filesystem, folder = _folder_of_run(experiment, storage_path)
-    return bool(run_state.names_in(filesystem, folder))
-
-
 def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable[[str], None]) -> bool:
     """Brings the state of a run up to date, so that `tune.Tuner.restore` continues it as the experiment says now.
 

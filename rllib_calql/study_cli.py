@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -26,33 +27,51 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
     prepare(verbose)
     import ray
 
+    from rllib_calql.datasets.plots import require_matplotlib
     from rllib_calql.experiment_errors import ExperimentError
+    from rllib_calql.file_lock import LockedError
+    from rllib_calql.study.folder import claimed, mark, new_tune_folder
     from rllib_calql.study.plan import read_study
     from rllib_calql.study.runner import num_cpus_per_trial, run_study, unfinished_trials
 
     try:
         plan = read_study(file)
-        folder = (output or Path(_DEFAULT_FOLDER, plan.name)).expanduser().resolve()
-        waiting = unfinished_trials(plan, folder)
     except ExperimentError as error:
         raise UsageError(str(error)) from error
-    if waiting:
-        start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
-    try:
-        outcome = run_study(plan, waiting, folder, lambda line: click.echo(line, err=True))
-    finally:
-        ray.shutdown()
-    if outcome.is_interrupted:
-        exit_interrupted(
-            f"{outcome.num_finished} of {len(plan.trials)} trials are finished, results are in '{folder}'; give "
-            "the same command to continue."
-        )
-    for name, cause in outcome.errors:
-        click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
-    if outcome.num_finished:
-        click.echo(f"Wrote {_report([folder], folder)}")
-    if outcome.errors:
-        raise click.ClickException(f"{len(outcome.errors)} of {len(plan.trials)} trials failed.")
+    with errors_in_one_line():
+        require_matplotlib()  # The report needs it, after hours of trials.
+    folder = (output or Path(_DEFAULT_FOLDER, plan.name)).expanduser().resolve()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(folder, plan.name))
+            waiting = unfinished_trials(plan, folder)
+            mark(folder, plan.name)
+            if waiting:
+                new_tune_folder(folder, plan.name)
+        except LockedError as error:
+            raise UsageError(
+                f"A study is still going on in '{folder}': {error.holder}. Wait for its end, or give another "
+                "`--output`."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        if waiting:
+            start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
+        try:
+            outcome = run_study(plan, waiting, folder, lambda line: click.echo(line, err=True))
+        finally:
+            ray.shutdown()
+        if outcome.is_interrupted:
+            exit_interrupted(
+                f"{outcome.num_finished} of {len(plan.trials)} trials are finished, results are in '{folder}'; give "
+                "the same command to continue."
+            )
+        for name, cause in outcome.errors:
+            click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
+        if outcome.num_finished:
+            click.echo(f"Wrote {_report([folder], folder)}")
+        if outcome.errors:
+            raise click.ClickException(f"{len(outcome.errors)} of {len(plan.trials)} trials failed.")
 
 
 @click.command(epilog="Example: rllib report ~/ray_results/studies/pointmaze-umaze --output report")

@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("file_lock", "metrics", "returns", "losses", "registration"),
+    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration"),
     ("checkpoint", "shared_data"),
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
@@ -67,12 +67,13 @@ LAYERS = (
     ("search_spaces",),
     ("schedulers", "typed_settings"),
     ("experiment",),
-    ("progress", "run_state"),
+    ("progress", "run_state", "run_folders"),
     ("resume_run", "tune_callbacks"),
     ("tune_runs",),
     ("study",),
     ("study.evaluations", "command_setup"),
-    ("study.statistics", "study.plan"),
+    ("study.statistics", "study.folder"),
+    ("study.plan",),
     ("study.plots", "study.trial"),
     ("study.report", "study.runner"),
     ("dataset_cli", "study_cli"),

@@ -206,8 +206,8 @@ def generate(
         FileExistsError: If the dataset exists already.
     """
     _import_packages(dataset_id)
-    target_id = save_as or dataset_id
-    path = minari_storage.dataset_path(target_id)
+    target_id = dataset_id if save_as is None else save_as
+    path = minari_storage.new_dataset_path(target_id, "`save_as`")
     if path.exists() or not _build(dataset_id, target_id, seed=seed, num_steps=num_steps, progress=progress):
         raise FileExistsError(
             f"There is a dataset {target_id!r} at {path} already; delete it (minari delete {target_id}) "

@@ -19,6 +19,7 @@ from rllib_calql.datasets.columns import ALIASES
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions, close_matches
 from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.datasets.flat_columns import as_flags
+from rllib_calql.plain_names import refuse_unplain_id
 
 SCHEME = "minari:"
 
@@ -51,6 +52,7 @@ class MinariReader(EpisodeReader):
             ValueError: If it has no episodes, or cannot be read.
         """
         super().__init__()
+        refuse_unplain_id(dataset_id, "The id of a Minari dataset")
         if catalog.is_generated(dataset_id):
             catalog.ensure_dataset(dataset_id)
         self._dataset, self._num_steps = _load(dataset_id)

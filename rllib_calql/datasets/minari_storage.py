@@ -12,14 +12,48 @@ from typing import Any
 
 import gymnasium as gym
 
+from rllib_calql.plain_names import refuse_unplain_id
+
 _DATA_FORMAT = "hdf5"  # One file; Minari's Arrow format takes 7 times as long to write 450 episodes.
 
 
 def dataset_path(dataset_id: str) -> Path:
-    """Folder of a dataset below `MINARI_DATASETS_PATH`, which is read at the time of the call; "" is the root."""
+    """Folder of a dataset below `MINARI_DATASETS_PATH`, which is read at the time of the call; "" is the root.
+
+    Raises:
+        ValueError: If the id leads elsewhere.
+    """
     from minari.storage import get_dataset_path
 
+    if dataset_id:
+        refuse_unplain_id(dataset_id, "The id of a Minari dataset")
     return Path(get_dataset_path(dataset_id))
+
+
+def new_dataset_path(dataset_id: str, argument: str, prefix: str = "") -> Path:
+    """Folder of a dataset that is to be written.
+
+    Args:
+        dataset_id: Its id.
+        argument: What the user gave it as, for the message.
+        prefix: What stood before the id there.
+
+    Raises:
+        ImportError: If Minari is not installed.
+        ValueError: If Minari could not read a dataset of that id.
+    """
+    try:
+        from minari.dataset.minari_dataset import parse_dataset_id
+    except ImportError as err:
+        raise ImportError('Writing Minari data needs the `minari` package: pip install "rllib-calql[minari]"') from err
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as err:  # Minari's own check lets an id without a version pass.
+        raise ValueError(
+            f"{argument} must be `{prefix}<name>-v<number>`, with namespaces in front if wanted, such as "
+            f"`{prefix}mine/hopper-v0`, got '{prefix}{dataset_id}'."
+        ) from err
+    return dataset_path(dataset_id)
 
 
 def is_dataset(path: Path) -> bool:

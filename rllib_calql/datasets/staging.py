@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -17,8 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = ".rllib-calql-write-"  # Neither Minari nor this package's readers look into hidden folders.
 _LOCK = "lock"
+_REPLACED = "replaced"  # What stood at the target, until what replaces it stands there.
 _GRACE_S = 60.0  # Between the making of a folder and the locking of its file.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,7 +51,7 @@ def staged(target: Path, beside: Path, *, overwrite: bool) -> Iterator[Path]:
             _flush_to_disk(built)
             _refuse_existing(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _move(built, target, aside=folder / "replaced")
+            _move(built, target, aside=folder / _REPLACED)
             _flush_to_disk(target.parent, deep=False)
     except OSError as err:
         # HDF5 reports the number in its text only.
@@ -75,8 +79,9 @@ def _move(built: Path, target: Path, *, aside: Path) -> None:
     os.rename(target, aside)
     try:
         os.rename(built, target)
-    except OSError:
-        os.rename(aside, target)
+    except BaseException:  # Also an interrupt: what was moved aside would be removed.
+        if not os.path.lexists(target):
+            os.rename(aside, target)
         raise
 
 
@@ -94,6 +99,14 @@ def _remove_abandoned(beside: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime < _GRACE_S:
                 continue
-            with (folder / _LOCK).open("a") as lock:
+            with os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW), "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                inside = set(os.listdir(folder))
+                if _REPLACED in inside and inside - {_REPLACED, _LOCK}:
+                    logger.warning(
+                        "'%s' holds data that a killed command was replacing, and the new ones beside them; move both "
+                        "to their place.",
+                        folder,
+                    )
+                    continue
                 shutil.rmtree(folder, ignore_errors=True)

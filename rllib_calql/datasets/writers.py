@@ -104,7 +104,7 @@ def _destination(to: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Pat
     name = os.fspath(to)
     if name.startswith(SCHEME):
         dataset_id = name[len(SCHEME) :]
-        path = _minari_path(dataset_id)
+        path = minari_storage.new_dataset_path(dataset_id, "`to`", SCHEME)
         _refuse_foreign_folder(path, minari_storage.is_dataset, "is no Minari dataset", overwrite)
         return path, minari_storage.dataset_path(""), partial(file_formats.write_minari, dataset_id=dataset_id)
     if "://" in name:
@@ -121,21 +121,6 @@ def _destination(to: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Pat
     if path.is_dir():
         raise FileExistsError(f"'{path}' is a folder; choose another target.")
     return path, path.parent, _WRITERS[path.suffix.lower()]
-
-
-def _minari_path(dataset_id: str) -> Path:
-    try:
-        from minari.dataset.minari_dataset import parse_dataset_id
-    except ImportError as err:
-        raise ImportError('Writing Minari data needs the `minari` package: pip install "rllib-calql[minari]"') from err
-    try:
-        parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as err:  # Minari's own check lets an id without a version pass.
-        raise ValueError(
-            f"`to` must be `{SCHEME}<name>-v<number>`, with namespaces in front if wanted, such as "
-            f"`{SCHEME}mine/hopper-v0`, got '{SCHEME}{dataset_id}'."
-        ) from err
-    return minari_storage.dataset_path(dataset_id)
 
 
 def _refuse_foreign_folder(target: Path, is_ours: Callable[[Path], bool], what: str, overwrite: bool) -> None:

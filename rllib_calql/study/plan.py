@@ -20,7 +20,9 @@ from rllib_calql import metrics as keys
 from rllib_calql.config import CalQLConfig
 from rllib_calql.experiment import Experiment, load_yaml, parse_experiment
 from rllib_calql.experiment_errors import ExperimentError, refuse_unknown
+from rllib_calql.plain_names import refuse_unplain_name
 from rllib_calql.search_spaces import find_spaces
+from rllib_calql.study.folder import TRIALS_FOLDER
 from rllib_calql.typed_settings import settings_by_method
 
 _STUDY_KEYS = ("name", "seeds", "tasks", "algorithms")
@@ -31,6 +33,7 @@ _TASK_KEYS = (
     "evaluate_every_offline_updates",
     "evaluate_every_env_steps",
 )
+_MAX_NAME_LENGTH = 100  # Of a trial's folder; longer names end in a digest.
 _NEVER = 10**9  # Evaluations are asked for; an interval makes RLlib build the runner for them.
 
 
@@ -74,12 +77,12 @@ class Trial:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.task} | {self.algorithm} | seed {self.seed}"
+        return " ".join(f"{self.task} | {self.algorithm} | seed {self.seed}".split())
 
     @property
     def folder(self) -> Path:
         """Where its results lie in the study's folder."""
-        return Path("trials", _as_file_name(self.task), _as_file_name(self.algorithm), f"seed_{self.seed}")
+        return Path(TRIALS_FOLDER, _as_file_name(self.task), _as_file_name(self.algorithm), f"seed_{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,12 @@ def read_study(path: Path) -> Study:
     if len(set(folders)) < len(folders):
         raise ExperimentError(f"Names of '{path}' differ in signs alone; rename tasks or algorithms.")
     ordered = tuple(trials[key] for key in sorted(trials, key=lambda key: seeds.index(key[0])))
-    name = str(content.get("name", path.stem))
+    name = content.get("name", path.stem)
+    name = str(name) if isinstance(name, (str, int, float)) else name
+    try:
+        refuse_unplain_name(name, f"`name` of the study file '{path}'")
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
     description = {
         "name": name,
         "seeds": seeds,
@@ -146,6 +154,9 @@ def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     value = content[key]
     if not isinstance(value, dict) or not all(inner is None or isinstance(inner, dict) for inner in value.values()):
         raise ExperimentError(f"`{key}` of '{path}' must map names to settings, got {value!r}.")
+    for name in map(str, value):
+        if re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", name):
+            raise ExperimentError(f"`{key}` of '{path}' has the name {name!r}; take the control characters out of it.")
     return {str(name): inner for name, inner in value.items()}
 
 
@@ -217,4 +228,7 @@ def _trial(
 
 
 def _as_file_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "_"
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "_"
+    if len(plain) <= _MAX_NAME_LENGTH:
+        return plain
+    return f"{plain[:_MAX_NAME_LENGTH]}_{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"

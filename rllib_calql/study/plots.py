@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("solid", "dashed", "dotted")
 _NUM_POINTS = 41
+_MAX_NAME = 48  # Characters of a task or an algorithm.
 _OFFLINE_SHARE = 0.6  # Width of the offline panel, the online one being 1.
 
 Trials = Mapping[str, Mapping[str, Sequence[Sequence[Evaluation]]]]  # Task -> algorithm -> trials.
@@ -45,11 +47,20 @@ def curves(trials: Trials, quantity: str, label: str) -> bytes:
                     handles.setdefault(algorithm, line)
             axes.grid(alpha=0.3)
         offline.set_ylabel(label)
-        offline.set_title(f"{task}: offline", fontsize=10)
-        online.set_title(f"{task}: online", fontsize=10)
+        offline.set_title(f"{_shown(task)}: offline", fontsize=10, parse_math=False)
+        online.set_title(f"{_shown(task)}: online", fontsize=10, parse_math=False)
         offline.set_xlabel("gradient updates")
         online.set_xlabel("env steps since the switch")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, max(1, len(handles))))
+    legend = figure.legend(
+        # Matplotlib leaves names out that begin with `_`, so they are written in afterwards.
+        handles.values(),
+        [" "] * len(handles),
+        loc="outside upper center",
+        ncols=min(4, max(1, len(handles))),
+    )
+    for text, name in zip(legend.get_texts(), handles, strict=True):
+        text.set_parse_math(False)
+        text.set_text(_shown(name))
     return _png(figure)
 
 
@@ -88,12 +99,19 @@ def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str) -> bytes
             axes.annotate(
                 f"{one.value:.2f}", (one.value, number), xytext=(0, 6), textcoords="offset points", fontsize=8
             )
-        axes.set_yticks(range(len(its)), list(its))
+        axes.set_yticks(range(len(its)), [_shown(name) for name in its], parse_math=False)
         axes.set_ylim(len(its) - 0.4, -0.7)
         axes.set_xlabel(label)
-        axes.set_title(task, fontsize=10)
+        axes.set_title(_shown(task), fontsize=10, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     return _png(figure)
+
+
+def _shown(name: str) -> str:
+    """A name on one line, its middle left out if it is long. A `$` in it is no formula: `parse_math` is off."""
+    line = " ".join(name.split())
+    half = _MAX_NAME // 2
+    return line if len(line) <= _MAX_NAME else f"{line[:half]}…{line[-half:]}"
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -107,5 +125,7 @@ def _png(figure: Figure) -> bytes:
 
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # A name in a script that the font does not have.
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

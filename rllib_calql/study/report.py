@@ -6,20 +6,35 @@ import base64
 import html
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rllib_calql.study import plots
-from rllib_calql.study.evaluations import Evaluation, read_results
+from rllib_calql.study.evaluations import (
+    EVALUATIONS_FILE,
+    PICTURE_FILES,
+    REPORT_FILE,
+    STUDY_FILE,
+    SUMMARY_FILE,
+    Evaluation,
+    read_results,
+    write_whole,
+)
 from rllib_calql.study.statistics import CONFIDENCE, Fate, Interval, fate_of, interquartile_mean, interval, mean
 
-REPORT_FILE = "report.html"
-SUMMARY_FILE = "summary.md"
+_METHOD = (
+    f"In brackets: {CONFIDENCE:.0%} percentile bootstrap over seeds, stratified by task (Agarwal et al. 2021). IQM: "
+    "interquartile mean. Score: success rate, or the normalised score / 100 where the environment reports no success."
+)  # In every page, so that one can be told from another program's.
+_MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]#|~$])")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1a1a1a; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .7em; text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
 td { border-bottom: 1px solid #ddd; } img { max-width: 100%; }
 pre { background: #f5f5f5; padding: 1em; overflow: auto; }
 """
@@ -73,12 +88,14 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
     Raises:
         ImportError: If Matplotlib is not installed.
         ValueError: If a folder holds no results.
+        FileExistsError: If files would be replaced that are no report's.
     """
     from rllib_calql.datasets.plots import require_matplotlib
 
     require_matplotlib()
     read = [read_results(path) for path in results]
     trials = group(one for evaluations, _ in read for one in evaluations)
+    _refuse_foreign(folder)
     if not trials:
         raise ValueError(f"No trial in {', '.join(map(str, results))} has finished yet.")
     fates = {
@@ -99,12 +116,25 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
             pictures[name] = plots.forest(intervals, label)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
-        (folder / name).write_bytes(content)
+        write_whole(folder / name, content)
     tables = {task: summary_rows(its) for task, its in fates.items()}
-    (folder / SUMMARY_FILE).write_text(_markdown(tables), encoding="utf-8")
+    write_whole(folder / SUMMARY_FILE, _markdown(tables).encode())
     page = folder / REPORT_FILE
-    page.write_text(_page(trials, fates, tables, pictures, [study for _, study in read]), encoding="utf-8")
+    write_whole(page, _page(trials, fates, tables, pictures, [study for _, study in read]).encode())
     return page
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder of results is a study's, and so are the files of a report beside a page of ours."""
+    page = folder / REPORT_FILE
+    is_ours = (folder / EVALUATIONS_FILE).is_file() and (folder / STUDY_FILE).is_file()
+    if page.is_file() and not is_ours:
+        is_ours = _METHOD in page.read_text(encoding="utf-8", errors="replace")
+    for name in [] if is_ours else (REPORT_FILE, SUMMARY_FILE, *PICTURE_FILES):
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"'{folder / name}' is of no report of a study; move it away, or give another `--output`."
+            )
 
 
 def _intervals(fates: Mapping[str, Mapping[str, list[Fate]]], attribute: str) -> dict[str, dict[str, Interval]]:
@@ -169,9 +199,15 @@ def _shown(strata: Sequence[Sequence[float | None]], statistic: Any = interquart
 def _markdown(tables: Mapping[str, Sequence[Sequence[str]]]) -> str:
     parts = []
     for task, table in tables.items():
-        rows = [_HEADINGS, ["---"] * len(_HEADINGS), *table]
-        parts.append("\n".join([f"### {task}", "", *("| " + " | ".join(row) + " |" for row in rows)]))
+        named = [[_as_markdown(row[0]), *row[1:]] for row in table]
+        rows = [_HEADINGS, ["---"] * len(_HEADINGS), *named]
+        parts.append("\n".join([f"### {_as_markdown(task)}", "", *("| " + " | ".join(row) + " |" for row in rows)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _as_markdown(name: str) -> str:
+    """A name on one line, whose signs mean nothing to Markdown or HTML."""
+    return html.escape(_MARKDOWN_SIGNS.sub(r"\\\1", " ".join(name.split())), quote=False)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -201,9 +237,7 @@ def _page(
     names = ", ".join(str(study["name"]) for study in studies)
     parts = [
         f"<h1>{html.escape(names)}</h1>",
-        f"<p>In brackets: {CONFIDENCE:.0%} percentile bootstrap over seeds, stratified by task (Agarwal et al. 2021). "
-        "IQM: interquartile mean. Score: success rate, or the normalised score / 100 where the environment reports no "
-        "success.</p>",
+        f"<p>{_METHOD}</p>",
     ]
     for task, table in tables.items():
         episodes = {one.num_episodes for its in trials[task].values() for trial in its for one in trial}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,11 +17,11 @@ import rllib_calql
 from rllib_calql.algorithm import CalQL
 from rllib_calql.experiment_errors import ExperimentError
 from rllib_calql.study.evaluations import Evaluation, write_results
+from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
-from rllib_calql.study.trial import finished_evaluations, run_trial
+from rllib_calql.study.trial import checkpoints, finished_evaluations, run_trial
 
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench")
-_TUNE_FOLDER = "tune"
 _TRIAL = "trial"  # Key of Tune's config: the number of the trial.
 
 
@@ -76,11 +75,16 @@ def unfinished_trials(study: Study, folder: Path) -> list[Trial]:
     """Trials that the folder has no evaluations of.
 
     Raises:
-        ExperimentError: If it has some that were made with other settings.
+        ExperimentError: If it has some that were made with other settings, or that are damaged.
     """
     waiting = []
     for trial in study.trials:
-        found = finished_evaluations(folder / trial.folder)
+        try:
+            found = finished_evaluations(folder / trial.folder)
+            for checkpoint in [] if found else checkpoints(folder / trial.folder):
+                finished_evaluations(checkpoint)
+        except ValueError as error:
+            raise ExperimentError(f"{error} Delete it to run '{trial.name}' again.") from error
         if found is None:
             waiting.append(trial)
         elif found[0] != trial.fingerprint:
@@ -98,13 +102,11 @@ def _run_with_tune(
         trial = trials[config[_TRIAL]]
         run_trial(trial, folder / trial.folder, lambda row: tune.report({"line": _line(trial, row)}))
 
-    # Of an earlier run; what lasts lies in the trials' folders.
-    shutil.rmtree(folder / _TUNE_FOLDER, ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(trials[config[_TRIAL]])),
         param_space={_TRIAL: tune.grid_search(list(range(len(trials))))},
         run_config=tune.RunConfig(
-            name=_TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce)]
+            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce)]
         ),
     )
     results = tuner.fit()

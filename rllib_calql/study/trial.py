@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, LEA
 
 from rllib_calql import metrics as keys
 from rllib_calql.algorithm import CalQL
-from rllib_calql.study.evaluations import Evaluation, write_json
+from rllib_calql.study.evaluations import Evaluation, evaluation_of, read_json, write_json
 from rllib_calql.study.plan import Trial
 
 FINISHED_FILE = "evaluations.json"
@@ -23,12 +23,22 @@ _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 def finished_evaluations(folder: Path) -> tuple[str, list[Evaluation]] | None:
-    """Fingerprint and evaluations of a finished trial, or None."""
+    """Fingerprint and evaluations of a finished trial, or None.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     path = folder / FINISHED_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content["fingerprint"], [Evaluation(**row) for row in content["evaluations"]]
+    content = read_json(path)
+    try:
+        fingerprint, rows = content["fingerprint"], [evaluation_of(row) for row in content["evaluations"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"'{path}' is damaged, or not of a trial: {type(error).__name__}: {error}.") from error
+    if not isinstance(fingerprint, str):
+        raise ValueError(f"'{path}' is damaged, or not of a trial: its `fingerprint` is {fingerprint!r}.")
+    return fingerprint, rows
 
 
 def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]) -> None:
@@ -58,9 +68,10 @@ def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]
             learner_results = result.get(LEARNER_RESULTS, {}).get("default_policy", learner_results)
     finally:
         algo.stop()
-        shutil.rmtree(algo.logdir, ignore_errors=True)  # Ray's, in `~/ray_results`, and empty.
+        with suppress(OSError):
+            os.rmdir(algo.logdir)  # Ray's, in `~/ray_results`, and empty.
     _write_evaluations(rows, trial, folder)
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -119,14 +130,14 @@ def _write_evaluations(rows: list[Evaluation], trial: Trial, folder: Path) -> No
     write_json(folder / FINISHED_FILE, content)
 
 
-def _checkpoints(folder: Path) -> tuple[Path, Path]:
+def checkpoints(folder: Path) -> tuple[Path, Path]:
     """The trial's checkpoint, and the one that is being written."""
     return folder / "checkpoint", folder / "checkpoint.partial"
 
 
 def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> None:
     """Replaces the checkpoint. The evaluations are written last, so a folder that has them is whole."""
-    final, partial = _checkpoints(folder)
+    final, partial = checkpoints(folder)
     shutil.rmtree(partial, ignore_errors=True)
     algo.save_to_path(str(partial))
     _write_evaluations(rows, trial, partial)
@@ -135,7 +146,7 @@ def _save(algo: CalQL, rows: list[Evaluation], trial: Trial, folder: Path) -> No
 
 
 def _restored(trial: Trial, folder: Path) -> tuple[CalQL, list[Evaluation], float] | None:
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         saved = finished_evaluations(checkpoint)
         if saved is not None and saved[0] == trial.fingerprint:
             return CalQL.from_checkpoint(checkpoint), saved[1], saved[1][-1].time_s
