@@ -8,7 +8,6 @@ which the kernel releases when its holder dies, lets one process build while oth
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rllib_calql.datasets.files import DataFile, fingerprint_of
+from rllib_calql.file_lock import held_lock
 from rllib_calql.offline_table import FINAL_OBSERVATIONS, RECORDS, OfflineTable
 
 logger = logging.getLogger(__name__)
@@ -85,12 +85,8 @@ class TableCache:
     def lock(self, key: str) -> Iterator[None]:
         """Waits until no other process builds this entry, and keeps others from it."""
         self._make_folder()
-        with (self.folder / f"{key}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("Waiting for another process that writes the same data to %s.", self.folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = f"Waiting for another process that writes the same data to {self.folder}."
+        with held_lock(self.folder / f"{key}.lock", wait=True, waiting=waiting):
             yield
 
     @contextmanager

@@ -220,3 +220,15 @@ def test_mapped_and_read_files_have_one_fingerprint(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(np.random.default_rng(size).bytes(size))
         files.append(DataFile(str(tmp_path / name)))
     assert fingerprint_of(files, mapped=True) == fingerprint_of(files) != fingerprint_of(files[::-1])
+
+
+def test_a_lock_that_is_a_link_or_another_file_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "key.lock").symlink_to(tmp_path / "victim")
+    (tmp_path / "cache" / "other.lock").write_text("precious too")
+    for key in ("key", "other"):
+        with pytest.raises(FileExistsError, match="move it away"), TableCache(tmp_path / "cache").lock(key):
+            pass
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "cache" / "other.lock").read_text() == "precious too"
