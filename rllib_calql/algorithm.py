@@ -16,8 +16,8 @@ from rllib_calql import metrics as keys
 from rllib_calql.collecting import CollectingCQL
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
-from rllib_calql.datasets.in_memory import with_handles
 from rllib_calql.evaluation_history import EvaluationHistory
+from rllib_calql.held_data import with_handles
 from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore

@@ -36,7 +36,7 @@ def _checked_part(part: Any, is_local: bool) -> Any:
     if isinstance(part, (str, os.PathLike)):
         path = os.fspath(part)
         return os.path.abspath(path) if is_local and path and os.path.exists(path) else path
-    from rllib_calql.datasets.in_memory import InMemoryDataset, InMemoryEpisodes
+    from rllib_calql.held_data import InMemoryDataset, InMemoryEpisodes
 
     if isinstance(part, (InMemoryDataset, InMemoryEpisodes)):
         return part

@@ -11,11 +11,15 @@ pages without checksums, msgpack) and the HDF5 files that Minari writes.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
+import re
 import resource
 import signal
 import struct
@@ -25,12 +29,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import crafted
 import gymnasium as gym
 import h5py
+import lz4.frame
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ray.rllib.core.columns import Columns
@@ -38,6 +45,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.compression import pack
 
 from rllib_calql import CalQLConfig
+from rllib_calql.cli import main
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets.episodes import EpisodeBlock
 from rllib_calql.datasets.writers import DatasetMetadata, write_blocks
@@ -626,3 +634,114 @@ def test_crashes_and_hangs_are_noticed_and_survived(worker: Worker, tmp_path: Pa
     assert worker.load(str(tmp_path / "rows.parquet"), deadline_s=0.5)[0] == "hang"
     columns, _ = worker.load(str(tmp_path / "rows.parquet"))
     assert len(columns[Columns.REWARDS]) == sum(LENGTHS)
+
+
+# --- Files that would run code ----------------------------------------------------------------------------------------
+
+
+def check_is_refused(answer: Any, name: str, case: str, marker: Path) -> None:
+    assert not marker.exists(), f"{case} ran"
+    assert answer[0] in DOCUMENTED_ERRORS, (case, answer)
+    assert name in answer[1], (case, answer)
+    if name in crafted.ROW_IS_KNOWN:
+        assert re.search(r"\brow \d+ of ", answer[1]), (case, answer)
+    assert "\n" not in answer[1].strip(), (case, answer)
+
+
+@pytest.mark.parametrize("name", crafted.FILES)
+def test_no_pickle_in_a_data_file_is_run(name: str, worker: Worker, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    for number, (case, payload) in enumerate(crafted.running_pickles(marker).items()):
+        (tmp_path / str(number)).mkdir()
+        crafted.FILES[name](tmp_path / str(number) / name, payload)
+        marker.unlink(missing_ok=True)
+        answer = worker.load(str(tmp_path / str(number) / name))
+        check_is_refused(answer, name, case, marker)
+
+
+@pytest.mark.parametrize("name", ["recorded-obs.parquet", "recorded-actions.parquet"])
+def test_no_pickle_in_a_data_file_takes_all_memory(name: str, worker: Worker, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    for case, payload in crafted.greedy_pickles().items():
+        crafted.FILES[name](tmp_path / name, payload)
+        check_is_refused(worker.load(str(tmp_path / name)), name, case, tmp_path / "ran")
+    assert time.monotonic() - begin < DEADLINE_S / 2
+
+
+def test_a_command_refuses_a_file_that_would_run_code_in_one_line(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    payload = crafted.running_pickles(marker)["os.system"]
+    for name, write in crafted.FILES.items():
+        write(tmp_path / name, payload)
+        marker.unlink(missing_ok=True)
+        result = CliRunner().invoke(main, ["dataset", "inspect", "--no-plot", str(tmp_path / name)])
+        assert result.exit_code == 1, (name, result.output)
+        (line,) = result.stderr.strip().splitlines()
+        check_is_refused(("ValueError", line), name, name, marker)
+
+
+def test_the_environment_that_minari_data_name_is_not_made(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path, input_ = write_valid("metadata.json", tmp_path)
+    crafted.name_environment(path, tmp_path / "ran")
+    check_is_refused(worker.load(input_), MINARI, "env_spec", tmp_path / "ran")
+
+
+def test_addresses_in_minari_data_are_not_followed(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path, input_ = write_valid("main_data.hdf5", tmp_path)
+    with h5py.File(path, "a") as file:
+        del file["episode_0/observations"]
+        type_ = h5py.h5t.create(h5py.h5t.OPAQUE, 8)
+        type_.set_tag(b"NUMPY:O")
+        stored = h5py.h5d.create(
+            file["episode_0"].id, b"observations", type_, h5py.h5s.create_simple((LENGTHS[0] + 1,))
+        )
+        stored.write(h5py.h5s.ALL, h5py.h5s.ALL, np.full(LENGTHS[0] + 1, b"\x10" * 8, "V8"), mtype=type_)
+    check_is_refused(worker.load(input_), MINARI, "addresses", tmp_path / "ran")
+
+
+@pytest.mark.parametrize("how", ["link", "raw file"])
+def test_numbers_in_other_files_are_not_read(how: str, tmp_path: Path, worker: Worker) -> None:
+    write_here(tmp_path / "data.hdf5")
+    os.mkfifo(tmp_path / "pipe")  # Nobody writes to it: whoever opens it waits for ever.
+    with h5py.File(tmp_path / "data.hdf5", "a") as file:
+        shape = file["actions"].shape
+        del file["actions"]
+        if how == "link":
+            file["actions"] = h5py.ExternalLink(str(tmp_path / "pipe"), "actions")
+        else:
+            file.create_dataset("actions", shape, "f4", external=[(str(tmp_path / "pipe"), 0, h5py.h5f.UNLIMITED)])
+    answer = worker.load(str(tmp_path / "data.hdf5"), deadline_s=10.0)
+    check_is_refused(answer, "data.hdf5", how, tmp_path / "ran")
+
+
+def test_a_frame_that_claims_more_than_memory_is_refused(worker: Worker, tmp_path: Path) -> None:
+    write_recorded_rows(tmp_path / "rows.parquet")
+    table = pq.read_table(tmp_path / "rows.parquet")
+    frame = lz4.frame.compress(pickle.dumps(np.zeros(100_000_000)))
+    claim = lz4.frame.compress(b"short")
+    for packed in (frame, claim[:6] + (2**40).to_bytes(8, "little") + claim[14:]):
+        texts = table["obs"].to_pylist()
+        texts[3] = base64.b64encode(packed).decode()
+        changed = table.set_column(table.schema.get_field_index("obs"), "obs", pa.array(texts))
+        pq.write_table(changed, tmp_path / "rows.parquet")
+        answer = worker.load(str(tmp_path / "rows.parquet"), deadline_s=20.0)
+        assert answer[0] == "ValueError"
+        assert "row 3 of" in answer[1]
+
+
+def test_the_crafted_pickles_run_where_nothing_keeps_them_from_it(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    harmless = []
+    for case, payload in crafted.running_pickles(marker).items():
+        marker.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):
+            pickle.loads(payload)
+        if not marker.exists():
+            harmless.append(case)
+    assert harmless == []

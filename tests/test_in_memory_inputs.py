@@ -23,7 +23,7 @@ from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.datasets import InMemoryDataset, InMemoryEpisodes, ReadOptions, open_input
 from rllib_calql.datasets.episodes import TRUNCATED
-from rllib_calql.datasets.in_memory import with_handles
+from rllib_calql.held_data import with_handles
 
 
 def make_episode(length: int, *, id_: str = "a", start: int = 0, end: str = "terminated", lookback: int = 0) -> Any:

@@ -19,12 +19,12 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration"),
+    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration", "held_data"),
     ("checkpoint", "shared_data"),
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
-    ("datasets.magnitudes",),
+    ("datasets.magnitudes", "datasets.safe_decoding"),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
     (
         "datasets.pointmaze",
@@ -43,6 +43,8 @@ LAYERS = (
         "datasets.chunks",
         "datasets.arrow_columns",
         "datasets.file_formats",
+        "datasets.packed_episodes",
+        "datasets.minari_episodes",
     ),
     ("datasets.flat", "datasets.arrow_rows"),
     ("datasets.hdf5", "datasets.npz", "datasets.parquet", "datasets.in_memory", "datasets.minari"),
@@ -212,6 +214,69 @@ def test_the_package_itself_loads_nothing_but_the_registration() -> None:
 def test_the_mathematics_knows_no_ray(module: str) -> None:
     names = {found.name for found in imports_in(module)}
     assert {name for name in names if name.split(".")[0] in ("ray", PACKAGE)} <= MATHEMATICS
+
+
+# --- Data are not programs --------------------------------------------------------------------------------------------
+
+DECODER = "datasets.safe_decoding"
+READERS_OF_DATA = sorted(
+    {module for module in MODULES if module == "datasets" or module.startswith("datasets.")}
+    | {"offline_data", "ingestion", "loading", "offline_table", "table_cache", "transitions", "replay"}
+)
+UNPICKLING_MODULES = (
+    "pickle",
+    "_pickle",
+    "pickletools",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "shelve",
+    "marshal",
+    "copyreg",
+    "msgpack_numpy",
+    "ray.cloudpickle",
+    "ray.rllib.utils.compression",
+    "ray.rllib.utils.serialization",
+    "torch.load",
+    "pandas.read_pickle",
+)
+UNPICKLING_CALLS = ("unpack_if_needed", "read_pickle", "gym_space_from_dict", "space_from_dict", "torch.load")
+
+
+def unpickling_in(tree: ast.AST) -> Iterator[str]:
+    """What may unpickle: imports wherever they stand, calls by name, and NumPy's permission."""
+    for found in imports_of(tree):
+        if any(found.name == name or found.name.startswith(f"{name}.") for name in UNPICKLING_MODULES):
+            yield f"line {found.line}: {found.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if any(called == name or called.endswith(f".{name}") for name in UNPICKLING_CALLS):
+                yield f"line {node.lineno}: {called}"
+            for keyword in node.keywords:
+                if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
+                    yield f"line {node.lineno}: allow_pickle"
+
+
+def test_unpickling_is_found_wherever_it_stands() -> None:
+    source = """
+from ray import cloudpickle
+def f():
+    import pickle as p
+    from ray.rllib.utils import compression
+    import_module("msgpack_numpy")
+    numpy.load(file, allow_pickle=True)
+    numpy.load(file, allow_pickle=False)
+    torch.load(file)
+"""
+    names = [found.partition(": ")[2] for found in unpickling_in(ast.parse(source))]
+    expected = ["ray.cloudpickle", "pickle", "ray.rllib.utils.compression", "msgpack_numpy"]
+    assert names == [*expected, "allow_pickle", "torch.load"]
+
+
+@pytest.mark.parametrize("module", [module for module in READERS_OF_DATA if module != DECODER])
+def test_a_module_that_reads_data_unpickles_nothing_itself(module: str) -> None:
+    assert list(unpickling_in(ast.parse(MODULES[module].read_text()))) == []
 
 
 # --- What a reader meets ----------------------------------------------------------------------------------------------

@@ -1015,11 +1015,27 @@ def test_only_writes_that_a_longer_write_repeats_are_left_out(tmp_path: Path) ->
     assert drop_repeated_writes([*parts, files[1]], "eps_id") == [files[1]]
 
 
-def test_without_msgpack_numpy_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq.write_table(pa.table({"item": pa.array([b"\x80"])}), tmp_path / "episodes.parquet")
+def test_recorded_episodes_are_read_without_msgpack_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    msgpack, msgpack_numpy = pytest.importorskip("msgpack"), pytest.importorskip("msgpack_numpy")
+    episode = SingleAgentEpisode(
+        id_="one",
+        observations=[np.array([0.0, 1.5]), np.array([1.0, 2.5])],
+        infos=[{}, {"steps": np.int64(3), "text": "done"}],
+        actions=[np.array([0.25], np.float32)],
+        rewards=[1.0],
+        terminated=True,
+        observation_space=gym.spaces.Dict(b=gym.spaces.Discrete(3, start=1), a=gym.spaces.MultiDiscrete([2, 4])),
+        action_space=gym.spaces.Box(np.float32([-1]), np.float32([2])),
+        len_lookback_buffer=0,
+    )
+    item = msgpack.packb(episode.get_state(), default=msgpack_numpy.encode)
+    pq.write_table(pa.table({"item": [item]}), tmp_path / "episodes.parquet")
     monkeypatch.setitem(sys.modules, "msgpack_numpy", None)
-    with pytest.raises(ImportError, match="pip install msgpack-numpy"):
-        open_input(tmp_path)
+    (reader,) = open_input(tmp_path)
+    assert reader.info.action_space == episode.action_space
+    (read_back,) = reader
+    np.testing.assert_array_equal(read_back.get_observations(), [[0.0, 1.5], [1.0, 2.5]])
+    np.testing.assert_array_equal(read_back.get_actions(), episode.get_actions())
 
 
 def test_bytes_that_are_no_episode_are_refused_with_their_row(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_calql.datasets import parquet
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeReader, ReadOptions
 from rllib_calql.datasets.files import DataFile, find_files
-from rllib_calql.datasets.in_memory import DataHandle, DatasetReader, EpisodesReader, InMemoryDataset, InMemoryEpisodes
+from rllib_calql.datasets.in_memory import DatasetReader, EpisodesReader
 from rllib_calql.datasets.minari import SCHEME, MinariReader
 from rllib_calql.datasets.rllib_recorded import (
     RecordedEpisodesReader,
@@ -21,6 +21,7 @@ from rllib_calql.datasets.rllib_recorded import (
     holds_episodes,
     holds_recorded_rows,
 )
+from rllib_calql.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
 
 if TYPE_CHECKING:
     import ray.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def decode_numbers(field: Any, array: Any, where: Where) -> Nested:
         raise ValueError(f"`{field.name}` has no value in {where(row)}; fill it in, or drop the row's episode.")
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    shape = _tensor_shape(field, array)
+    shape = _tensor_shape(field, array, where)
     if isinstance(array, pa.ExtensionArray):
         if shape is None and pa.types.is_struct(array.type.storage_type):
             raise ValueError(
@@ -50,7 +51,14 @@ def decode_numbers(field: Any, array: Any, where: Where) -> Nested:
             f"`{field.name}` must hold numbers or lists of numbers, got {array.type} in {where(0)}; convert the column."
         )
     values = _decode_lists(field.name, array, where)
-    return values if shape is None else values.reshape(len(values), *shape)
+    if shape is None:
+        return values
+    if math.prod(shape) != math.prod(values.shape[1:]):
+        raise ValueError(
+            f"`{field.name}` holds {math.prod(values.shape[1:])} numbers in {where(0)}, and tensors of shape {shape} "
+            "by its metadata; write the file again."
+        )
+    return values.reshape(len(values), *shape)
 
 
 def is_numeric(type_: Any) -> bool:
@@ -84,16 +92,25 @@ def _is_list(type_: Any) -> bool:
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
 
 
-def _tensor_shape(field: Any, array: Any) -> tuple[int, ...] | None:
+def _tensor_shape(field: Any, array: Any, where: Where) -> tuple[int, ...] | None:
     """Row shape of a tensor column (Ray's or Arrow's own), which is stored as a flat list."""
     if isinstance(array, pa.ExtensionArray):
         shape = getattr(array.type, "shape", None)
         return None if shape is None else tuple(shape)
     # Ray's tensor type is only an annotation on the field until `ray.data` is imported.
     metadata = field.metadata or {}
-    if metadata.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
-        return tuple(json.loads(metadata[b"ARROW:extension:metadata"]))
-    return None
+    if not metadata.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
+        return None
+    try:
+        shape = json.loads(metadata[b"ARROW:extension:metadata"])
+    except (KeyError, ValueError):
+        shape = None
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(
+            f"`{field.name}` is a column of tensors that does not tell their shape in {where(0)}; Ray 2.49 to 2.54 "
+            "stored it as a pickle, which is not opened here: write the column as fixed-size lists."
+        )
+    return tuple(shape)
 
 
 def _decode_lists(name: str, array: Any, where: Where, per_row: int = 1) -> NDArray[Any]:

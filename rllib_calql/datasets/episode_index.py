@@ -63,7 +63,7 @@ def index_episodes(batches: Iterable[Any], column: str, where_from: Callable[[in
         where = where_from(row)
         if ids.null_count:
             raise ValueError(f"`{column}` has no value in {where(first_null(ids))}; give every row an id.")
-        if not _is_id_type(ids.type):
+        if not is_id_type(ids.type):
             raise ValueError(
                 f"`{column}` must hold whole numbers or text, got {describe_type(ids.type)} in {where(0)}; convert "
                 "the ids."
@@ -75,18 +75,19 @@ def index_episodes(batches: Iterable[Any], column: str, where_from: Callable[[in
     return EpisodeIndex([_text_of(id_) for id_ in codes], np.array(runs, dtype=np.int64).reshape(-1, 2))
 
 
+def is_id_type(type_: Any) -> bool:
+    """Whether a column of this Arrow type may hold episode ids: numbers, text or bytes."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    checks = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    return any(check(type_) for check in (*checks, pa.types.is_large_binary, pa.types.is_floating))
+
+
 def runs_of(ids: Any) -> Iterator[tuple[Any, int]]:
     """Yields (id, number of rows) for each run of equal ids."""
     encoded = pc.run_end_encode(ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids)
     lengths = np.diff(encoded.run_ends.to_numpy(), prepend=0)
     return zip(encoded.values.to_pylist(), lengths.tolist(), strict=True)
-
-
-def _is_id_type(type_: Any) -> bool:
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    checks = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    return any(check(type_) for check in (*checks, pa.types.is_large_binary, pa.types.is_floating))
 
 
 def _text_of(id_: Any) -> str:

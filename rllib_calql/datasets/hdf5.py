@@ -24,6 +24,10 @@ _NESTED_COLUMNS = frozenset(
 _MAX_DEPTH = 8
 _FORMAT = "HDF5"
 
+# Files may be sparse, but not at will: what their size allows with the best of compressions.
+_MAX_UNCHECKED_BYTES = 2**36
+_MAX_COMPRESSION = 2**17
+
 # Decompressed chunks per array that HDF5 keeps. Chunks are rarely aligned with the rows that are read at a time.
 _CHUNK_CACHE_BYTES = 8 * 2**20
 _MAX_CHUNK_CACHE_BYTES = 512 * 2**20
@@ -67,6 +71,7 @@ class Hdf5Reader(FlatReader):
 class _Hdf5File(FlatFile):
     def __init__(self, file: DataFile, root: Any, h5py: Any) -> None:
         self._file = file
+        _refuse_links_to_files(h5py, file, root)
         with reading(file, _FORMAT):
             names = {name: list(root[name]) for name in root if isinstance(root.get(name), h5py.Group)}
             group_names = [name for name, inner in names.items() if not _NESTED_COLUMNS.isdisjoint(inner)]
@@ -79,11 +84,15 @@ class _Hdf5File(FlatFile):
             )
         with reading(file, _FORMAT):
             group = root if is_flat or not group_names else root[group_names[0]]
+        _refuse_links_to_files(h5py, file, group)
+        with reading(file, _FORMAT):
             self.arrays = _arrays_of(h5py, group)
             self._datasets: dict[str, Any] = {name: group[name] for name in self.arrays if not name.endswith("/*")}
             self.reference_scores = _reference_scores(root.attrs)
         if (folder := file.local_path) is not None:
             _refuse_views_on_missing_files(file, folder.parent, self._datasets)
+        for name, dataset in self._datasets.items():
+            _check_content(file, root, name, dataset)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         with reading(self._file, _FORMAT):
@@ -119,11 +128,42 @@ def _refuse_views_on_missing_files(file: DataFile, folder: Path, datasets: Mappi
     for name, dataset in datasets.items():
         sources = {source.file_name for source in dataset.virtual_sources()} if dataset.is_virtual else set()
         for source in sorted(sources):
-            if source != "." and "%" not in source and not (folder / source).exists() and not Path(source).exists():
+            if source != "." and "%" not in source and not (folder / source).is_file() and not Path(source).is_file():
                 raise ValueError(
                     f"`{name}` in {str(file)!r} is a view on {source!r}, which is missing; bring that file back, or "
                     "write the numbers into one file."
                 )
+
+
+def _refuse_links_to_files(h5py: Any, file: DataFile, group: Any) -> None:
+    """Refuses links to other files before they are followed: nothing checks what is there, or notices its change."""
+    with reading(file, _FORMAT):
+        links = {name: group.get(name, getlink=True) for name in group}
+    for name, link in links.items():
+        if isinstance(link, h5py.ExternalLink):
+            raise ValueError(
+                f"`{name}` in {str(file)!r} is a link to another file, {link.filename!r}; write the numbers into one "
+                "file."
+            )
+    for name in _NESTED_COLUMNS.intersection(links):
+        with reading(file, _FORMAT):
+            entry = group.get(name)
+        if isinstance(entry, h5py.Group):
+            _refuse_links_to_files(h5py, file, entry)
+
+
+def _check_content(file: DataFile, root: Any, name: str, dataset: Any) -> None:
+    """Refuses numbers that stand in another file, and more of them than a file of this size can hold."""
+    if dataset.external or dataset.file.filename != root.filename:
+        other = dataset.external[0][0] if dataset.external else dataset.file.filename
+        raise ValueError(
+            f"The numbers of `{name}` in {str(file)!r} stand in another file, {other!r}; write them into one file."
+        )
+    num_bytes = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+    if num_bytes > _MAX_UNCHECKED_BYTES and num_bytes > _MAX_COMPRESSION * file.size():
+        raise ValueError(
+            f"`{name}` in {str(file)!r} claims {num_bytes} bytes, and the file has {file.size()}; write it again."
+        )
 
 
 def _refuse_groups_of_episodes(file: DataFile, names: dict[str, list[str]]) -> None:

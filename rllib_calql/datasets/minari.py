@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import tree
 from numpy.typing import NDArray
@@ -16,16 +16,14 @@ from rllib_calql.datasets import catalog
 from rllib_calql.datasets.boundaries import whole_episodes
 from rllib_calql.datasets.chunks import Chunk, gather
 from rllib_calql.datasets.columns import ALIASES
-from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions, close_matches
+from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions, close_matches
 from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.datasets.flat_columns import as_flags
+from rllib_calql.datasets.minari_episodes import stored_episodes
 from rllib_calql.plain_names import refuse_unplain_id
 
 SCHEME = "minari:"
 
-# What deflate reaches at most; beyond it, the size in the file is damaged, and allocating it would end the program.
-_EPISODES_PER_OPENING = 100  # HDF5 keeps 60 kB of every object that was opened, until its file is closed.
-_MAX_COMPRESSION = 1032
 _UNFINISHED_REMEDY = "drop it or mark its last step"
 _DAMAGED_REMEDY = "write or download the data set again."
 
@@ -120,7 +118,7 @@ class MinariReader(EpisodeReader):
         """
         dataset = self._dataset
         with_infos = bool(self._infos) if with_infos is None else with_infos
-        episodes = _hdf5_episodes(dataset) if not with_infos and _is_plain_hdf5(dataset) else _minari_episodes(dataset)
+        episodes = stored_episodes(dataset, with_infos=with_infos)
         for number in dataset.episode_indices:
             try:
                 episode = next(episodes)
@@ -193,93 +191,23 @@ def _is_per_step(values: Any, num_steps: int) -> bool:
     )
 
 
-def _is_plain_hdf5(dataset: Any) -> bool:
-    """Whether episodes are stored as plain HDF5 arrays: no images, which Minari may encode, and no text."""
-    if dataset.storage.FORMAT != "hdf5":
-        return False
-
-    def is_plain(space: gym.Space[Any]) -> bool:
-        if isinstance(space, gym.spaces.Dict):
-            return all(map(is_plain, space.spaces.values()))
-        if isinstance(space, gym.spaces.Tuple):
-            return all(map(is_plain, space.spaces))
-        if isinstance(space, gym.spaces.Box):
-            return space.dtype != np.uint8
-        return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
-
-    return is_plain(dataset.observation_space) and is_plain(dataset.action_space)
-
-
-def _minari_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Minari's `get_episodes`, after a look at the sizes of the arrays that it will make."""
-    episodes = iter(dataset.storage.get_episodes(dataset.episode_indices))
-    if dataset.storage.FORMAT != "hdf5":
-        yield from episodes
-        return
-    import h5py
-
-    def check(name: str, entry: Any) -> None:
-        if isinstance(entry, h5py.Dataset):
-            _check_size(h5py, entry.id, name)
-
-    with h5py.File(Path(dataset.storage.data_path) / "main_data.hdf5", "r") as file:
-        for number in dataset.episode_indices:
-            file[f"episode_{number}"].visititems(check)
-            yield next(episodes)
-
-
-def _hdf5_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The same as Minari's `get_episodes`, four times as fast for many short episodes."""
-    import h5py
-
-    path = Path(dataset.storage.data_path) / "main_data.hdf5"
-    numbers = dataset.episode_indices
-    for start in range(0, len(numbers), _EPISODES_PER_OPENING):
-        with h5py.File(path, "r") as file:
-            for number in numbers[start : start + _EPISODES_PER_OPENING]:
-                group = h5py.h5g.open(file.id, b"episode_%d" % number)
-                flags = ("rewards", "terminations", "truncations")
-                yield {
-                    "id": number,
-                    "observations": _hdf5_values(h5py, group, b"observations", dataset.observation_space),
-                    "actions": _hdf5_values(h5py, group, b"actions", dataset.action_space),
-                    "infos": None,
-                    **{name: _hdf5_array(h5py, group, name.encode()) for name in flags},
-                }
-
-
-def _hdf5_values(h5py: Any, group: Any, name: bytes, space: gym.Space[Any]) -> Nested:
-    if isinstance(space, gym.spaces.Dict):
-        inner = h5py.h5g.open(group, name)
-        return {key: _hdf5_values(h5py, inner, key.encode(), part) for key, part in space.spaces.items()}
-    if isinstance(space, gym.spaces.Tuple):
-        inner = h5py.h5g.open(group, name)
-        return tuple(_hdf5_values(h5py, inner, b"_index_%d" % i, part) for i, part in enumerate(space.spaces))
-    return _hdf5_array(h5py, group, name)
-
-
-def _hdf5_array(h5py: Any, group: Any, name: bytes) -> NDArray[Any]:
-    stored = h5py.h5d.open(group, name)
-    _check_size(h5py, stored, name.decode())
-    values = np.empty(stored.shape, stored.dtype)
-    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values
-
-
-def _check_size(h5py: Any, stored: Any, name: str) -> None:
-    """Refuses an array of more bytes than the file can hold."""
-    num_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-    if num_bytes > 2**30:
-        # The size of an array that is stored in one piece is computed from its shape, so it may be damaged as well.
-        held = min(stored.get_storage_size(), h5py.h5i.get_file_id(stored).get_filesize())
-        if num_bytes > _MAX_COMPRESSION * held:
-            raise ValueError(f"`{name}` claims {num_bytes} bytes and holds {held}")
-
-
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     are_numbers = all(isinstance(score, (int, float)) and math.isfinite(score) for score in (low, high))
     return (float(low), float(high)) if are_numbers else None  # type: ignore[arg-type]
+
+
+def _check_metadata(file: Path) -> None:
+    """Refuses a data set without spaces: Minari would make the environment that the file names, whatever that runs."""
+    if not file.is_file():
+        return
+    metadata = json.loads(file.read_text())
+    missing = [name for name in ("observation_space", "action_space") if not isinstance(metadata.get(name), str)]
+    if missing:
+        raise ValueError(
+            f"{file} does not state the {' and '.join(missing)}, and the environment that it names is not made, since "
+            "that would run what a data file says; write the data set again with Minari 0.5 or newer"
+        )
 
 
 def _load(dataset_id: str) -> tuple[Any, int]:
@@ -289,6 +217,7 @@ def _load(dataset_id: str) -> tuple[Any, int]:
     except ImportError as err:
         raise ImportError('Reading Minari data needs the `minari` package: pip install "rllib-calql[minari]"') from err
     try:
+        _check_metadata(minari.storage.get_dataset_path(dataset_id) / "data" / "metadata.json")
         dataset = minari.load_dataset(dataset_id)
         return dataset, int(dataset.total_steps)
     except FileNotFoundError as err:

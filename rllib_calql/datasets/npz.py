@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
@@ -18,9 +17,11 @@ from rllib_calql.datasets.columns import ALIASES
 from rllib_calql.datasets.files import DataFile
 from rllib_calql.datasets.flat import FlatFile, FlatReader, reading
 from rllib_calql.datasets.flat_columns import MASKS, ArrayHeader
+from rllib_calql.datasets.safe_decoding import read_npy_header
 
 _FORMAT = "NumPy `.npz`"
 _SUFFIX = ".npy"
+_MAX_COMPRESSION = 1032  # What deflate reaches, by which NumPy compresses.
 
 
 class NpzReader(FlatReader):
@@ -89,15 +90,13 @@ class _NpzFile(FlatFile):
 
 def _read_header(stream: Any, info: zipfile.ZipInfo) -> tuple[ArrayHeader, bool]:
     """Reads the header of an array and whether it is stored by columns; checks that its size is that of the content."""
-    version = npy_format.read_magic(stream)
-    read = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}.get(version)
-    if read is None:
-        # Version 3 differs in the names of fields, which columns of numbers have not.
-        return ArrayHeader((), np.dtype(object)), False
     with warnings.catch_warnings():
         # NumPy warns of archives from Python 2, which are read all the same.
         warnings.simplefilter("ignore", UserWarning)
-        shape, is_fortran, dtype = read(stream)
+        header = read_npy_header(stream)
+    if header is None:
+        return ArrayHeader((), np.dtype(object)), False
+    shape, dtype, is_fortran = header
     if dtype.hasobject:
         return ArrayHeader(shape, np.dtype(object)), False
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -106,6 +105,8 @@ def _read_header(stream: Any, info: zipfile.ZipInfo) -> tuple[ArrayHeader, bool]
             f"`{info.filename}` should hold {num_bytes} bytes of an array of shape {shape}, and holds "
             f"{info.file_size - stream.tell()}"
         )
+    if num_bytes > 2**30 and num_bytes > _MAX_COMPRESSION * info.compress_size:
+        raise ValueError(f"`{info.filename}` claims {num_bytes} bytes and holds {info.compress_size}")
     return ArrayHeader(shape, dtype), bool(is_fortran and len(shape) > 1)
 
 

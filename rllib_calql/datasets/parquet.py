@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,10 @@ from rllib_calql.datasets.files import DataFile, fingerprint_of
 
 SUFFIXES = (".parquet", ".pq")
 
+_UNPICKLING_OPTIONS_OF_RAY = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+)
 _READ_BUFFER_BYTES = 2**20
 _REMOTE_READ_BUFFER_BYTES = 8 * 2**20
 
@@ -45,8 +50,9 @@ def open_parquet(file: DataFile) -> Any:
     """Opens a Parquet file so that it is read in small pieces.
 
     Raises:
-        ValueError: If it is not a Parquet file.
+        ValueError: If it is not a Parquet file, or Ray Data would unpickle what its schema holds.
     """
+    _refuse_unpickling(file)
     is_local = file.local_path is not None
     with readable(file):
         return pq.ParquetFile(
@@ -56,6 +62,16 @@ def open_parquet(file: DataFile) -> Any:
             pre_buffer=False,
             page_checksum_verification=True,
         )
+
+
+def _refuse_unpickling(file: DataFile) -> None:
+    """Refuses to open a file while Ray Data, if it is loaded, has been told to unpickle the types in its schema."""
+    for name in _UNPICKLING_OPTIONS_OF_RAY:
+        if os.environ.get(name, "0") not in ("0", "", "false", "False"):
+            raise ValueError(
+                f"{str(file)!r} is not opened: the environment variable `{name}` has Ray Data unpickle what Parquet "
+                "files hold, which runs whatever stands there; unset it for this program."
+            )
 
 
 class ParquetSource:

@@ -6,35 +6,37 @@ What the recorder (`OfflineSingleAgentEnvRunner`, Ray 2.60) writes, and what is 
   them, only on their way to the environment. SAC's lie in [-1, 1], PPO's have no bounds. Files do not tell whether the
   recording config had `normalize_actions=False`; its actions would be in the environment's bounds, and misread here.
 * Observations are what the env-to-module connectors left in the episode, so flat vectors after `FlattenObservations`.
-* Observations are pickled, compressed strings unless `output_compress_columns=[]`. Unpickling runs code: read
-  recordings only from where you would run programs from.
+* Observations are pickled, compressed strings unless `output_compress_columns=[]`. What is no array of numbers in them
+  is refused and not run; see `rllib_calql.datasets.safe_decoding`.
 * The recorder does not empty its buffer between calls of `sample()` unless `output_max_rows_per_file` is set, so each
   call writes everything again that was written before. Such repetitions are left out.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils import compression
 
 from rllib_calql.datasets.arrow import Where, decode_numbers, is_text_or_bytes
 from rllib_calql.datasets.boundaries import whole_episodes
 from rllib_calql.datasets.chunks import extra_columns_of, gather, join_chunks, observation_space_of
+from rllib_calql.datasets.episode_index import is_id_type
 from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions
 from rllib_calql.datasets.files import DataFile, fingerprint_of
+from rllib_calql.datasets.packed_episodes import unpacked_episode
 from rllib_calql.datasets.parquet import ParquetReader, open_parquet, readable
-
-_unpack: Callable[[str | bytes], Any] = compression.unpack
+from rllib_calql.datasets.safe_decoding import PackedValues
 
 _EPISODE_COLUMN = "item"
+_MAX_BATCH_BYTES = 2**31  # Of the numbers of a few MB of rows: only what repeats itself for ever takes more.
 _UNFINISHED_REMEDY = 'record whole episodes with `config.env_runners(batch_mode="complete_episodes")`, or drop this one'
 
 
@@ -72,18 +74,12 @@ class RecordedEpisodesReader(EpisodeReader):
         """Decodes the first episode for its spaces.
 
         Raises:
-            ImportError: If `msgpack-numpy` is not installed.
-            ValueError: If there are no episodes.
+            ValueError: If there are no episodes, or the first is no episode.
         """
         super().__init__()
-        try:
-            self._msgpack = importlib.import_module("msgpack")
-            self._msgpack_numpy = importlib.import_module("msgpack_numpy")
-        except ImportError as err:
-            raise ImportError(
-                "Reading episodes that RLlib recorded needs the `msgpack-numpy` package: pip install msgpack-numpy"
-            ) from err
         self._options = options
+        for file in files:
+            _check_holds_episodes(file)
         self._files = drop_repeated_writes(files, _EPISODE_COLUMN)
         first = next(self._chunks(), None)
         if first is None:
@@ -132,16 +128,28 @@ class RecordedEpisodesReader(EpisodeReader):
                             yield chunk, where
                         row += 1
 
-    def _unpacked(self, packed: bytes, where: str) -> SingleAgentEpisode:
+    @staticmethod
+    def _unpacked(packed: bytes, where: str) -> SingleAgentEpisode:
         try:
-            state = self._msgpack.unpackb(packed, object_hook=self._msgpack_numpy.decode, strict_map_key=False)
-            return SingleAgentEpisode.from_state(state).to_numpy()
+            return unpacked_episode(packed)
         # msgpack and RLlib raise whatever the bytes happen to cause.
         except Exception as err:
             raise ValueError(
                 f"There is no episode that RLlib packed in {where} ({type(err).__name__}: {err}); copy or record the "
-                "file again."
+                "file again. Arrays of numbers and plain values are read, nothing in data is ever run."
             ) from err
+
+
+def _check_holds_episodes(file: DataFile) -> None:
+    # A column of another type might be unpickled by the mere look at a value, once `ray.data` is loaded.
+    with open_parquet(file) as parquet_file, readable(file):
+        schema = parquet_file.schema_arrow
+    if not holds_episodes(schema):
+        columns = ", ".join(f"`{field.name}` ({field.type})" for field in schema)
+        raise ValueError(
+            f"{str(file)!r} has the columns {columns}, where files of episodes have the column `{_EPISODE_COLUMN}` of "
+            "bytes alone; read files of rows and files of episodes as separate inputs."
+        )
 
 
 def drop_repeated_writes(files: Sequence[DataFile], id_column: str) -> list[DataFile]:
@@ -166,6 +174,8 @@ def drop_repeated_writes(files: Sequence[DataFile], id_column: str) -> list[Data
         if write.num_rows == 0:
             continue
         first_row, last_row = write.row(0), write.row(write.num_rows - 1)
+        if id_column not in first_row.column_names or not is_id_type(first_row[id_column].type):
+            return list(files)  # What is wrong with the column is told when the files are read.
         kept = kept_by_first_id.setdefault(first_row[id_column][0].as_py(), [])
         if any(other.row(0) == first_row and other.row(write.num_rows - 1) == last_row for other in kept):
             repeated.update(write.files)
@@ -204,13 +214,9 @@ def _decode_packed(field: Any, array: Any, where: Where) -> Nested:
         return decode_numbers(field, array, where)
     # One row's next observation is the next row's observation, and resting environments repeat themselves.
     encoded = pc.dictionary_encode(array)
-    try:
-        values = [np.asarray(_unpack(packed)) for packed in encoded.dictionary.to_pylist()]
-    except Exception as err:
-        raise ValueError(
-            f"`{field.name}` holds text that RLlib's recorder did not pack, at or after {where(0)}; store lists of "
-            "numbers."
-        ) from err
+    entries = encoded.indices.to_numpy()
+    texts = encoded.dictionary.cast(pa.large_binary()).to_pylist()  # As bytes, since text may be no UTF-8.
+    values = _unpacked_values(field.name, texts, entries, where)
     shapes = {value.shape for value in values}
     if len(shapes) > 1:
         raise ValueError(
@@ -228,4 +234,35 @@ def _decode_packed(field: Any, array: Any, where: Where) -> Nested:
             f"`{field.name}` has rows of the types {' and '.join(sorted(map(str, types.values())))}, at or after "
             f"{where(0)}; store it in one type."
         )
-    return np.stack(values)[encoded.indices.to_numpy()]
+    if len(entries) * values[0].nbytes > _MAX_BATCH_BYTES:
+        raise ValueError(
+            f"`{field.name}` holds {len(entries)} rows of {values[0].nbytes} bytes at and after {where(0)}, which "
+            "repeat themselves so often that they take a few megabytes in the file; store fewer of them."
+        )
+    return np.stack(values)[entries]
+
+
+def _unpacked_values(name: str, packed: list[bytes], entries: NDArray[Any], where: Where) -> list[NDArray[Any]]:
+    """Unpacks the different values of a column; `entries` tells which of them each row has."""
+    codec = PackedValues()
+    values: list[NDArray[Any]] = []
+    num_bytes = 0
+    for text in packed:
+        try:
+            value = codec.unpack(text)
+            # A dict would become an array of one object, which says less.
+            values.append(np.asarray(value, dtype=object if isinstance(value, dict) else None))
+        except ValueError as err:
+            row = int(np.argmax(entries == len(values)))
+            raise ValueError(
+                f"`{name}` holds text that RLlib's recorder did not pack in {where(row)}: it {err}. Arrays of numbers "
+                "are read, and nothing in data is ever run; store lists of numbers."
+            ) from err
+        num_bytes += values[-1].nbytes
+        if num_bytes > _MAX_BATCH_BYTES:
+            row = int(np.argmax(entries == len(values) - 1))
+            raise ValueError(
+                f"`{name}` holds more than {_MAX_BATCH_BYTES} bytes up to {where(row)}, and takes a few megabytes in "
+                "the file; record smaller observations."
+            )
+    return values
