@@ -1,184 +1,53 @@
-"""Checkpoint folders: written beside their place and renamed, checked before they are read, and read.
-
-A checkpoint at PATH is written as `.NAME.writing` beside it. Complete, it becomes `.NAME.new`; then the earlier one at
-PATH becomes `.NAME.old`, the new one PATH, and the earlier one is removed. So at any moment one of the three names
-holds a complete checkpoint, and readers look for it under all of them.
-"""
+"""Checkpoints as they are read: found, checked before anything in them is unpickled, and read from one save."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
+import posixpath
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rllib_calql.checkpoint_folders import (
+    MANIFEST,
+    MARK,
+    STATE_FILES,
+    beside,
+    clear_remote_checkpoint,
+    is_complete,
+    replaced_folder,
+)
+from rllib_calql.integrity import FORMAT, faults, is_of_cal_ql, parsed_manifest, read_file
+from rllib_calql.versions import difference, incompatible
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+__all__ = [
+    "MANIFEST",
+    "CheckpointFiles",
+    "checked_checkpoint",
+    "clear_remote_checkpoint",
+    "config_of",
+    "is_complete",
+    "read_of_one_save",
+    "replaced_folder",
+]
+
 logger = logging.getLogger(__name__)
 
-MANIFEST = "calql.json"
+T = TypeVar("T")
 
-_MARK = "class_and_ctor_args.pkl"  # RLlib writes it into every folder that an object can be restored from.
-_STATE_FILES = ("algorithm_state.pkl", "algorithm_state.msgpack")  # Written last.
-_PARTS = frozenset(  # What a checkpoint of an algorithm may hold; anything else in its folder belongs to somebody else.
-    {
-        MANIFEST,
-        _MARK,
-        *_STATE_FILES,
-        "rllib_checkpoint.json",
-        "rllib_calql_whole.pkl",  # The mark of `run_state.py`.
-        "learner_group",
-        "env_runner",
-        "eval_env_runner",
-        "env_to_module_connector",
-        "module_to_env_connector",
-    }
-)
 _LEARNER = "learner_group/learner"
 _MODULE = f"{_LEARNER}/rl_module/default_policy"
 _REMEDY = "give the folder that `algo.save_to_path()` or Ray Tune wrote"
-
-
-# --- Writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder to write a checkpoint into, which takes the place of `target` once it is complete.
-
-    Whatever interrupts it, and at any byte, `checked_checkpoint(target)` finds the earlier checkpoint or the new one,
-    complete. Files of others in `target` stay. Where nothing can be renamed, because `target` is a mount point or its
-    parent is read-only, it is written in place: then an interruption loses the earlier one, and is noticed.
-
-    Args:
-        target: Folder of the checkpoint; it need not exist.
-    """
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK) or os.path.ismount(target):
-        _remove_parts(target)
-        yield target
-        return
-    _settle(target)
-    staged = _beside(target, "writing")
-    staged.mkdir()
-    try:
-        yield staged
-        if target.is_dir():
-            shutil.copymode(target, staged)
-        _flush(staged)
-        complete = staged.rename(_beside(target, "new"))
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    _install(complete, target)
-
-
-def _beside(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a local folder holds a checkpoint of an algorithm, to its last file."""
-    return (folder / _MARK).is_file() and any((folder / name).is_file() for name in _STATE_FILES)
-
-
-def _settle(target: Path) -> None:
-    """Ends what an interrupted call left."""
-    staged, new, old = (_beside(target, role) for role in ("writing", "new", "old"))
-    shutil.rmtree(staged, ignore_errors=True)
-    if not is_complete(target):
-        complete = next((folder for folder in (new, old) if is_complete(folder)), None)
-        if complete is not None:
-            _install(complete, target)
-    for folder in (new, old):
-        _remove_checkpoint(folder)
-
-
-def _install(complete: Path, target: Path) -> None:
-    """Moves a complete checkpoint to `target`, whose own is kept until then."""
-    old = _beside(target, "old")
-    entries = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    if entries - _PARTS - {entry.name for entry in complete.iterdir()}:
-        _remove_parts(target)
-        state_files = [name for name in _STATE_FILES if (complete / name).is_file()]
-        shutil.copytree(
-            complete,
-            target,
-            copy_function=_link,
-            dirs_exist_ok=True,
-            ignore=lambda folder, names: state_files if Path(folder) == complete else [],
-        )
-        for name in state_files:
-            _link(complete / name, target / name)
-        _flush(target, contents=False)
-        _remove_checkpoint(complete)
-        return
-    if is_complete(target):
-        _remove_checkpoint(old)
-        target.rename(old)
-    elif entries:
-        shutil.rmtree(target)
-    complete.rename(target)  # Also onto an empty folder.
-    _flush(target.parent, contents=False)
-    _remove_checkpoint(old)
-
-
-def _link(source: str | Path, destination: str | Path) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:  # Not every file system has hard links.
-        shutil.copy2(source, destination)
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    """Removes a folder; interrupted, it does not look complete."""
-    _remove_state_files(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_parts(folder: Path) -> None:
-    """Removes the checkpoint in a folder, and nothing else there."""
-    _remove_state_files(folder)
-    for name in _PARTS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _remove_state_files(folder: Path) -> None:
-    for name in _STATE_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _flush(folder: Path, *, contents: bool = True) -> None:
-    """Makes a folder, and the files in it, outlive a loss of power."""
-    for name, _, files in os.walk(folder) if contents else [(str(folder), [], [])]:
-        for path in [*(os.path.join(name, file) for file in files), name]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def clear_remote_checkpoint(filesystem: FileSystem, folder: str) -> None:
-    """Makes an earlier checkpoint in a folder that cannot be renamed incomplete, until the new one is whole."""
-    from pyarrow.fs import FileType
-
-    for name in _STATE_FILES:
-        if filesystem.get_file_info(f"{folder}/{name}").type == FileType.File:
-            filesystem.delete_file(f"{folder}/{name}")
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
+# While another process saves again and again, a reader may have to begin anew.
+_PATIENCE_S = 30.0
+_SWAP_S = 0.02  # Between two renames of a save.
 
 
 def checked_checkpoint(path: Path) -> Path:
@@ -193,17 +62,27 @@ def checked_checkpoint(path: Path) -> Path:
     """
     path = path.expanduser().absolute()
     target = path.resolve()
-    # A save that is under way may rename between two looks, hence `path` twice.
-    for candidate in (path, _beside(target, "new"), path, _beside(target, "old")):
-        if is_complete(candidate):
-            if candidate != path:
-                logger.warning("Saving to '%s' was interrupted; the checkpoint is taken from '%s'.", path, candidate)
-            return candidate
+    lock, deadline = beside(target, "lock"), time.monotonic() + _SWAP_S
+    while True:
+        # A save that is under way may rename between two looks, hence `path` twice.
+        found = next((c for c in (path, beside(target, "new"), path, beside(target, "old")) if is_complete(c)), None)
+        if found == path:
+            return path
+        # In a save that is alive, the checkpoint is soon at its place.
+        if not lock.exists() or time.monotonic() > deadline:
+            break
+    if found is not None:
+        logger.warning("Saving to '%s' was interrupted; the checkpoint is taken from '%s'.", path, found)
+        return found
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}: no such folder; {_REMEDY}.")
-    if (path / MANIFEST).is_file():
-        raise ValueError(f"The checkpoint at {str(path)!r} is incomplete: saving it was interrupted; {_REMEDY}.")
-    inside = sorted(mark.parent for mark in path.glob(f"[!.]*/{_MARK}")) if path.is_dir() else []
+    if (path / MANIFEST).is_file() or any((path / name).is_file() for name in STATE_FILES):
+        missing = [name for name in (MARK, STATE_FILES[0]) if not (path / name).is_file()]
+        raise ValueError(
+            f"The checkpoint at {str(path)!r} is incomplete: saving it was interrupted or files were lost, "
+            f"{' and '.join(map(repr, missing))} is missing; {_REMEDY}."
+        )
+    inside = sorted(mark.parent for mark in path.glob(f"[!.]*/{MARK}")) if path.is_dir() else []
     hint = f" Did you mean {str(inside[-1])!r}?" if inside else ""
     raise ValueError(f"{str(path)!r} is no checkpoint of an algorithm; {_REMEDY}.{hint}")
 
@@ -217,10 +96,12 @@ class CheckpointFiles:
     Attributes:
         filesystem: PyArrow file system.
         path: Folder in it.
+        source: What messages call the checkpoint; by default `path`.
     """
 
     filesystem: FileSystem
     path: str
+    source: str = ""
 
     @classmethod
     def find(cls, path: Any, filesystem: FileSystem | None = None) -> CheckpointFiles:
@@ -239,39 +120,88 @@ class CheckpointFiles:
         if filesystem is None or isinstance(filesystem, LocalFileSystem):
             return cls(LocalFileSystem(), str(checked_checkpoint(Path(path))))
         folder = str(path).rstrip("/")
-        infos = filesystem.get_file_info([folder, *(f"{folder}/{name}" for name in (_MARK, *_STATE_FILES))])
+        infos = filesystem.get_file_info([folder, *(f"{folder}/{name}" for name in (MARK, *STATE_FILES))])
         if infos[0].type == FileType.NotFound:
             raise FileNotFoundError(f"There is no checkpoint at {folder!r}: no such folder; {_REMEDY}.")
         if infos[1].type != FileType.File or all(info.type != FileType.File for info in infos[2:]):
             raise ValueError(f"{folder!r} is no complete checkpoint of an algorithm; {_REMEDY}.")
         return cls(filesystem, folder)
 
+    def check(self) -> None:
+        """Refuses a checkpoint that is damaged or that cannot be read here, before anything of it is unpickled.
+
+        Raises:
+            ValueError: Naming every file that is missing or damaged, or the versions.
+        """
+        if found := faults(self.filesystem, self.path):
+            raise ValueError(f"The checkpoint at {self._shown!r} is damaged: {', '.join(found)}; use another one.")
+        raw = self.raw_manifest()
+        content = {} if raw is None else parsed_manifest(raw)
+        if content.get("format", FORMAT) > FORMAT:
+            newer = content["versions"]["rllib-calql"]
+            raise ValueError(f"The checkpoint at {self._shown!r} is of a newer rllib-calql, {newer}; install that.")
+        if reason := incompatible(content.get("versions", {})):
+            raise ValueError(f"The checkpoint at {self._shown!r} cannot be read: {reason}.")
+        if raw is not None and ("files" not in content or difference(content["versions"])):
+            # RLlib does not name the file at which it fails.
+            for name in self._state_files():
+                self.read(name)
+
+    def raw_manifest(self) -> bytes | None:
+        """What tells one save from another; None if it cannot be read, as in checkpoints of other algorithms."""
+        try:
+            return read_file(self.filesystem, f"{self.path}/{MANIFEST}")
+        except OSError:
+            return None
+
     def read(self, name: str) -> Any:
-        """The object in a pickled file."""
+        """The object in a pickled file.
+
+        Raises:
+            ImportError: If something it needs cannot be imported here.
+            ValueError: If it cannot be read.
+        """
         from ray import cloudpickle
 
-        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stored:
-            return cloudpickle.load(stored)
+        try:
+            with self.filesystem.open_input_stream(f"{self.path}/{name}") as stored:
+                return cloudpickle.load(stored)
+        except OSError:
+            raise
+        except Exception as err:
+            raw = self.raw_manifest()
+            versions = difference(parsed_manifest(raw)["versions"]) if raw else ""
+            kind = ImportError if isinstance(err, ImportError) else ValueError
+            reason = str(err) or type(err).__name__
+            raise kind(f"'{name}' in the checkpoint at {self._shown!r} cannot be read: {reason}.{versions}") from err
 
     def manifest(self) -> dict[str, Any]:
         """What `manifest.py` says about the run.
 
         Raises:
-            ValueError: If the checkpoint is of another algorithm.
+            ValueError: If the checkpoint is of another algorithm, or its manifest damaged.
         """
+        raw = self.raw_manifest()
+        if raw is None:
+            if is_of_cal_ql(read_file(self.filesystem, f"{self.path}/{MARK}")):
+                raise ValueError(f"The checkpoint at {self._shown!r} is damaged: '{MANIFEST}' is missing.")
+            algorithm = self.read(MARK)["class"].__name__
+            raise ValueError(f"The checkpoint at {self._shown!r} is of {algorithm}, not of Cal-QL.")
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST}") as stored:
-                content: dict[str, Any] = json.loads(stored.read())
-        except FileNotFoundError as err:
-            algorithm = self.read(_MARK)["class"].__name__
-            raise ValueError(f"The checkpoint at {self.path!r} is of {algorithm}, not of Cal-QL.") from err
-        return content
+            return parsed_manifest(raw)
+        except ValueError as err:
+            raise ValueError(f"The checkpoint at {self._shown!r} is damaged: '{MANIFEST}' {err}.") from err
 
     def class_and_config_state(self) -> tuple[Any, Any]:
         """The algorithm's class, and what its constructor takes as config."""
-        content = self.read(_MARK)
+        content = self.read(MARK)
         (state,), _ = content["ctor_args_and_kwargs"]
         return content["class"], state
+
+    def config(self) -> Any:
+        """The algorithm's config, free to be changed."""
+        algorithm_class, state = self.class_and_config_state()
+        return algorithm_class.get_default_config().from_state(state).copy(copy_frozen=False)
 
     def learner_state(self) -> dict[str, Any]:
         """State of the first learner with its networks."""
@@ -279,11 +209,90 @@ class CheckpointFiles:
         state["rl_module"] = {"default_policy": self.read(f"{_MODULE}/module_state.pkl")}
         return state
 
+    def restore_env_runner(self, runner: Any) -> None:
+        """Gives an env runner the states of the connectors and the latest weights."""
+        from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+
+        folder = Path(self.path)
+        if (folder / "env_runner").is_dir():  # Connectors with a state, for example running means.
+            runner.restore_from_path(folder / "env_runner")
+        weights = MultiRLModule.from_checkpoint(folder / _LEARNER / "rl_module")
+        # Without a sequence number the weights are taken in any case.
+        runner.set_state({"rl_module": weights.get_state(inference_only=True)})
+
+    @property
+    def _shown(self) -> str:
+        return self.source or self.path
+
+    def _state_files(self) -> list[str]:
+        from pyarrow.fs import FileSelector
+
+        infos = self.filesystem.get_file_info(FileSelector(self.path, recursive=True))
+        names = [posixpath.relpath(info.path, self.path) for info in infos if info.base_name.endswith("state.pkl")]
+        return [name for name in names if name in STATE_FILES or "/" in name]
+
+
+def read_of_one_save(
+    path: Any,
+    filesystem: FileSystem | None,
+    read: Callable[[CheckpointFiles], T],
+    discard: Callable[[T], None] = lambda result: None,
+) -> T:
+    """Checks a checkpoint and reads it, anew where another save has replaced it meanwhile.
+
+    Args:
+        path: Path, URI or Ray Train `Checkpoint`.
+        filesystem: PyArrow file system of `path`; by default what the URI says.
+        read: Called with the local files, those of a remote checkpoint in a temporary folder; more than once if they
+            changed under it.
+        discard: Called with what `read` returned in vain.
+
+    Returns:
+        What `read` returned, all of it from one save.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no complete checkpoint, or a damaged one.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        found = CheckpointFiles.find(path, filesystem)
+        save = found.raw_manifest()
+        try:
+            with _local(found) as files:
+                files.check()
+                result = read(files)
+        except Exception:
+            if _is_still(found, save) or time.monotonic() > deadline:
+                raise
+            continue
+        if _is_still(found, save):
+            return result
+        discard(result)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Other processes save to {found.path!r} so often that it cannot be read meanwhile.")
+
+
+def _is_still(files: CheckpointFiles, save: bytes | None) -> bool:
+    return files.raw_manifest() == save
+
+
+@contextmanager
+def _local(files: CheckpointFiles) -> Iterator[CheckpointFiles]:
+    """The files where RLlib reads them fast, and where nobody else writes."""
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    if isinstance(files.filesystem, LocalFileSystem):
+        yield files
+        return
+    with tempfile.TemporaryDirectory(prefix="rllib_calql_checkpoint_") as folder:
+        copy_files(files.path, folder, source_filesystem=files.filesystem, destination_filesystem=LocalFileSystem())
+        yield CheckpointFiles(LocalFileSystem(), folder, source=files.path)
+
 
 def config_of(checkpoint: Path) -> Any:
     """The config in the checkpoint of an algorithm, any of RLlib's, free to be changed.
 
     Unpickling runs code: read checkpoints only from where you would run programs from.
     """
-    algorithm_class, state = CheckpointFiles.find(checkpoint).class_and_config_state()
-    return algorithm_class.get_default_config().from_state(state).copy(copy_frozen=False)
+    return read_of_one_save(checkpoint, None, CheckpointFiles.config)

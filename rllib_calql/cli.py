@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rllib_calql
-from rllib_calql.checkpoint import config_of
+from rllib_calql.checkpoint import MANIFEST, CheckpointFiles, read_of_one_save
 from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
 from rllib_calql.dataset_cli import dataset
 from rllib_calql.plain_names import refuse_unplain_name
@@ -116,7 +116,8 @@ def file(
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
 def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -> None:
     """Run the greedy policy of CHECKPOINT, a folder written by training, in its environment."""
-    if not (checkpoint / _CONFIG_FILE).is_file():
+    # Whose own files are there is damaged, and which of them is said when it is read.
+    if not any((checkpoint / name).is_file() for name in (_CONFIG_FILE, MANIFEST)):
         what = "is not a checkpoint of an algorithm" if checkpoint.exists() else "does not exist"
         inside = sorted(checkpoint.glob(f"**/checkpoint_*/{_CONFIG_FILE}"))
         hint = f" Did you mean '{inside[-1].parent}'?" if inside else ""
@@ -227,24 +228,24 @@ def _evaluate_checkpoint(
     Returns:
         The returns of the episodes, the success rate and the normalised score where they are known.
     """
-    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
     from rllib_calql import metrics as keys
     from rllib_calql.callbacks import EpisodeOutcomeCallback
 
-    config = config_of(checkpoint)
-    if config.env is None:
-        raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
-    config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
-    config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
-    config.debugging(seed=seed)
-    config.callbacks([EpisodeOutcomeCallback])
-    runner = SingleAgentEnvRunner(config=config, worker_index=0)
-    if (checkpoint / "env_runner").is_dir():  # Connectors with a state, for example running means.
-        runner.restore_from_path(checkpoint / "env_runner")
-    weights = MultiRLModule.from_checkpoint(checkpoint / "learner_group" / "learner" / "rl_module")
-    runner.set_state({"rl_module": weights.get_state(inference_only=True)})
+    def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
+        config = files.config()
+        if config.env is None:
+            raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
+        config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
+        config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
+        config.debugging(seed=seed)
+        config.callbacks([EpisodeOutcomeCallback])
+        runner = SingleAgentEnvRunner(config=config, worker_index=0)
+        files.restore_env_runner(runner)
+        return config, runner
+
+    config, runner = read_of_one_save(checkpoint, None, restored, discard=lambda made: made[1].stop())
     episodes = runner.sample(num_episodes=num_episodes, explore=False)
     metrics = runner.get_metrics()
     runner.stop()

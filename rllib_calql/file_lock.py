@@ -68,10 +68,14 @@ def held_lock(path: Path, *, wait: bool = False, waiting: str | None = None) -> 
     try:
         yield
     finally:
-        # Removed while it is held: whoever waits for this file sees that it is not the one at `path` any more.
-        if _is_at(path, descriptor):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            # Removed while it is held: whoever waits for this file sees that it is not the one at `path` any more.
+            if _is_at(path, descriptor):
+                path.unlink(missing_ok=True)
+        finally:
+            # Closing is not enough where a child of a fork has the descriptor as well.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def _acquired(path: Path, *, wait: bool, waiting: str | None) -> int | None:

@@ -5,15 +5,14 @@ All functions take plain dictionaries as `manifest_of` makes them, which survive
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rllib_calql import metrics as keys
 from rllib_calql.transitions import flat_size
+from rllib_calql.versions import versions_here
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -34,7 +33,6 @@ _NETWORK_SETTINGS = (
 )
 _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
 _SETTING_OF = {"reference_column": "reference_value"}
-_PACKAGES = ("rllib-calql", "ray", "torch", "numpy")
 
 Manifest = Mapping[str, Any]
 
@@ -82,15 +80,8 @@ def manifest_of(
                 "space": str(action_space),
             },
         },
-        "versions": {"python": platform.python_version(), **{name: _version_of(name) for name in _PACKAGES}},
+        "versions": versions_here(),
     }
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def check_networks(stored: Manifest, own: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pathlib
 import tempfile
@@ -20,8 +19,9 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 
 from rllib_calql import metrics as keys
-from rllib_calql.checkpoint import MANIFEST, CheckpointFiles, clear_remote_checkpoint, replaced_folder
+from rllib_calql.checkpoint import CheckpointFiles, clear_remote_checkpoint, read_of_one_save, replaced_folder
 from rllib_calql.config import CalQLConfig
+from rllib_calql.integrity import check_component, upload, write_manifest
 from rllib_calql.manifest import changes_of_units, check_networks, check_resumable, manifest_of
 
 if TYPE_CHECKING:
@@ -103,8 +103,10 @@ class ResumableCQL(CQL):
     ) -> str:
         """Writes a checkpoint that takes the place of an earlier one at `path` only once it is complete.
 
-        On a local file system an interruption at any moment leaves the earlier checkpoint or the new one, see
-        `replaced_folder`. Elsewhere nothing can be renamed: a checkpoint that was interrupted is refused when read.
+        On a local file system an interruption at any moment leaves the earlier checkpoint or the new one, and one of
+        several writers is let in, see `replaced_folder`. Elsewhere nothing can be renamed or locked: the files are
+        written to a temporary folder and copied, and a checkpoint that was interrupted, or written by two at once, is
+        refused when read.
 
         Args:
             path: Folder, relative ones as well, or URI; by default a new folder for temporary files.
@@ -117,7 +119,7 @@ class ResumableCQL(CQL):
 
         Raises:
             ValueError: With `use_msgpack`.
-            RuntimeError: If a remote learner could not write its part.
+            RuntimeError: If somebody else is writing to the folder, or a remote learner could not write its part.
         """
         from pyarrow.fs import FileSystem, LocalFileSystem
 
@@ -129,27 +131,30 @@ class ResumableCQL(CQL):
         if filesystem is not None and not isinstance(filesystem, LocalFileSystem):
             filesystem.create_dir(location, recursive=True)
             clear_remote_checkpoint(filesystem, location)
-            self._write(filesystem, location, state=state)
+            with tempfile.TemporaryDirectory(prefix="rllib_calql_checkpoint_") as staged:
+                self._write(pathlib.Path(staged), state=state)
+                upload(pathlib.Path(staged), filesystem, location)
             return location
         target = pathlib.Path(location).expanduser().absolute()
         with replaced_folder(target) as folder:
-            self._write(LocalFileSystem(), str(folder), state=state)
+            self._write(folder, state=state)
         return str(target)
 
-    def _write(self, filesystem: FileSystem, folder: str, *, state: dict[str, Any] | None) -> None:
+    def _write(self, folder: pathlib.Path, *, state: dict[str, Any] | None) -> None:
+        from pyarrow.fs import LocalFileSystem
+
         self._load_due_pretrained()
         own = state if state is None else state.get(_STATE)
         manifest = self._manifest() if state is None else own and own["manifest"]
-        if manifest:
-            with filesystem.open_output_stream(f"{folder}/{MANIFEST}") as stream:
-                stream.write(json.dumps(manifest, indent=2).encode())
-        super().save_to_path(folder, state=state, filesystem=filesystem)
+        super().save_to_path(str(folder), state=state, filesystem=LocalFileSystem())
         if self.learner_group.is_remote and state is None:
             # RLlib has a learner actor write its own part, and ignores its errors.
             try:
-                CheckpointFiles(filesystem, folder).learner_state()
+                CheckpointFiles(LocalFileSystem(), str(folder)).learner_state()
             except (OSError, EOFError, ValueError, LookupError) as err:
-                raise RuntimeError(f"A learner could not write its part of the checkpoint to {folder!r}.") from err
+                raise RuntimeError(f"A learner could not write its part of the checkpoint to '{folder}'.") from err
+        if manifest:
+            write_manifest(folder, manifest, parts=[name for name, _ in self.get_checkpointable_components()])
         if manifest and manifest["online_data"]["in_checkpoint"]:
             online = manifest["online_data"]
             logger.info(
@@ -189,8 +194,8 @@ class ResumableCQL(CQL):
             **kwargs: Refused; they belong to RLlib's old API stack.
 
         Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder is no checkpoint, or the config does not fit it.
+            FileNotFoundError: If there is no such folder, or the data are not where the config says.
+            ValueError: If the folder is no checkpoint, or a damaged one, or the config does not fit it.
             TypeError: If there are other arguments, or `config` is no `CalQLConfig`.
         """
         if kwargs:
@@ -198,15 +203,28 @@ class ResumableCQL(CQL):
             raise TypeError(f"`from_checkpoint` takes `path`, `filesystem` and `config`, got {names}; drop them.")
         if config is not None and not isinstance(config, CalQLConfig):
             raise TypeError(f"`config` must be a `CalQLConfig`, got {type(config).__name__}.")
-        files = CheckpointFiles.find(path, filesystem)
+        return read_of_one_save(
+            path, filesystem, lambda files: cls._restored(files, config), discard=lambda restored: restored.stop()
+        )
+
+    @classmethod
+    def _restored(cls, files: CheckpointFiles, config: CalQLConfig | None) -> Self:
         algorithm_class, state = files.class_and_config_state()
         if not issubclass(algorithm_class, cls):
             raise ValueError(
                 f"The checkpoint at {files.path!r} is of {algorithm_class.__name__}; use "
                 f"`{algorithm_class.__name__}.from_checkpoint`."
             )
-        with _restoring():
-            restored: Self = algorithm_class(state if config is None else config.copy(copy_frozen=False))
+        try:
+            with _restoring():
+                restored: Self = algorithm_class(state if config is None else config.copy(copy_frozen=False))
+        except FileNotFoundError as err:
+            if config is not None:
+                raise
+            raise FileNotFoundError(
+                f"{err} The config in the checkpoint at {files.source or files.path!r} names it; where it has been "
+                "moved, give the config with the new path: `from_checkpoint(path, config=...)`."
+            ) from err
         try:
             restored.restore_from_path(files.path, filesystem=files.filesystem)
         except BaseException:
@@ -228,22 +246,26 @@ class ResumableCQL(CQL):
 
         Raises:
             FileNotFoundError: If there is no such folder.
-            ValueError: If it is no checkpoint, or not one of this run; nothing has been changed then.
+            ValueError: If it is no checkpoint, a damaged one, or not one of this run; nothing has been changed then.
         """
-        files = None
         if component is None:
-            files = CheckpointFiles.find(path, filesystem)
-            check_resumable(files.manifest(), self._manifest())
-            path, filesystem = files.path, files.filesystem
+            read_of_one_save(path, filesystem, lambda files: self._restore(files, **kwargs))
         else:  # RLlib's algorithm looks into it whenever it is there.
-            kwargs["component"] = component
-        restore = Checkpointable.restore_from_path if self.env_runner_group is None else Algorithm.restore_from_path
-        restore(self, path, filesystem=filesystem, **kwargs)
-        if files is not None and self.learner_group.is_remote:
-            # RLlib has the learner actors read it, and ignores their errors.
-            self._set_learner_state(lambda learner, state: learner.set_state(state), files.learner_state())
+            check_component(path, filesystem)
+            self._restore_by_rllib(path, filesystem=filesystem, component=component, **kwargs)
         if self.env_runner_group is not None:
             self._after_restore()
+
+    def _restore(self, files: CheckpointFiles, **kwargs: Any) -> None:
+        check_resumable(files.manifest(), self._manifest())
+        self._restore_by_rllib(files.path, filesystem=files.filesystem, **kwargs)
+        if self.learner_group.is_remote:
+            # RLlib has the learner actors read it, and ignores their errors.
+            self._set_learner_state(lambda learner, state: learner.set_state(state), files.learner_state())
+
+    def _restore_by_rllib(self, path: str | pathlib.Path, **kwargs: Any) -> None:
+        restore = Checkpointable.restore_from_path if self.env_runner_group is None else Algorithm.restore_from_path
+        restore(self, path, **kwargs)
 
     @override(Algorithm)
     def set_state(self, state: dict[str, Any]) -> None:
@@ -298,10 +320,14 @@ class ResumableCQL(CQL):
         if not self._is_pretrained_due:
             return
         own = self._manifest()
-        try:
-            files = CheckpointFiles.find(self.config.pretrained)
+
+        def read(files: CheckpointFiles) -> tuple[dict[str, Any], dict[str, Any]]:
             stored = files.manifest()
             check_networks(stored, own)
+            return stored, files.learner_state()
+
+        try:
+            stored, learner_state = read_of_one_save(self.config.pretrained, None, read)
         except (FileNotFoundError, ValueError) as err:
             raise type(err)(f"`pretrained`: {err}") from err
         if changes := changes_of_units(stored, own):
@@ -309,7 +335,7 @@ class ResumableCQL(CQL):
                 "The Q values of `pretrained` were learned in other units: %s. They are adapted only by training.",
                 ", ".join(changes),
             )
-        self._set_learner_state(_adopt, files.learner_state())
+        self._set_learner_state(_adopt, learner_state)
         self.num_offline_updates = stored[keys.NUM_OFFLINE_UPDATES_LIFETIME]
         self._is_pretrained_due = False
         if sync:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checkpoint_writers import race
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.rllib.utils import checkpoints
 from tiny import line_config
 
 from rllib_calql import CalQL, checkpoint
 from rllib_calql.checkpoint import checked_checkpoint, replaced_folder
+from rllib_calql.file_lock import LockedError
 
 FILES = ("class_and_ctor_args.pkl", "calql.json", "learner_group/learner/state.pkl", "algorithm_state.pkl")
 
@@ -212,12 +216,11 @@ def test_a_checkpoint_in_place_is_noticed_when_it_is_interrupted(
 
 def test_sigkill_at_random_moments_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     program = f"""
-import importlib.util, itertools, sys
+import itertools, sys, types
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("checkpoint", {checkpoint.__file__!r})
-checkpoint = importlib.util.module_from_spec(spec)
-sys.modules["checkpoint"] = checkpoint
-spec.loader.exec_module(checkpoint)
+package = sys.modules["rllib_calql"] = types.ModuleType("rllib_calql")  # Without Ray, which takes seconds to import.
+package.__path__ = [{str(Path(checkpoint.__file__).parent)!r}]
+from rllib_calql import checkpoint
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 for generation in itertools.count(first):
     with checkpoint.replaced_folder(path) as folder:
@@ -239,6 +242,98 @@ for generation in itertools.count(first):
             process.send_signal(signal.SIGKILL)
         assert generation_of(path) > known
         known = generation_of(path)
+
+
+# --- Several writers --------------------------------------------------------------------------------------------------
+
+
+def test_two_live_writers_leave_a_whole_checkpoint_of_one_of_them_after_every_round(tmp_path: Path) -> None:
+    outcome = race(tmp_path / "checkpoint", rounds=15)
+    assert outcome.wrong == []
+    assert outcome.num_saved + len(outcome.refusals) == 30
+    assert outcome.num_saved >= 15
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def spellings(tmp_path: Path) -> dict[str, Path]:
+    """Other names of `tmp_path / "checkpoint"`."""
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    names = ("checkpoint", "link", "folder/checkpoint", "folder/../" + tmp_path.name + "/link")
+    return {name: tmp_path / name for name in names}
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_second_writer_is_told_of_the_first_which_goes_on_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_in_place: bool
+) -> None:
+    path = tmp_path / "checkpoint"
+    with replaced_folder(path) as folder:
+        write_generation(folder, 1)
+    if is_in_place:
+        monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    holder = (
+        rf"^Process {os.getpid()} on .*since 20.* is writing a checkpoint to '{path}'; this one was not saved: give"
+    )
+    with replaced_folder(path) as folder:
+        write_generation(folder, 2)
+        for spelling in spellings(tmp_path).values():
+            with pytest.raises(LockedError, match=holder), replaced_folder(spelling):
+                pass
+            with ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match=holder):
+                thread.submit(write_and_fail, spelling, OSError()).result()
+    assert generation_of(path) == 2
+    with replaced_folder(path) as folder:  # Nothing is left of the lock.
+        write_generation(folder, 3)
+    assert generation_of(path) == 3
+    assert sorted(os.listdir(path)) == sorted({name.split("/")[0] for name in FILES})
+
+
+def test_what_a_live_writer_writes_to_is_never_removed_and_what_a_dead_one_left_is(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    (tmp_path / ".checkpoint.writing").mkdir()  # Of an earlier version.
+    (tmp_path / ".checkpoint.writing-notes").mkdir()  # Of somebody else, as is the next one.
+    (tmp_path / ".checkpoint.writing-0123abcd.writing-0123abcd").mkdir()
+    with replaced_folder(path) as slow:
+        write_generation(slow, 1)
+        (tmp_path / ".checkpoint.lock").unlink()  # By hand, or by a tool that cleans up.
+        with replaced_folder(path) as fast:
+            write_generation(fast, 2)
+        assert generation_of(path) == 2
+        assert slow.is_dir()
+    assert generation_of(path) == 1
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from rllib_calql.checkpoint import replaced_folder
+with replaced_folder(Path({str(path)!r})) as folder:
+    (folder / "algorithm_state.pkl").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert [name for name in os.listdir(tmp_path) if name.endswith("lock") or re.search("writing-[0-9a-f]{8}$", name)]
+    with replaced_folder(path) as folder:
+        write_generation(folder, 3)
+    assert generation_of(path) == 3
+    others = [".checkpoint.writing-0123abcd.writing-0123abcd", ".checkpoint.writing-notes"]
+    assert sorted(os.listdir(tmp_path)) == [*others, "checkpoint"]
+
+
+@pytest.mark.parametrize("lost", [FILES[0], FILES[-1]])
+def test_what_is_not_complete_does_not_take_the_place_of_what_is(tmp_path: Path, lost: str) -> None:
+    path = tmp_path / "checkpoint"
+    with replaced_folder(path) as folder:
+        write_generation(folder, 1)
+
+    def write_and_lose() -> None:
+        with replaced_folder(path) as folder:
+            write_generation(folder, 2)
+            (folder / lost).unlink()
+
+    with pytest.raises(RuntimeError, match=rf"'{path}' was not written whole, '{lost}' is missing"):
+        write_and_lose()
+    assert generation_of(path) == 1
+    assert os.listdir(tmp_path) == ["checkpoint"]
 
 
 # --- The algorithm ----------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration", "held_data"),
-    ("checkpoint", "shared_data"),
+    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration", "held_data", "versions"),
+    ("checkpoint_folders", "shared_data"),
+    ("integrity",),
+    ("checkpoint",),
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),

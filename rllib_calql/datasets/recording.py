@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tree
 
-from rllib_calql.checkpoint import checked_checkpoint, config_of
+from rllib_calql.checkpoint import config_of, read_of_one_save
 from rllib_calql.datasets.episodes import EpisodeBlock, Nested, check_finite
 from rllib_calql.datasets.writers import DatasetMetadata, WriteSummary, write_blocks
 
@@ -248,7 +248,7 @@ def _policy_config(policy: Policy) -> Any:
     if isinstance(policy, Algorithm):
         config = policy.config.copy(copy_frozen=False)
     elif isinstance(policy, (str, os.PathLike)):
-        config = config_of(checked_checkpoint(Path(policy)))
+        config = config_of(Path(policy))
     elif callable(policy):
         return None
     else:
@@ -316,22 +316,15 @@ def _player_of_algorithm(
 
 def _restore(runner: Any, policy: Policy) -> None:
     """Gives an env runner the states of the connectors and the latest weights."""
-    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
-
     if isinstance(policy, (str, os.PathLike)):
-        checkpoint = checked_checkpoint(Path(policy))
-        if (checkpoint / "env_runner").is_dir():
-            runner.restore_from_path(checkpoint / "env_runner")
-        module = MultiRLModule.from_checkpoint(checkpoint / "learner_group" / "learner" / "rl_module")
-        weights = module.get_state(inference_only=True)
+        read_of_one_save(policy, None, lambda files: files.restore_env_runner(runner))
     else:
         if policy.env_runner is not None:
             # Copied, since running means go on in place while the recording runs.
             runner.set_state(copy.deepcopy(policy.env_runner.get_state(not_components="rl_module")))
         learners = policy.learner_group.get_state(components="learner/rl_module", inference_only=True)
-        weights = learners["learner"]["rl_module"]
-    # Without a sequence number the weights are taken in any case.
-    runner.set_state({"rl_module": weights})
+        # Without a sequence number the weights are taken in any case.
+        runner.set_state({"rl_module": learners["learner"]["rl_module"]})
 
 
 @contextmanager
