@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import posixpath
 import tempfile
@@ -166,9 +167,9 @@ class CheckpointFiles:
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{name}") as stored:
                 return cloudpickle.load(stored)
-        except OSError:
-            raise
         except Exception as err:
+            if isinstance(err, OSError) and not isinstance(err, io.UnsupportedOperation):  # Of a damaged pickle.
+                raise
             raw = self.raw_manifest()
             versions = difference(parsed_manifest(raw)["versions"]) if raw else ""
             kind = ImportError if isinstance(err, ImportError) else ValueError

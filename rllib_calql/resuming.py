@@ -257,8 +257,17 @@ class ResumableCQL(CQL):
             self._after_restore()
 
     def _restore(self, files: CheckpointFiles, **kwargs: Any) -> None:
-        check_resumable(files.manifest(), self._manifest())
-        self._restore_by_rllib(files.path, filesystem=files.filesystem, **kwargs)
+        manifest = files.manifest()
+        check_resumable(manifest, self._manifest())
+        try:
+            self._restore_by_rllib(files.path, filesystem=files.filesystem, **kwargs)
+        except Exception as err:
+            if "files" in manifest:
+                raise
+            raise ValueError(
+                f"The checkpoint at {files.source or files.path!r}, of a version without checksums, cannot be restored "
+                f"and may be damaged ({type(err).__name__}: {err}); use another one."
+            ) from err
         if self.learner_group.is_remote:
             # RLlib has the learner actors read it, and ignores their errors.
             self._set_learner_state(lambda learner, state: learner.set_state(state), files.learner_state())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rllib_calql.checkpoint import CheckpointFiles, replaced_folder
+from rllib_calql.checkpoint import CheckpointFiles, read_of_one_save, replaced_folder
 from rllib_calql.file_lock import LockedError
 from rllib_calql.integrity import write_manifest
 
@@ -55,7 +55,6 @@ def generation_of(target: Path) -> str:
     Raises:
         ValueError: If they are of several saves, or not complete.
     """
-    from rllib_calql.checkpoint import read_of_one_save
 
     def read(files: CheckpointFiles) -> str:
         found = {(Path(files.path) / name).read_text() for name in FILES} | {files.manifest()["generation"]}
@@ -86,7 +85,34 @@ def _save_slowly(target: Path, generation: str) -> None:
     save_generation(target, generation, lambda: os.sched_yield() if rng.random() < 0.5 else None)
 
 
-def race(target: Path, rounds: int, *, save: Callable[[Path, str], None] = _save_slowly) -> Outcome:
+def _counters_of(target: Path) -> str:
+    """The manifest of a real checkpoint, whose files must all be as it says, and whose counters those of the state."""
+
+    def read(files: CheckpointFiles) -> str:
+        manifest, own = files.manifest(), files.read("algorithm_state.pkl")["calql"]
+        counters = {name: number for name, number in own.items() if name.startswith("num_")}
+        num_updates = int(files.learner_state()["calql"]["num_updates"])
+        if any(manifest[name] != number for name, number in counters.items()):
+            raise ValueError(f"mixed: {counters} beside {manifest}")
+        if num_updates != own["num_offline_updates_lifetime"] + own["num_online_updates_lifetime"]:
+            raise ValueError(f"mixed: {counters} beside a learner of {num_updates} updates")
+        return str(manifest["save"])
+
+    return read_of_one_save(target, None, read)
+
+
+def race_of_algorithms(target: Path, rounds: int, save: Callable[[Path, str], None]) -> Outcome:
+    """As `race`, with real checkpoints."""
+    return race(target, rounds, save=save, read=_counters_of)
+
+
+def race(
+    target: Path,
+    rounds: int,
+    *,
+    save: Callable[[Path, str], None] = _save_slowly,
+    read: Callable[[Path], str] = generation_of,
+) -> Outcome:
     """Both save at once in every round, while this process reads; afterwards there is one whole checkpoint of it."""
     context = multiprocessing.get_context("spawn")
     start, queue = context.Barrier(3), context.Queue()
@@ -96,22 +122,23 @@ def race(target: Path, rounds: int, *, save: Callable[[Path, str], None] = _save
     ]
     for process in processes:
         process.start()
-    wrong = []
+    wrong, last = [], ""
     for number in range(rounds):
         start.wait(120)
         for is_over in (False, True):
             if is_over:
                 start.wait(120)
             try:
-                generation = generation_of(target)
+                found = read(target)
             except FileNotFoundError as err:
                 if number or is_over:
                     wrong.append(f"round {number}: {err}")
             except Exception as err:
                 wrong.append(f"round {number}: {type(err).__name__}: {err}")
             else:
-                if is_over and not generation.endswith(f"-{number}"):
-                    wrong.append(f"round {number}: nobody saved, the checkpoint is of {generation}")
+                if is_over and found == last:
+                    wrong.append(f"round {number}: nobody saved, the checkpoint is {found}")
+                last = found if is_over else last
     outcomes = [queue.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
