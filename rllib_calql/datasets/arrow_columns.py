@@ -11,7 +11,7 @@ import tree
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.arrow import Where, decode_numbers, describe_type, is_numeric
-from rllib_calql.datasets.columns import find_columns, require_columns
+from rllib_calql.datasets.columns import MASKS, VALIDS, bad_valids, check_valids, find_columns, require_columns
 from rllib_calql.datasets.episodes import Nested, ReadOptions
 from rllib_calql.datasets.flat_columns import as_flags
 
@@ -20,7 +20,8 @@ REQUIRED_COLUMNS = (Columns.OBS, Columns.ACTIONS, Columns.REWARDS, Columns.TERMI
 # Written beside the columns by RLlib and pandas; numbers among them are no outputs of a model.
 _BOOKKEEPING = (Columns.AGENT_ID, Columns.MODULE_ID, Columns.INFOS, "__index_level_0__")
 _DECODED_COLUMNS = (Columns.OBS, Columns.NEXT_OBS, Columns.ACTIONS)
-_FLAGS = (Columns.TERMINATEDS, Columns.TRUNCATEDS)
+_ENDS = (Columns.TERMINATEDS, Columns.TRUNCATEDS)
+_FLAGS = (*_ENDS, MASKS, VALIDS)
 
 Table: TypeAlias = dict[str, Nested]
 """RLlib's name of a column -> its rows."""
@@ -65,6 +66,9 @@ def find_row_columns(schema: Any, options: ReadOptions, where: str) -> RowColumn
         raise ValueError(f"{where} has more than one column `{twice[0]}`; keep one.")
     known = find_columns(schema.names, where)
     require_columns(known, REQUIRED_COLUMNS, schema.names, where)
+    if VALIDS in schema.names:
+        check_valids(schema.names, where)
+        known |= _flags_of_ogbench(schema, where)
     others = [field for field in schema if field.name not in known.values()]
     extras = [
         field.name
@@ -77,6 +81,14 @@ def find_row_columns(schema: Any, options: ReadOptions, where: str) -> RowColumn
         if field.name not in extras
     ]
     return RowColumns(known, tuple(extras), tuple(ignored))
+
+
+def _flags_of_ogbench(schema: Any, where: str) -> dict[str, str]:
+    """The columns of OGBench's compact data beside those that others have."""
+    type_ = schema.field(VALIDS).type
+    if not is_numeric(type_) or type_.num_fields:
+        raise bad_valids(f"holds {describe_type(type_)} in {where}")
+    return {name: name for name in (VALIDS, MASKS) if name in schema.names}
 
 
 def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where: Where) -> Table:
@@ -106,7 +118,14 @@ def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where
                 f"`{names[name]}` must hold one number per row, got more of them in {where(0)}; store a scalar."
             )
     for name in _FLAGS:
-        table[name] = as_flags(names[name], table[name], where) if name in table else np.zeros(len(batch), dtype=bool)
+        if name in table:
+            table[name] = as_flags(names[name], table[name], where)
+        elif name in _ENDS:
+            table[name] = np.zeros(len(batch), dtype=bool)
+    if MASKS in table:
+        ends, terminateds = table[Columns.TERMINATEDS], ~table.pop(MASKS)
+        table[Columns.TERMINATEDS] = terminateds
+        table[Columns.TRUNCATEDS] |= ends & ~terminateds
     if Columns.NEXT_OBS in table:
         _check_next_obs(table, where)
         # Compared with `obs` and appended to it, so both need one dtype.

@@ -9,6 +9,7 @@ Axes: R rows, E episodes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +28,10 @@ from rllib_calql.datasets.arrow_columns import (
     row_shapes,
 )
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
+from rllib_calql.datasets.columns import VALIDS
 from rllib_calql.datasets.episode_index import EpisodeIndex, index_episodes
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
+from rllib_calql.datasets.final_rows import shifted, without_final_rows
 from rllib_calql.datasets.flat_episodes import EpisodeDivider
 
 BLOCK_BYTES = 4 * 2**20
@@ -162,14 +165,22 @@ class ArrowRowsReader(EpisodeReader):
 
     def _divide(self) -> Iterator[tuple[Table, NDArray[np.int64]]]:
         """Yields (columns, lengths of their episodes) for rows without episode ids."""
-        divider = EpisodeDivider(self._options, self.remarks)
+        has_next_obs = Columns.NEXT_OBS in self._columns.known
+        divider = EpisodeDivider(self._options, self.remarks, has_next_obs=has_next_obs)
         held: list[Table] = []
         held_bytes = first_row = last_start = 0
         for piece in self._pieces():
             first = int(piece[_ROW][0])
+            if VALIDS in piece and not has_next_obs:
+                piece[Columns.NEXT_OBS] = shifted(piece[Columns.OBS])
             starts, cuts = divider.divide(_leaves(piece), self._where_from(first))
             if held:
                 held[-1][Columns.TRUNCATEDS][-1:] |= cuts[:1]
+                if VALIDS in piece and not has_next_obs:
+                    for following, leaf in zip(
+                        tree.flatten(held[-1][Columns.NEXT_OBS]), tree.flatten(piece[Columns.OBS]), strict=True
+                    ):
+                        following[-1:] = leaf[:1]
             piece[Columns.TRUNCATEDS][:-1] |= cuts[1:]
             held.append(piece | {_STARTS: starts})
             held_bytes += _num_bytes(piece)
@@ -237,7 +248,17 @@ class ArrowRowsReader(EpisodeReader):
             if Columns.EPS_ID in self._columns.known
             else f"{self._unfinished_remedy}, tell its length by `max_episode_steps_in_data`",
         )
+        if VALIDS in columns:
+            if Columns.EPS_ID in self._columns.known:
+                block = self._with_next_observations(block)
+            return without_final_rows(block, columns[VALIDS])
         self._check_one_file_per_end(block, rows)
+        return block
+
+    def _with_next_observations(self, block: RowBlock) -> RowBlock:
+        """Compact data with episode ids, whose rows may have come in another order than that of time."""
+        if block.next_observations is None:
+            block = replace(block, next_observations=shifted(block.observations))
         return block
 
     def _in_order_of_time(self, columns: Table, ids: list[str], lengths: NDArray[np.int64]) -> Table:

@@ -18,6 +18,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """RLlib's name -> other names of the same column: those of D4RL, Gymnasium, Minari and LeRobot."""
 
+MASKS = "masks"
+"""OGBench's column: 0 where an episode terminates; `terminals` marks the end of every trajectory beside it."""
+
+VALIDS = "valids"
+"""OGBench's column: 0 in the last row of every trajectory, which holds its last observation and no transition."""
+
 DONES_REMEDY = (
     "`dones` does not tell terminations, which have no future, from time-outs, which have; split it into "
     f"`{Columns.TERMINATEDS}` and `{Columns.TRUNCATEDS}`"
@@ -65,4 +71,30 @@ def require_columns(found: Collection[str], needed: Iterable[str], present: Coll
     raise ValueError(
         f"{where} has no column {', '.join(f'`{name}`' for name in missing)}; "
         f"its columns are {', '.join(f'`{name}`' for name in sorted(present))}; {remedy}."
+    )
+
+
+def check_valids(present: Collection[str], where: str) -> None:
+    """Refuses OGBench's compact data if nothing in them tells terminations from the ends of trajectories.
+
+    Args:
+        present: Names in the file, `valids` among them.
+        where: The file, for the message.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    if {MASKS, Columns.TRUNCATEDS, *ALIASES[Columns.TRUNCATEDS]}.isdisjoint(present):
+        raise ValueError(
+            f"{where} has the column `{VALIDS}`, as OGBench's compact data have, where `terminals` marks the ends of "
+            f"trajectories and not terminations; add `{MASKS}` (0 where an episode terminates), or `timeouts` if "
+            f"`terminals` are terminations, or leave `{VALIDS}` out if it means something else."
+        )
+
+
+def bad_valids(what: str) -> ValueError:
+    """The error about a column `valids` that is not OGBench's."""
+    return ValueError(
+        f"`{VALIDS}` {what}; in OGBench's compact data it is 0 in the last row of every trajectory, which holds the "
+        "last observation alone, and 1 elsewhere: repair it, or leave the column out if it means something else."
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
+from rllib_calql.datasets.columns import MASKS, VALIDS
 from rllib_calql.datasets.episodes import (
     DatasetInfo,
     EpisodeBlock,
@@ -25,8 +26,8 @@ from rllib_calql.datasets.episodes import (
     ReadOptions,
 )
 from rllib_calql.datasets.files import DataFile, fingerprint_of
+from rllib_calql.datasets.final_rows import shifted, without_final_rows
 from rllib_calql.datasets.flat_columns import (
-    MASKS,
     ArrayHeader,
     FlatColumns,
     Table,
@@ -186,7 +187,8 @@ class FlatReader(EpisodeReader):
 
     def _whole_tables(self) -> Iterator[tuple[Table, int]]:
         """Yields (rows of whole episodes, number of the first row) once they make a block."""
-        divider = EpisodeDivider(self._options, self.remarks)
+        has_next_obs = bool(leaves_of(self._schema.stored, Columns.NEXT_OBS))
+        divider = EpisodeDivider(self._options, self.remarks, has_next_obs=has_next_obs)
         held: list[Table] = []
         first_row = row = last_start = 0
         for table, is_new_file in self._tables():
@@ -194,6 +196,9 @@ class FlatReader(EpisodeReader):
                 held[-1][Columns.TRUNCATEDS][-1:] |= divider.end_file()
             starts, cuts = divider.divide(table, self._where_from(row))
             if held:
+                if VALIDS in table and not has_next_obs and not is_new_file:
+                    for leaf, next_leaf in _next_leaves(table):
+                        held[-1][next_leaf][-1:] = table[leaf][:1]
                 held[-1][Columns.TRUNCATEDS][-1:] |= cuts[:1]
             table[Columns.TRUNCATEDS][:-1] |= cuts[1:]
             held.append({**table, _STARTS: starts})
@@ -231,7 +236,7 @@ class FlatReader(EpisodeReader):
                 table[name] = stored[name].reshape(num_rows)
         flags = {
             name: as_flags(columns.stored[name], stored[name], where)
-            for name in (Columns.TERMINATEDS, Columns.TRUNCATEDS, MASKS)
+            for name in (Columns.TERMINATEDS, Columns.TRUNCATEDS, MASKS, VALIDS)
             if name in stored
         }
         terminateds = flags[Columns.TERMINATEDS]
@@ -239,7 +244,12 @@ class FlatReader(EpisodeReader):
         if MASKS in flags:
             ends, terminateds = terminateds, ~flags[MASKS]
             truncateds = truncateds | (ends & ~terminateds)
-        return {**table, Columns.TERMINATEDS: terminateds, Columns.TRUNCATEDS: truncateds}
+        table |= {Columns.TERMINATEDS: terminateds, Columns.TRUNCATEDS: truncateds}
+        if VALIDS in flags:
+            table[VALIDS] = flags[VALIDS]
+            if not leaves_of(table, Columns.NEXT_OBS):
+                table |= {next_leaf: shifted(table[leaf]) for leaf, next_leaf in _next_leaves(table)}
+        return table
 
     def _check_new(self, ids: list[str], rows: NDArray[np.int64], first_row_of: dict[str, int]) -> None:
         for id_, row in zip(ids, rows.tolist(), strict=True):
@@ -268,7 +278,14 @@ class FlatReader(EpisodeReader):
             extra_model_outputs={name: table[name] for name in self._schema.extras},
             unfinished_remedy=remedy,
         )
+        if VALIDS in table:
+            rows = without_final_rows(rows, table[VALIDS])
         return whole_episodes(rows, self._options, self.remarks)
+
+
+def _next_leaves(table: Table) -> list[tuple[str, str]]:
+    """Names of the leaves of observations, and of those of the next observations."""
+    return [(leaf, Columns.NEXT_OBS + leaf[len(Columns.OBS) :]) for leaf in leaves_of(table, Columns.OBS)]
 
 
 def _concatenate(tables: list[Table]) -> Table:

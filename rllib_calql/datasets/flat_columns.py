@@ -16,18 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-from rllib_calql.datasets.columns import find_columns, require_columns
+from rllib_calql.datasets.columns import MASKS, VALIDS, bad_valids, check_valids, find_columns, require_columns
 from rllib_calql.datasets.episodes import Nested, ReadOptions
 
 Table: TypeAlias = dict[str, NDArray[Any]]
 """Leaves by name, all with the same number of rows."""
 
-MASKS = "masks"
-"""OGBench's column: 0 where an episode terminates; `terminals` marks the end of every trajectory beside it."""
-
 _REQUIRED = (Columns.OBS, Columns.ACTIONS, Columns.REWARDS, Columns.TERMINATEDS)
 _NESTED = (Columns.OBS, Columns.NEXT_OBS, Columns.ACTIONS)
-_FLAGS = (Columns.TERMINATEDS, Columns.TRUNCATEDS, MASKS)
+_FLAGS = (Columns.TERMINATEDS, Columns.TRUNCATEDS, MASKS, VALIDS)
 _SCALARS = (*_FLAGS, Columns.REWARDS, Columns.EPS_ID, Columns.T)
 _IGNORED = (Columns.AGENT_ID, Columns.MODULE_ID, Columns.INFOS)
 _MAX_ROW_BYTES = 2**30
@@ -92,6 +89,11 @@ def columns_of(arrays: Mapping[str, ArrayHeader], options: ReadOptions, where: s
     masks = arrays.get(MASKS)
     if masks is not None and masks.shape in ((num_rows,), (num_rows, 1)):
         stored[MASKS] = MASKS
+    if VALIDS in arrays:
+        if arrays[VALIDS].shape not in ((num_rows,), (num_rows, 1)):
+            raise bad_valids(f"has shape {arrays[VALIDS].shape} in {where}, which has {num_rows} rows")
+        check_valids(arrays, where)
+        stored[VALIDS] = VALIDS
     extras, ignored = _further_columns(arrays, paths, {*found.values(), *stored}, num_rows, options)
     columns = FlatColumns(
         stored={**stored, **{name: name for name in extras}},

@@ -12,24 +12,31 @@ import numpy as np
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.boundaries import Bools, jumps
+from rllib_calql.datasets.columns import VALIDS, bad_valids
 from rllib_calql.datasets.episodes import CUT_AT_JUMP, CUT_AT_LENGTH, ReadOptions
+from rllib_calql.datasets.final_rows import check_followed
 from rllib_calql.datasets.flat_columns import Table, as_texts, leaves_of
+
+_ENDS = (Columns.TERMINATEDS, Columns.TRUNCATEDS)
 
 
 class EpisodeDivider:
     """Finds where episodes start in rows that come in pieces; what it must know of the row before a piece, it keeps."""
 
-    def __init__(self, options: ReadOptions, remarks: Counter[str]) -> None:
+    def __init__(self, options: ReadOptions, remarks: Counter[str], *, has_next_obs: bool = True) -> None:
         """Begins before the first row.
 
         Args:
             options: Maximum length and what counts as a jump.
             remarks: Counts the cuts.
+            has_next_obs: Whether next observations, if there are any, are stored; else they are those of the next rows.
         """
+        self._has_next_obs = has_next_obs
         self._max_steps = options.max_episode_steps
         self._tolerance = options.observation_jump
         self._remarks = remarks
         self._last: Table | None = None
+        self._where_last = ""
         # Rows of the current episode up to `_last`, which a cut at the maximum length does not reset.
         self._num_steps = 0
 
@@ -41,6 +48,7 @@ class EpisodeDivider:
         """
         last, self._last = self._last, {name: array[-1:] for name, array in table.items()}
         num_rows = len(table[Columns.REWARDS])
+        self._where_last = where(num_rows - 1)
         cuts = np.zeros(num_rows, dtype=bool)
         is_late = _differs_after(table, last, Columns.T, 1)
         if Columns.EPS_ID in table:
@@ -59,12 +67,15 @@ class EpisodeDivider:
         done = table[Columns.TERMINATEDS] | table[Columns.TRUNCATEDS]
         last_done = False if last is None else bool(last[Columns.TERMINATEDS][0] | last[Columns.TRUNCATEDS][0])
         after_end = np.concatenate([[last_done], done[:-1]])
+        is_final = np.zeros(num_rows, dtype=bool)
+        if VALIDS in table:
+            after_end, is_final = self._with_final_rows(table, last, after_end, where)
         cuts |= self._jumps(table, last) & ~after_end
         self._remark(CUT_AT_JUMP, cuts)
-        starts = after_end | cuts | is_late
+        starts = (after_end | cuts | is_late) & ~is_final
         if last is None:
             starts[0] = True
-        at_limit = self._after_limit(starts) & ~after_end & ~cuts
+        at_limit = self._after_limit(starts) & ~after_end & ~cuts & ~is_final
         self._remark(CUT_AT_LENGTH, at_limit)
         return starts | at_limit, cuts | at_limit
 
@@ -72,11 +83,27 @@ class EpisodeDivider:
         """Forgets the last row, and returns whether the maximum length cuts it off."""
         last, self._last = self._last, None
         num_steps, self._num_steps = self._num_steps, 0
+        if last is not None and VALIDS in last and last[VALIDS][0] and not last[Columns.TERMINATEDS][0]:
+            raise bad_valids(f"is 1 in {self._where_last}, the last row of a file")
         if last is None or not num_steps or self._max_steps is None or num_steps % self._max_steps:
             return False
         is_cut: Bools = ~(last[Columns.TERMINATEDS] | last[Columns.TRUNCATEDS])
         self._remark(CUT_AT_LENGTH, is_cut)
         return bool(is_cut[0])
+
+    def _with_final_rows(
+        self, table: Table, last: Table | None, after_end: Bools, where: Callable[[int], str]
+    ) -> tuple[Bools, Bools]:
+        """Whether a row follows the end of an episode, and whether it holds nothing but a last observation."""
+        valids = table[VALIDS]
+        check_followed({name: table[name][:-1] for name in _ENDS}, valids, where)
+        last_valid = np.ones(1, dtype=bool)
+        if last is not None:
+            last_valid = last[VALIDS]
+            check_followed(
+                {name: last[name] for name in _ENDS}, np.append(last_valid, valids[:1]), lambda i: where(i - 1)
+            )
+        return after_end | ~np.concatenate([last_valid, valids[:-1]]), ~valids
 
     def _remark(self, what: str, rows: Bools) -> None:
         if rows.any():
@@ -86,7 +113,7 @@ class EpisodeDivider:
         """Whether the observation of a row is not the one that the row before it led to."""
         next_obs = [table[leaf] for leaf in leaves_of(table, Columns.NEXT_OBS)]
         obs = [table[leaf] for leaf in leaves_of(table, Columns.OBS)]
-        if not next_obs:
+        if not next_obs or not self._has_next_obs:
             return np.zeros(len(obs[0]), dtype=bool)
         at_first = np.zeros(1, dtype=bool)
         if last is not None:

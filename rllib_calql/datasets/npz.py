@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-from rllib_calql.datasets.columns import ALIASES
+from rllib_calql.datasets.columns import ALIASES, MASKS
 from rllib_calql.datasets.files import DataFile
 from rllib_calql.datasets.flat import FlatFile, FlatReader, reading
-from rllib_calql.datasets.flat_columns import MASKS, ArrayHeader
+from rllib_calql.datasets.flat_columns import ArrayHeader
 from rllib_calql.datasets.safe_decoding import read_npy_header
 
 _FORMAT = "NumPy `.npz`"
@@ -31,7 +31,7 @@ class NpzReader(FlatReader):
 
     In OGBench's archives `terminals` marks the last row of every trajectory, and `masks` is 0 where an episode
     terminates: with `masks`, a row is terminated if that is 0, and truncated if `terminals` is 1 and it is not
-    terminated.
+    terminated. Its compact layout (`valids`) is read as the plain one; see `rllib_calql.datasets.final_rows`.
     Source: Park et al. (2024), arXiv:2410.20092, and its code, `ogbench/utils.py` (`load_dataset`) and
     `ogbench/relabel_utils.py` (`relabel_dataset`).
     """
