@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
@@ -22,7 +23,7 @@ from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
 from rllib_calql.returns import reward_settings
-from rllib_calql.transitions import flat_size, observation_dtype
+from rllib_calql.transitions import encoded_space, flat_size, observation_dtype
 
 
 class CalQL(CollectingCQL):
@@ -68,13 +69,14 @@ class CalQL(CollectingCQL):
         self._add_returns = AddReturnsToGo(reward_settings(config))
         self._set_up_collection()
         self._observation_space, self._action_space = self._environment_spaces()
+        self._stored_space = self._space_of_episodes()
         self.store = TransitionStore(
-            obs_dim=flat_size(self._observation_space),
+            obs_dim=flat_size(self._stored_space),
             action_dim=flat_size(self._action_space),
             online_capacity=config.online_capacity,
             seed=config.seed,
             track_tails=config.truncation == "bootstrap",
-            obs_dtype=observation_dtype(self._observation_space),
+            obs_dtype=observation_dtype(self._stored_space),
         )
         if self.offline_data is not None:
             self.offline_data.load(
@@ -98,6 +100,16 @@ class CalQL(CollectingCQL):
         if self.spaces is not None and INPUT_ENV_SINGLE_SPACES in self.spaces:
             return self.spaces[INPUT_ENV_SINGLE_SPACES]  # type: ignore[no-any-return]
         return self.config.observation_space, self.config.action_space
+
+    def _space_of_episodes(self) -> Any:
+        """Space of observations as the module sees them, episodes hold them and the store keeps them.
+
+        Connectors encode observations, once, and offline data are encoded by the same function. Connectors of the user
+        may make anything of them; there are no offline data then.
+        """
+        if self.config._env_to_module_connector is None or self.spaces is None:
+            return encoded_space(self._observation_space)
+        return self.spaces[DEFAULT_MODULE_ID][0]
 
     def _set_observation_statistics(self) -> None:
         if self.store.num_offline == 0:

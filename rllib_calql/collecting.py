@@ -20,7 +20,7 @@ from rllib_calql.collection import EpisodeJoiner, collect, collect_or_tell
 from rllib_calql.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.resuming import ResumableCQL
-from rllib_calql.transitions import check_storable, flatten_observations, transitions_from_episode
+from rllib_calql.transitions import check_storable, encoded_observations, transitions_from_episode
 from rllib_calql.updating import UpdatingCQL
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class CollectingCQL(UpdatingCQL):
     """The part of `CalQL` that concerns env runners and their episodes."""
 
     _add_returns: AddReturnsToGo
+    _stored_space: Any
 
     def _set_up_collection(self) -> None:
         config = self.config
@@ -142,7 +143,7 @@ class CollectingCQL(UpdatingCQL):
         settings = self._add_returns.settings
         self._add_returns(batch={}, episodes=[episode])
         with np.errstate(over="ignore", invalid="ignore"):  # What overflows is found below.
-            observations = flatten_observations(self._observation_space, episode.get_observations())
+            observations = encoded_observations(episode, self._stored_space).astype(self.store.obs_dtype, copy=False)
             actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
             rows = transitions_from_episode(episode, observations=observations, actions=actions, settings=settings)
         try:

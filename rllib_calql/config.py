@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.cql.cql import CQLConfig
-from ray.rllib.connectors.env_to_module import FlattenObservations
 from ray.rllib.connectors.module_to_env import GetActions
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
 from rllib_calql.config_checks import validate_config
 from rllib_calql.datasets.episodes import ReadOptions
-from rllib_calql.env_connectors import ActionsForEnv, FlatObservations, LatestObservations
+from rllib_calql.env_connectors import ActionsForEnv, EncodedEpisodes, FlatObservations, LatestObservations
 from rllib_calql.input_settings import filesystem_of
 from rllib_calql.settings import CalQLSettings
+from rllib_calql.spaces import check_observation_space, is_flat_or_image
 from rllib_calql.table_cache import default_memory_limit
-from rllib_calql.transitions import is_flat_or_image
+from rllib_calql.transitions import encoded_space
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -217,6 +217,7 @@ class CalQLConfig(CalQLSettings):
         config = self
         space = _single_observation_space(env, spaces, self.observation_space)
         if space is not None and self._env_to_module_connector is None:
+            check_observation_space(space, "The observation space")
             if self._has_lean_connectors(space):
                 lean = LatestObservations(device=device)
                 if not is_flat_or_image(space):
@@ -226,7 +227,7 @@ class CalQLConfig(CalQLSettings):
                 config.add_default_connectors_to_env_to_module_pipeline = False
             elif not is_flat_or_image(space):
                 config = self.copy(copy_frozen=False)
-                config._env_to_module_connector = lambda *_: FlattenObservations()
+                config._env_to_module_connector = lambda *_: EncodedEpisodes(space)
         return super(CalQLConfig, config).build_env_to_module_connector(env, spaces, device)
 
     @override(AlgorithmConfig)
@@ -238,6 +239,19 @@ class CalQLConfig(CalQLSettings):
             config._module_to_env_connector = lambda *_: [GetActions(), ActionsForEnv()]
             config.add_default_connectors_to_module_to_env_pipeline = False
         return super(CalQLConfig, config).build_module_to_env_connector(env, spaces)
+
+    @override(AlgorithmConfig)
+    def build_learner_connector(
+        self,
+        input_observation_space: gym.Space[Any] | None,
+        input_action_space: gym.Space[Any] | None,
+        device: Any = None,
+    ) -> ConnectorV2:
+        """RLlib's, which it asks what the module sees where there is no environment: what env runners would make."""
+        if input_observation_space is not None:
+            check_observation_space(input_observation_space, "The observation space")
+            input_observation_space = encoded_space(input_observation_space)
+        return super().build_learner_connector(input_observation_space, input_action_space, device)
 
     def _has_lean_connectors(self, space: gym.Space[Any] | None) -> bool:
         """Whether the user leaves RLlib's pipelines alone. They know each other: both are replaced, or none."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import numpy as np
 
 from rllib_calql.input_settings import filesystem_of
@@ -16,6 +15,7 @@ from rllib_calql.model_settings import check_model_config
 from rllib_calql.precision import PRECISIONS
 from rllib_calql.refused_settings import check_unused
 from rllib_calql.returns import TRUNCATION_RULES, is_endless, reward_settings
+from rllib_calql.spaces import check_action_space, check_observation_space
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -83,22 +83,8 @@ def _check_host(config: CalQLConfig) -> None:
         )
     if config.action_space is not None:
         check_action_space(config.action_space, "`action_space`")
-
-
-def check_action_space(space: gym.Space[Any], name: str) -> None:
-    """Refuses action spaces that [-1, 1]^A can't be mapped to.
-
-    Args:
-        space: Action space.
-        name: What it is called in the message.
-
-    Raises:
-        ValueError: If the space is not a bounded, one-dimensional Box of real numbers.
-    """
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"{name} must be a Box(n,) of real numbers, got {space}; use an algorithm for such actions.")
-    if not space.is_bounded():
-        raise ValueError(f"{name} must be bounded, got {space}; wrap the environment so that its actions are.")
+    if config.observation_space is not None and config._env_to_module_connector is None:
+        check_observation_space(config.observation_space, "`observation_space`")
 
 
 @contextmanager

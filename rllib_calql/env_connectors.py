@@ -20,7 +20,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
-from rllib_calql.transitions import flat_size, flatten_observations
+from rllib_calql.transitions import encoded_space, flatten_observations
 
 
 class LatestObservations(ConnectorV2):
@@ -52,8 +52,37 @@ class LatestObservations(ConnectorV2):
         return batch
 
 
+class EncodedEpisodes(ConnectorV2):
+    """Env to module: replaces the latest observation of every episode by its flat form, in place of RLlib's flattening.
+
+    RLlib's `FlattenObservations` knows integers that start at 0 and in one row only. So offline data and episodes pass
+    one function, `flatten_observations`, and every observation passes it once: what reads episodes takes them as they
+    are.
+
+    Args:
+        space: Space of one sub-environment.
+    """
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        self._space = space
+        super().__init__()
+
+    @override(ConnectorV2)
+    def recompute_output_observation_space(self, *spaces: gym.Space[Any]) -> gym.Space[Any]:
+        """Vectors of any numbers."""
+        return encoded_space(self._space)
+
+    @override(ConnectorV2)
+    def __call__(
+        self, *, batch: dict[str, Any], episodes: Sequence[SingleAgentEpisode], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Changes `episodes`; `batch` is returned as it is."""
+        _encode_latest(self._space, episodes)
+        return batch
+
+
 class FlatObservations(LatestObservations):
-    """The same for observations of any other space, which episodes then hold flattened, as after `FlattenObservations`.
+    """`EncodedEpisodes` and `LatestObservations` in one.
 
     Args:
         space: Space of one sub-environment.
@@ -67,16 +96,20 @@ class FlatObservations(LatestObservations):
     @override(ConnectorV2)
     def recompute_output_observation_space(self, *spaces: gym.Space[Any]) -> gym.Space[Any]:
         """Vectors of any numbers."""
-        return gym.spaces.Box(-np.inf, np.inf, (flat_size(self._space),), np.float32)
+        return encoded_space(self._space)
 
     @override(ConnectorV2)
     def __call__(self, *, episodes: Sequence[SingleAgentEpisode], **kwargs: Any) -> dict[str, Any]:
         """Flattens the latest observation of every episode, and adds `Columns.OBS`."""
-        for episode in episodes:
-            latest = tree.map_structure(lambda part: np.asarray(part)[None], episode.get_observations(-1))
-            episode.set_observations(at_indices=-1, new_data=flatten_observations(self._space, latest)[0])
+        _encode_latest(self._space, episodes)
         batch: dict[str, Any] = super().__call__(episodes=episodes, **kwargs)
         return batch
+
+
+def _encode_latest(space: gym.Space[Any], episodes: Sequence[SingleAgentEpisode]) -> None:
+    for episode in episodes:
+        latest = tree.map_structure(lambda part: np.asarray(part)[None], episode.get_observations(-1))
+        episode.set_observations(at_indices=-1, new_data=flatten_observations(space, latest)[0])
 
 
 class ActionsForEnv(ConnectorV2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,26 +10,24 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import tree
-from ray.rllib.connectors.env_to_module import FlattenObservations
 from ray.rllib.core.columns import Columns
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets.episodes import EpisodeBlock, EpisodeReader
 from rllib_calql.offline_table import EpisodeColumns
+from rllib_calql.spaces import fixed_dimensions
 from rllib_calql.transitions import (
     check_module_actions,
     clipped_actions,
     flat_size,
     flatten_observations,
-    is_flat_or_image,
     to_module_actions,
 )
 
 Array = npt.NDArray[Any]
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_NUM_COMPARED = 4  # Observations of each input whose flattening is compared with RLlib's.
+_REMEDY = "use the environment the data come from, or convert the data."
+_ENCODING = 2  # Grows where the same data become other columns than before, or are refused: cached tables go by it.
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class Conversion:
     actions_without_metadata: str
     reference_column: str | None
     obs_dtype: np.dtype[Any]
-    _compared: set[int] = field(default_factory=set)
     _stored: dict[str, np.dtype[Any]] = field(default_factory=dict)  # Type of the first observations.
 
     @property
@@ -60,6 +58,7 @@ class Conversion:
         action_bounds = [self.action_space.low.tolist(), self.action_space.high.tolist()]
         return {
             "observation_space": str(self.observation_space),
+            "encoding": _ENCODING,
             "action_bounds": action_bounds,
             "rewards": asdict(self.connector.settings),
             "actions": self.actions_without_metadata,
@@ -82,7 +81,6 @@ class Conversion:
         last_rows = np.cumsum(block.lengths) - 1
         _check_range(Columns.OBS, observations, where)
         _check_range(Columns.NEXT_OBS, final_observations, lambda episode: where(int(last_rows[episode])))
-        self._compare_with_rllib(reader, block, observations)
         rewards = self.connector.settings.transform(block.rewards)
         self._check_rewards(block.rewards, rewards, where)
         returns, has_tail = self._reference_values(block, where)
@@ -99,11 +97,14 @@ class Conversion:
 
     def _observations(self, observations: Any, where: str) -> Array:
         space = self.observation_space
+        if isinstance(space, (gym.spaces.Box, gym.spaces.MultiBinary)) and isinstance(observations, np.ndarray):
+            _check_size(where, "observations", math.prod(observations.shape[1:]), flat_size(space))
         try:
             flat = flatten_observations(space, observations, keep_dtype=True)
         except (ValueError, TypeError, IndexError, KeyError) as err:
-            raise ValueError(f"{where}: observations do not fit the observation space {space}: {err}") from err
-        _check_size(where, "observations", flat.shape[1], flat_size(space))
+            raise ValueError(
+                f"{where}: observations do not fit the observation space {space}: {err}; {_REMEDY}"
+            ) from err
         if self.obs_dtype.kind in "iu":
             remedy = f"of the observation space {space}; give the environment a space of the type that the data have"
             return _converted(flat, self.obs_dtype, where, remedy)
@@ -117,12 +118,20 @@ class Conversion:
         if not isinstance(block.actions, np.ndarray):
             raise ValueError(f"{where(0)}: actions are nested, those of {self.action_space} are not; flatten them.")
         actions = block.actions.reshape(block.num_rows, -1)
-        _check_size(where(0), "actions", actions.shape[1], flat_size(self.action_space))
+        size = flat_size(self.action_space)
+        _check_size(where(0), "actions", actions.shape[1], size)
+        if block.actions.ndim > 2 and size > 1:
+            raise ValueError(
+                f"{where(0)}: actions are rows of shape {block.actions.shape[1:]}, those of {self.action_space} are "
+                "flat; store them flat, in the order that the environment has."
+            )
+        fixed = fixed_dimensions(self.action_space)
         if reader.info.actions == "module":
             # RLlib clips what a policy without bounds proposes only on the way to the environment, after recording.
-            return clipped_actions(actions)
+            return clipped_actions(np.where(fixed, 0.0, actions) if fixed.any() else actions)
         if self.actions_without_metadata == "module":
-            return clipped_actions(check_module_actions(actions, where))
+            actions = check_module_actions(actions, where)
+            return clipped_actions(np.where(fixed, 0.0, actions) if fixed.any() else actions)
         return clipped_actions(to_module_actions(actions, self.action_space, where))
 
     def _check_rewards(self, recorded: Array, rewards: Array, where: Callable[[int], str]) -> None:
@@ -166,36 +175,6 @@ class Conversion:
         _check_range(self.reference_column, values[:, None], where)
         return values, np.zeros(len(block.lengths), dtype=bool)
 
-    def _compare_with_rllib(self, reader: EpisodeReader, block: EpisodeBlock, flat: Array) -> None:
-        """Compares the first observations of an input with what env runners will make of them."""
-        if id(reader) in self._compared:
-            return
-        self._compared.add(id(reader))
-        already_flat = isinstance(block.observations, np.ndarray) and block.observations.ndim == 2
-        space = self.observation_space
-        if is_flat_or_image(space) or (already_flat and not _is_integer(self.observation_space)):
-            return
-        connector = FlattenObservations(
-            input_observation_space=self.observation_space, input_action_space=self.action_space
-        )
-        for row in range(min(_NUM_COMPARED, block.num_rows)):
-            observation = tree.map_structure(lambda array, row=row: array[row], block.observations)
-            episode = SingleAgentEpisode(
-                observations=[observation], observation_space=self.observation_space, action_space=self.action_space
-            )
-            connector(rl_module=None, batch={}, episodes=[episode], explore=False, shared_data={})
-            expected = np.asarray(episode.get_observations(-1))
-            if not np.array_equal(expected.reshape(-1), flat[row].astype(np.float32)):
-                raise ValueError(
-                    f"Dataset {reader.info.name!r}, {block.where(row)}: RLlib's `FlattenObservations` makes another "
-                    f"vector of this observation of {self.observation_space} than the one that would be stored; "
-                    f"store the columns {Columns.OBS} and {Columns.NEXT_OBS} as flat vectors."
-                )
-
-
-def _is_integer(space: gym.Space[Any]) -> bool:
-    return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
-
 
 def _converted(flat: Array, dtype: np.dtype[Any], where: str, remedy: str) -> Array:
     """Observations in another type; refused if that changes a number."""
@@ -230,7 +209,4 @@ def _first_too_large(values: Array) -> int | None:
 
 def _check_size(where: str, what: str, size: int, expected: int) -> None:
     if size != expected:
-        raise ValueError(
-            f"{where}: {what} have {size} numbers, the environment's have {expected}; use the environment the data "
-            "come from, or convert the data."
-        )
+        raise ValueError(f"{where}: {what} have {size} numbers, the environment's have {expected}; {_REMEDY}")

@@ -16,7 +16,6 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
 from rllib_calql.config import CalQLConfig
-from rllib_calql.config_checks import check_action_space
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
 from rllib_calql.datasets.episodes import REPEATED, ReadOptions
@@ -25,8 +24,15 @@ from rllib_calql.ingestion import Conversion
 from rllib_calql.loading import Sharing, StorageSettings, load_parts, load_table
 from rllib_calql.replay import TransitionStore
 from rllib_calql.shared_data import SharedTables, SharingSettings, is_in_actor
+from rllib_calql.spaces import (
+    check_action_space,
+    description_of,
+    difference_of,
+    is_flat,
+    reordering,
+)
 from rllib_calql.table_cache import default_cache_dir
-from rllib_calql.transitions import flat_size, is_flat
+from rllib_calql.transitions import flat_size
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +151,7 @@ class CalQLOfflineData(OfflineData):
             _load_elsewhere,
             self.config.input_,
             self.config.read_options,
-            # What has been compared and seen so far belongs to the readers of this process.
-            replace(conversion, _compared=set(), _stored={}),
+            replace(conversion, _stored={}),  # What has been seen so far belongs to the readers of this process.
             self.config.failure_reward,
         )
         obs_nbytes = conversion.obs_dtype.itemsize * flat_size(conversion.observation_space)
@@ -250,30 +255,30 @@ def _check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_s
         ("observation", info.observation_space, observation_space),
         ("action", info.action_space, action_space),
     ):
-        if recorded is not None and not _is_compatible(recorded, actual, with_bounds=kind == "action"):
+        if recorded is None:
+            continue
+        difference = _difference(recorded, actual, with_bounds=kind == "action")
+        if difference is not None:
             raise ValueError(
                 f"Dataset {info.name!r} has {kind} space {recorded}, the environment has {actual}; "
-                "use the environment the data come from, or convert the data."
+                f"use the environment the data come from, or convert the data: the former {difference}."
             )
 
 
-def _is_compatible(recorded: gym.Space[Any], actual: gym.Space[Any], *, with_bounds: bool) -> bool:
+def _difference(recorded: gym.Space[Any], actual: gym.Space[Any], *, with_bounds: bool) -> str | None:
+    """What is different in the spaces, None if nothing is that matters."""
     if not with_bounds and is_flat(recorded) and recorded.shape == (flat_size(actual),):
-        return True  # Recorded behind RLlib's `FlattenObservations`.
-    if isinstance(actual, gym.spaces.Dict):
-        return (
-            isinstance(recorded, gym.spaces.Dict)
-            and recorded.spaces.keys() == actual.spaces.keys()
-            and all(_is_compatible(recorded[key], actual[key], with_bounds=with_bounds) for key in actual.spaces)
-        )
-    if isinstance(actual, gym.spaces.Tuple):
-        return (
-            isinstance(recorded, gym.spaces.Tuple)
-            and len(recorded) == len(actual)
-            and all(_is_compatible(a, b, with_bounds=with_bounds) for a, b in zip(recorded, actual, strict=True))
-        )
-    if isinstance(actual, gym.spaces.Box):
-        if not isinstance(recorded, gym.spaces.Box) or recorded.shape != actual.shape:
-            return False
-        return not with_bounds or (np.allclose(recorded.low, actual.low) and np.allclose(recorded.high, actual.high))
-    return bool(recorded == actual)
+        return None  # Recorded behind RLlib's `FlattenObservations`.
+    difference = difference_of(description_of(recorded), description_of(actual))
+    if difference is not None and isinstance(recorded, gym.spaces.Box) and isinstance(actual, gym.spaces.Box):
+        remedy = reordering(recorded.shape, actual.shape)
+        return difference if remedy is None else f"{difference}, so {remedy}"
+    if (
+        difference is None
+        and with_bounds
+        and isinstance(recorded, gym.spaces.Box)
+        and isinstance(actual, gym.spaces.Box)
+    ):
+        is_close = np.allclose(recorded.low, actual.low) and np.allclose(recorded.high, actual.high)
+        return None if is_close else "has other bounds"
+    return difference

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import tree
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.connectors import TAIL_DISCOUNT
 from rllib_calql.networks import DATA_ACTION_LIMIT
 from rllib_calql.returns import RewardSettings
+from rllib_calql.spaces import fixed_dimensions, is_flat_or_image, reordering, sorted_keys
 
 Array = npt.NDArray[Any]
 _BOUND_TOLERANCE = 1e-5  # Relative to the width of the bounds: actions recorded in float32 may stand just outside.
-
-
-def is_flat(space: gym.Space[Any]) -> bool:
-    """Whether observations of this space are one vector of real numbers already."""
-    return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-
-
-def is_image(space: gym.Space[Any]) -> bool:
-    """Whether observations of this space are images, height x width x channels of bytes."""
-    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
-
-
-def is_flat_or_image(space: gym.Space[Any]) -> bool:
-    """Whether env runners hand observations of this space to the module as they are, others being flattened first."""
-    return is_flat(space) or is_image(space)
 
 
 def flat_size(space: gym.Space[Any]) -> int:
@@ -46,10 +32,19 @@ def observation_dtype(space: gym.Space[Any]) -> np.dtype[Any]:
     return dtype if dtype.kind in "iu" and dtype.itemsize <= 2 else np.dtype(np.float32)
 
 
-def flatten_observations(space: gym.Space[Any], observations: Any, *, keep_dtype: bool = False) -> Array:
-    """Flattens a batch of observations as RLlib's `FlattenObservations` does on env runners.
+def encoded_space(space: gym.Space[Any]) -> gym.spaces.Box:
+    """Space of what the module sees, and episodes of env runners hold, of observations of `space`."""
+    if is_flat_or_image(space):
+        assert isinstance(space, gym.spaces.Box)
+        return space
+    return gym.spaces.Box(-np.inf, np.inf, (flat_size(space),), np.float32)
 
-    Dict keys are taken in sorted order, Discrete parts become one-hot, everything becomes float32.
+
+def flatten_observations(space: gym.Space[Any], observations: Any, *, keep_dtype: bool = False) -> Array:
+    """Flattens a batch of observations, those of data and those of env runners alike.
+
+    It is `gymnasium.spaces.utils.flatten` of each, float32: parts in order, those of a Dict in sorted order of the
+    keys; integers of Discrete and MultiDiscrete become one-hot.
 
     Args:
         space: Space of one observation. Data that are flat already, of the flattened size, pass.
@@ -59,55 +54,99 @@ def flatten_observations(space: gym.Space[Any], observations: Any, *, keep_dtype
 
     Returns:
         Shape (T, flat_size(space)), float32 unless the type is kept.
+
+    Raises:
+        ValueError: If structure, shape or integers are not those of the space.
     """
-    is_integer = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
-    is_array = isinstance(observations, np.ndarray) and observations.ndim == 2
-    if is_array and not is_integer and observations.shape[1] == flat_size(space):
+    is_nested = isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple))
+    if is_nested and isinstance(observations, np.ndarray):
+        if observations.ndim != 2 or observations.shape[1] != flat_size(space):
+            raise ValueError(
+                f"observations are rows of shape {observations.shape[1:]}; neither the parts of the space nor flat "
+                f"rows of {flat_size(space)} numbers"
+            )
         return observations if keep_dtype else np.asarray(observations, dtype=np.float32)
-    leaves = tree.flatten_up_to(_structure(space), observations)
-    parts = [_flatten_leaf(leaf, np.asarray(part)) for leaf, part in zip(_leaf_spaces(space), leaves, strict=True)]
+    parts = [_flatten_leaf(leaf, np.asarray(part), path) for path, leaf, part in _matched(space, observations, "")]
     dtypes = {part.dtype for part in parts}
     dtype = dtypes.pop() if keep_dtype and len(dtypes) == 1 else np.dtype(np.float32)
     return parts[0].astype(dtype, copy=False) if len(parts) == 1 else np.concatenate(parts, axis=1, dtype=dtype)
 
 
-def _structure(space: gym.Space[Any]) -> Any:
-    """`space` as nested dicts and tuples whose leaves are spaces."""
+def _matched(space: gym.Space[Any], values: Any, path: str) -> Iterator[tuple[str, gym.Space[Any], Any]]:
+    """Path, space and values of every leaf, in the order of `leaves_of`."""
     if isinstance(space, gym.spaces.Dict):
-        return {key: _structure(part) for key, part in space.spaces.items()}
-    if isinstance(space, gym.spaces.Tuple):
-        return tuple(_structure(part) for part in space.spaces)
-    return space
+        keys: list[Any] = sorted_keys(space)
+        if isinstance(values, tuple) and [str(key) for key in keys] == [str(i) for i in range(len(values))]:
+            values = dict(zip(keys, values, strict=True))  # Files of columns know no other names of a tuple's entries.
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{_what(path)} are {_described(values)}; the space has the parts {keys}")
+        if values.keys() != space.spaces.keys():
+            raise ValueError(f"{_what(path)} have the parts {sorted(map(str, values))}; the space has {keys}")
+        for key in keys:
+            yield from _matched(space[key], values[key], f"{path}/{key}" if path else str(key))
+    elif isinstance(space, gym.spaces.Tuple):
+        if not isinstance(values, (tuple, list)) or len(values) != len(space):
+            raise ValueError(f"{_what(path)} are {_described(values)}; the space has {len(space)} entries")
+        for number, (part, value) in enumerate(zip(space.spaces, values, strict=True)):
+            yield from _matched(part, value, f"{path}/{number}" if path else str(number))
+    else:
+        if isinstance(values, (Mapping, tuple)):
+            raise ValueError(f"{_what(path)} are {_described(values)}; the space has {space}")
+        yield path, space, values
 
 
-def _leaf_spaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
-    leaves: list[gym.Space[Any]] = tree.flatten(_structure(space))
-    for leaf in leaves:
-        is_integer = isinstance(leaf, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
-        if is_integer and (np.any(getattr(leaf, "start", 0)) or np.ndim(getattr(leaf, "nvec", 0)) > 1):
-            raise ValueError(
-                f"Observation space {leaf}: RLlib's `FlattenObservations` encodes one row of integers that start at 0 "
-                "only; shift or reshape the observations."
-            )
-    return leaves
+def _what(path: str) -> str:
+    return f"observations {path!r}" if path else "observations"
 
 
-def _flatten_leaf(space: gym.Space[Any], values: Array) -> Array:
-    if isinstance(space, gym.spaces.Discrete):
-        return _one_hot(values.reshape(-1), int(space.n), space)
-    if isinstance(space, gym.spaces.MultiDiscrete):
+def _described(values: Any) -> str:
+    if isinstance(values, Mapping):
+        return f"a dict of {sorted(map(str, values))}"
+    return f"a tuple of {len(values)} entries" if isinstance(values, (tuple, list)) else "one array"
+
+
+def _flatten_leaf(space: gym.Space[Any], values: Array, path: str) -> Array:
+    shape, size = values.shape[1:], flat_size(space)
+    if isinstance(space, gym.spaces.Discrete) and shape in ((), (1,)):
+        return _one_hot(values.reshape(-1), int(space.n), int(space.start), space)
+    if isinstance(space, gym.spaces.MultiDiscrete) and shape in (space.nvec.shape, (space.nvec.size,)):
         columns = values.reshape(len(values), -1)
         sizes = np.asarray(space.nvec).reshape(-1).tolist()
-        return np.concatenate([_one_hot(columns[:, i], n, space) for i, n in enumerate(sizes)], axis=1)
-    return values.reshape(len(values), -1)
+        starts = np.broadcast_to(space.start, space.nvec.shape).reshape(-1).tolist()
+        parts = [_one_hot(columns[:, i], sizes[i], starts[i], space) for i in range(len(sizes))]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        if shape != (size,):
+            raise ValueError(f"{_what(path)} are rows of shape {shape}; the space {space} has {space.shape}")
+        sizes = (
+            [int(space.n)] if isinstance(space, gym.spaces.Discrete) else np.asarray(space.nvec).reshape(-1).tolist()
+        )
+        return _checked_one_hot(values, sizes, space)
+    # A single number means the same in any shape.
+    if shape in (space.shape, (size,)) or values.size == len(values) * size == len(values):
+        return values.reshape(len(values), size)
+    remedy = reordering(shape, space.shape or ())
+    if remedy is None:
+        raise ValueError(f"{_what(path)} have {math.prod(shape)} numbers, the environment's have {size}")
+    raise ValueError(f"{_what(path)} are rows of shape {shape}, the environment's have {space.shape}: {remedy}")
 
 
-def _one_hot(values: Array, num_values: int, space: gym.Space[Any]) -> Array:
+def _one_hot(values: Array, num_values: int, start: int, space: gym.Space[Any]) -> Array:
     numbers = values.astype(np.int64)
-    wrong = (numbers != values) | (numbers < 0) | (numbers >= num_values)
+    places = numbers - start
+    wrong = (numbers != values) | (places < 0) | (places >= num_values)
     if wrong.any():
         raise ValueError(f"{values[wrong][0]} is not one of the {num_values} values of {space}")
-    return np.eye(num_values, dtype=np.float32)[numbers]
+    return np.eye(num_values, dtype=np.float32)[places]
+
+
+def _checked_one_hot(values: Array, sizes: list[int], space: gym.Space[Any]) -> Array:
+    """Rows that are one-hot already, one entry 1 in every stretch of `sizes`."""
+    begins = np.cumsum([0, *sizes[:-1]])
+    wrong = ((values != 0) & (values != 1)).any(axis=1) | (np.add.reduceat(values, begins, axis=1) != 1).any(axis=1)
+    if wrong.any():
+        raise ValueError(f"{values[wrong][0].tolist()} is not one-hot for {space}")
+    return values.astype(np.float32)
 
 
 def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[int], str]) -> Array:
@@ -124,8 +163,19 @@ def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[in
     Raises:
         ValueError: Naming the row of the first action outside the bounds.
     """
-    width = space.high.astype(np.float64) - space.low
-    scaled = 2.0 * (actions.astype(np.float64) - space.low) / width - 1.0
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    fixed = fixed_dimensions(space)
+    if fixed.any():
+        # The middle, as good as any number, and far from the ends. What the environment gets is `low` in any case.
+        scale = np.maximum(np.abs(low), 1.0)
+        scaled = np.where(
+            fixed,
+            (actions - low) / (_BOUND_TOLERANCE * scale),
+            2.0 * (actions - low) / np.where(fixed, 1.0, high - low) - 1.0,
+        )
+        _checked(scaled, actions, f"the bounds of {space}", where)
+        return np.where(fixed, 0.0, scaled)
+    scaled = 2.0 * (actions.astype(np.float64) - low) / (high - low) - 1.0
     return _checked(scaled, actions, f"the bounds of {space}", where)
 
 
@@ -183,6 +233,30 @@ def transitions_from_episode(
         if name in episode.extra_model_outputs:
             rows[name] = np.asarray(episode.get_extra_model_outputs(name))
     return rows
+
+
+def encoded_observations(episode: SingleAgentEpisode, space: gym.spaces.Box) -> Array:
+    """Observations of a collected episode, which connectors have encoded, as flat rows.
+
+    Args:
+        episode: As env runners hand it out.
+        space: Of what the module sees.
+
+    Returns:
+        Shape (T + 1, n), in the type of the episode.
+
+    Raises:
+        ValueError: If connectors of the user left something else in the episode than the module saw.
+    """
+    observations = episode.get_observations()
+    if not isinstance(observations, np.ndarray) or observations.shape[1:] != space.shape:
+        found = observations.shape[1:] if isinstance(observations, np.ndarray) else type(observations).__name__
+        raise ValueError(
+            f"Episode {episode.id_} holds observations of {found}, the module saw {space.shape}: a connector in "
+            "`env_to_module_connector` has to replace the observations of the episodes, as RLlib's "
+            "`FlattenObservations` does, for training sees what they hold."
+        )
+    return observations.reshape(len(observations), -1)
 
 
 def check_storable(episode: SingleAgentEpisode, observations: Array, rows: dict[str, Array], rule: object) -> None:

@@ -214,24 +214,6 @@ def test_a_number_that_float32_cannot_hold_is_refused_with_its_row(tmp_path: Pat
         load(Reader(replace(block, **{column: values})), folder=tmp_path)
 
 
-def test_a_space_that_rllib_flattens_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = gym.spaces.Dict({"b": gym.spaces.Box(-9, 9, (1,)), "a": gym.spaces.Box(-9, 9, (2,))})
-    observations = {"b": np.ones((4, 1), np.float32), "a": np.zeros((4, 2), np.float32)}
-    final = {"b": np.ones((1, 1), np.float32), "a": np.zeros((1, 2), np.float32)}
-    block = block_of([4], observations=observations, final_observations=final)
-    flat = conversion(space).columns(Reader(block), block).observations
-    assert flat.tolist() == [[0.0, 0.0, 1.0]] * 4
-    monkeypatch.setattr(
-        "rllib_calql.ingestion.flatten_observations",
-        lambda _, obs, **__: np.concatenate([obs["b"], obs["a"]], axis=1),
-    )
-    with pytest.raises(ValueError, match="`FlattenObservations` makes another vector of this observation"):
-        conversion(space).columns(Reader(block), block)
-
-
-# Memory, files, cache
-
-
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("limit", [1, 200, 700, 2**30])
 def test_the_table_is_the_same_wherever_it_lies(tmp_path: Path, known: bool, limit: int) -> None:

@@ -231,19 +231,27 @@ def test_actions_are_clipped_away_from_the_ends_of_the_cube() -> None:
     np.testing.assert_array_equal(rows[Columns.ACTIONS][:, 0], np.float32([-0.99999, 0.99999, 0.99999, 0.5]))
 
 
-@pytest.mark.parametrize(
-    "space",
-    [
-        gym.spaces.Discrete(3, start=-1),
-        gym.spaces.MultiDiscrete([2, 3], start=[1, 0]),
-        gym.spaces.MultiDiscrete([[2, 3]]),
-        gym.spaces.Dict({"a": gym.spaces.Discrete(2, start=5)}),
-    ],
-    ids=str,
-)
-def test_integer_spaces_that_env_runners_encode_otherwise_are_refused(space: gym.Space[Any]) -> None:
-    with pytest.raises(ValueError, match="start at 0 only"):
-        flatten_observations(space, space.sample())
+def test_integers_are_one_hot_from_the_start_of_their_space_on_in_any_shape() -> None:
+    one = flatten_observations(gym.spaces.Discrete(3, start=-1), np.array([-1, 1]))
+    assert one.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    table = gym.spaces.MultiDiscrete([[2, 3]], start=[[1, 0]])
+    assert flatten_observations(table, np.array([[[2, 1]]])).tolist() == [[0.0, 1.0, 0.0, 1.0, 0.0]]
+    with pytest.raises(ValueError, match="0 is not one of the 2 values of MultiDiscrete"):
+        flatten_observations(table, np.array([[[0, 1]]]))
+
+
+def test_one_hot_rows_of_integers_are_taken_and_others_of_that_size_refused() -> None:
+    space = gym.spaces.MultiDiscrete([2, 3])
+    row = [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert flatten_observations(space, np.array([row])).tolist() == [row]
+    for wrong in (
+        [0.0, 1.0, 1.0, 1.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0, 0.0],
+        [0.5, 0.5, 1.0, 0.0, 0.0],
+        [1.0, 1.0, 0.0, 0.0, 0.0],
+    ):
+        with pytest.raises(ValueError, match="is not one-hot for MultiDiscrete"):
+            flatten_observations(space, np.array([row, wrong]))
 
 
 def test_multi_discrete_of_one_value_each_is_still_one_hot() -> None:
