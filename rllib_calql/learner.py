@@ -34,6 +34,7 @@ from rllib_calql.precision import check_precision, float32_products, product_dty
 from rllib_calql.replay import IS_OFFLINE
 from rllib_calql.resident_store import ROW_NUMBERS, ResidentStore
 from rllib_calql.skipped_updates import SkippedUpdates
+from rllib_calql.spaces import fixed_dimensions
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
 
@@ -71,6 +72,14 @@ class CalQLTorchLearner(OptimisingLearner):
         self._set_precision()
         has_graphs = self.config.num_learners <= 1  # The all-reduce of several is not recorded.
         self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
+
+    @override(CQLTorchLearner)
+    def _get_target_entropy(self, module_id: str) -> float:
+        """RLlib's, of the dimensions that leave a choice alone."""
+        entropy: float = super()._get_target_entropy(module_id)
+        space = self._module_spec.module_specs[module_id].action_space
+        is_auto = self.config.target_entropy == "auto"
+        return entropy + float(fixed_dimensions(space).sum()) if is_auto else entropy
 
     def _step_of_rows(self, rows: dict[str, Tensor]) -> None:
         self._make_step({DEFAULT_MODULE_ID: rows})
@@ -233,7 +242,7 @@ class CalQLTorchLearner(OptimisingLearner):
             q_next=fwd_out[outputs.Q_NEXT],
             log_prob_current=fwd_out[outputs.LOG_PROB_CURRENT],
             log_prob_next=fwd_out[outputs.LOG_PROB_NEXT],
-            action_dim=batch[Columns.ACTIONS].shape[-1],
+            action_dim=self._calql_module.num_free_actions,
         )
         target = losses.td_target(
             batch[Columns.REWARDS],

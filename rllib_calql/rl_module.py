@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
@@ -18,11 +19,16 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.annotations import override
 from torch import Tensor, nn
 
-from rllib_calql.config_checks import check_action_space
 from rllib_calql.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.model_settings import check_image_settings_are_used
 from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
-from rllib_calql.transitions import is_flat_or_image, is_image
+from rllib_calql.spaces import (
+    check_action_space,
+    check_observation_space,
+    fixed_dimensions,
+    is_flat_or_image,
+    is_image,
+)
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
 Q_DATA = "q_data"  # (C, B)
@@ -80,6 +86,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     RLlib's own CQL module is not reused: it repeats observations before every network and judges next-state proposals
     at the next state, which is another regulariser than the one of Kumar et al. 2020.
 
+    Dimensions of the action space whose bounds are one number take no part: networks and densities know the others.
+
     Images, Box(H, W, C) of uint8, pass an encoder first: once per state, for all actions and critics. The critics' loss
     trains it, the actor's does not.
 
@@ -95,15 +103,20 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def setup(self) -> None:
         """Builds the networks from `model_config` and the spaces."""
         settings = self.model_config
-        self._sees_images = is_image(self.observation_space)
         if not is_flat_or_image(self.observation_space):
             raise ValueError(
                 f"The module needs flat observations, Box(n,), or images, Box(H, W, C) of uint8, got "
                 f"{self.observation_space}; leave `env_to_module_connector` unset so that other spaces are flattened."
             )
+        check_observation_space(self.observation_space, "The observation space")
+        self._sees_images = is_image(self.observation_space)
         check_image_settings_are_used(settings, sees_images=self._sees_images)
         check_action_space(self.action_space, "The action space")
-        action_dim = self.action_space.shape[0]
+        free = ~fixed_dimensions(self.action_space)
+        # None where every dimension is free: most spaces, for which nothing is to be taken out or put back.
+        self._free: Tensor | None
+        self.register_buffer("_free", None if free.all() else torch.from_numpy(np.flatnonzero(free)), persistent=False)
+        self.num_free_actions = action_dim = int(free.sum())
         network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
         self.obs_mean: Tensor
         self.obs_std: Tensor
@@ -170,6 +183,18 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         self.obs_mean.copy_(mean)
         self.obs_std.copy_(std.clamp_min(_MIN_STD))
 
+    def _free_actions(self, actions: Tensor) -> Tensor:
+        """Of actions (..., A) the dimensions that leave a choice: those that networks and densities know."""
+        return actions if self._free is None else actions[..., self._free]
+
+    def _whole_actions(self, free_actions: Tensor) -> Tensor:
+        """The inverse; 0 stands in dimensions whose bounds are one number, which is what the environment gets there."""
+        if self._free is None:
+            return free_actions
+        actions = free_actions.new_zeros(*free_actions.shape[:-1], self.action_space.shape[0])
+        actions[..., self._free] = free_actions
+        return actions
+
     def _normalise(self, obs: Tensor) -> Tensor:
         numbers = obs.to(self.obs_mean.dtype)
         return (numbers - self.obs_mean) / self.obs_std if self.model_config["normalize_observations"] else numbers
@@ -215,7 +240,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         with torch.no_grad():
             outputs: dict[str, Any] = self._forward(batch)
             mean, _ = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
-            return {Columns.ACTIONS: torch.tanh(mean), **outputs}
+            return {Columns.ACTIONS: self._whole_actions(torch.tanh(mean)), **outputs}
 
     @override(TorchRLModule)
     def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -224,35 +249,37 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             outputs: dict[str, Any] = self._forward(batch)
             mean, log_std = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
             if self.explores_randomly:
-                return {Columns.ACTIONS: torch.rand_like(mean) * 2.0 - 1.0}
+                return {Columns.ACTIONS: self._whole_actions(torch.rand_like(mean) * 2.0 - 1.0)}
             actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
-            return {Columns.ACTIONS: actions, Columns.ACTION_LOGP: log_prob, **outputs}
+            return {Columns.ACTIONS: self._whole_actions(actions), Columns.ACTION_LOGP: log_prob, **outputs}
 
     @override(QNetAPI)
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Q of the batch's (module) actions: {"qf_preds": shape (C, B)}."""
         obs = batch[Columns.OBS]
         seen = self.critic_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
-        return {"qf_preds": self.critic(seen, batch[Columns.ACTIONS].unsqueeze(0))[:, 0]}
+        return {"qf_preds": self.critic(seen, self._free_actions(batch[Columns.ACTIONS]).unsqueeze(0))[:, 0]}
 
     @override(TargetNetworkAPI)
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Minimum over the target critics of the batch's (module) actions: {"qf_target": shape (B,)}."""
         obs = batch[Columns.OBS]
         seen = self.target_trunk(self.target_encoder(obs)) if self._sees_images else self._normalise(obs)
-        q = self.target_critic(seen, batch[Columns.ACTIONS].unsqueeze(0))
+        q = self.target_critic(seen, self._free_actions(batch[Columns.ACTIONS]).unsqueeze(0))
         return {"qf_target": q[:, 0].amin(dim=0)}
 
     @torch.no_grad()
     def estimate_values(self, obs: Tensor) -> Tensor:
         """V(s) of the greedy policy, min_c of the target critics at tanh(mean), shape (B,)."""
         mean, _ = self.policy(self._policy_input(obs))
-        outputs: dict[str, Tensor] = self.forward_target({Columns.OBS: obs, Columns.ACTIONS: torch.tanh(mean)})
+        outputs: dict[str, Tensor] = self.forward_target(
+            {Columns.OBS: obs, Columns.ACTIONS: self._whole_actions(torch.tanh(mean))}
+        )
         return outputs["qf_target"]
 
     def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
         """Draws all random numbers of one gradient step from the learner's generator."""
-        action_dim = self.action_space.shape[0]
+        action_dim = self.num_free_actions
         num_actions = self.model_config["num_actions"]
         num_targets = num_actions if self.model_config["max_target_backup"] else 1
         # One draw of each kind and slices of it: fewer kernel launches.
@@ -271,7 +298,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         the policy only.
         """
         inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS])
-        data_actions = batch[Columns.ACTIONS]
+        data_actions = self._free_actions(batch[Columns.ACTIONS])
         noise = self.draw_noise(data_actions.shape[0], data_actions.device)
         num_actions = noise.current.shape[0]
 

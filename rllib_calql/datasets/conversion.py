@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes import EpisodeBlock, EpisodeReader, ReadOptions
 from rllib_calql.datasets.writers import DatasetMetadata, WriteSummary, write_blocks
+from rllib_calql.spaces import check_bounds
 
 
 def convert(
@@ -79,7 +80,7 @@ def scaled_to_environment(actions: NDArray[Any], space: gym.Space[Any] | None, n
         [R, A] in the same dtype.
 
     Raises:
-        ValueError: If the space is not known, unbounded, or of another shape.
+        ValueError: If the space is not known, unbounded or as good as that, or of another shape.
     """
     if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
         return actions
@@ -88,6 +89,7 @@ def scaled_to_environment(actions: NDArray[Any], space: gym.Space[Any] | None, n
             f"The actions in {name!r} are those of an RLModule, shape {actions.shape[1:]}; to write them in the "
             f"environment's units a bounded Box of that shape is needed, got {space}; pass `action_space`."
         )
+    check_bounds(space, f"The action space of {name!r}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     # In double precision and clipped again, so that rounding does not leave the bounds.
     scaled: NDArray[Any] = np.clip(low + (np.clip(actions, -1.0, 1.0) + 1.0) * (0.5 * (high - low)), low, high)

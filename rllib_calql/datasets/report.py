@@ -21,6 +21,7 @@ from rllib_calql.datasets.episodes import DROPPED, TRUNCATED, DatasetInfo, Episo
 from rllib_calql.datasets.magnitudes import Magnitudes
 from rllib_calql.datasets.summary import ArrayInfo, DatasetReport, Distribution, format_number, format_share
 from rllib_calql.returns import failure_tolerance
+from rllib_calql.spaces import WIDEST
 
 __all__ = ["ArrayInfo", "DatasetReport", "Distribution", "ReportBuilder"]
 
@@ -296,7 +297,8 @@ def _action_bounds(infos: Sequence[DatasetInfo], num_dimensions: int) -> tuple[N
     if not spaces or any(space != spaces[0] for space in spaces) or not isinstance(spaces[0], gym.spaces.Box):
         return None
     low, high = spaces[0].low.ravel(), spaces[0].high.ravel()
-    is_usable = low.size == num_dimensions and bool(np.isfinite(low).all() and np.isfinite(high).all())
+    # Bounds such as the largest float32 are none, and say nothing about what part of them is used.
+    is_usable = low.size == num_dimensions and bool((np.abs(low) <= WIDEST).all() and (np.abs(high) <= WIDEST).all())
     return (low.astype(np.float64), high.astype(np.float64)) if is_usable else None
 
 
