@@ -5,12 +5,14 @@ All functions take plain dictionaries as `manifest_of` makes them, which survive
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rllib_calql import metrics as keys
+from rllib_calql.spaces import description_of, difference_of, is_flattening
 from rllib_calql.transitions import flat_size
 from rllib_calql.versions import versions_here
 
@@ -35,6 +37,8 @@ _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "t
 _SETTING_OF = {"reference_column": "reference_value"}
 
 Manifest = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 def manifest_of(
@@ -72,7 +76,11 @@ def manifest_of(
         "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
         "lagrangian": config.lagrangian,
         "spaces": {
-            "observation_space": {"size": flat_size(observation_space), "space": str(observation_space)},
+            "observation_space": {
+                "size": flat_size(observation_space),
+                "structure": description_of(observation_space),
+                "space": str(observation_space),
+            },
             "action_space": {
                 "size": flat_size(action_space),
                 "low": np.asarray(action_space.low, dtype=float).reshape(-1).tolist(),
@@ -105,6 +113,26 @@ def check_networks(stored: Manifest, own: Manifest) -> None:
                 f"The checkpoint was made with the {name.replace('_', ' ')} {space['space']}, the environment has "
                 f"{other['space']}; use an environment with the spaces of the checkpoint."
             )
+        if "structure" in space:  # Manifests of earlier versions have none.
+            _check_structure(space, other)
+
+
+def _check_structure(stored: Manifest, own: Manifest) -> None:
+    """Refuses observations of as many numbers that mean something else."""
+    difference = difference_of(stored["structure"], own["structure"])
+    if difference is None:
+        return
+    if not is_flattening(stored["structure"], own["structure"]):
+        raise ValueError(
+            f"The checkpoint was made with the observation space {stored['space']}, the environment has "
+            f"{own['space']}: the former {difference}; use an environment with the spaces of the checkpoint."
+        )
+    logger.warning(
+        "The checkpoint was made with the observation space %s, the environment has %s; one is taken for the other "
+        "flattened, parts of a Dict in the order of their keys.",
+        stored["space"],
+        own["space"],
+    )
 
 
 def check_resumable(stored: Manifest, own: Manifest) -> None:
