@@ -1,6 +1,7 @@
 """The `rllib` command: arguments, runs through Ray Tune, exit codes.
 
-Exit codes: 0 success, 1 a run failed, 2 wrong usage, 130 interrupted. Ray is imported only once a command needs it.
+Exit codes: 0 success, 1 a run failed, 2 wrong usage, 130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM. Ray is
+imported only once a command needs it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,19 @@ import click
 
 import rllib_calql
 from rllib_calql.checkpoint import MANIFEST, CheckpointFiles, read_of_one_save
-from rllib_calql.command_setup import UsageError, exit_interrupted, prepare, root_cause, start_ray
+from rllib_calql.command_setup import (
+    StoppableGroup,
+    UsageError,
+    exit_interrupted,
+    grace_option,
+    prepare,
+    root_cause,
+    start_ray,
+    stop_ray,
+)
 from rllib_calql.dataset_cli import dataset
 from rllib_calql.plain_names import refuse_unplain_name
+from rllib_calql.stop_signals import StopSignals, outliving_terminal
 from rllib_calql.study_cli import report, study
 
 if TYPE_CHECKING:
@@ -27,7 +38,7 @@ if TYPE_CHECKING:
 _CONFIG_FILE = "class_and_ctor_args.pkl"  # RLlib writes one into every checkpoint of an algorithm.
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=StoppableGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rllib_calql.__version__, "--version", prog_name="rllib-calql")
 def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
@@ -54,8 +65,11 @@ def train() -> None:
 @click.option("--seed", type=int, help="Seed of every trial; replaces the file's.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
+@grace_option
 @click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
+@click.pass_obj
 def file(
+    stop: StopSignals,
     file: Path,
     num_samples: int | None,
     checkpoint_freq: int | None,
@@ -67,16 +81,17 @@ def file(
     seed: int | None,
     num_cpus: int | None,
     address: str | None,
+    grace: float,
     verbose: bool,
 ) -> None:
     """Run the experiments of FILE, a .yaml or a .py file.
 
-    Ctrl-C writes a checkpoint after the current iteration and ends the run; --resume continues it.
+    Ctrl-C, SIGTERM and SIGHUP write a checkpoint after the current iteration and end the run; --resume continues it.
     """
+    stop.grace_s, stop.saved = grace, "Nothing was trained."
     if resume and overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` removes it; drop one.")
     prepare(verbose)
-    import ray
 
     from rllib_calql.experiment import read_experiments
     from rllib_calql.experiment_errors import ExperimentError
@@ -100,11 +115,12 @@ def file(
         for experiment in experiments
     ]
     with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
-        start_ray(max(run.num_cpus_per_trial for run in runs), num_cpus=num_cpus, address=address, verbose=verbose)
+        needed = max(run.num_cpus_per_trial for run in runs)
+        start_ray(needed, stop, num_cpus=num_cpus, address=address, verbose=verbose)
         try:
-            failed = [run.name for run in runs if not _run(run, storage_path, resume=resume, verbose=verbose)]
+            failed = [run.name for run in runs if not _run(run, storage_path, stop, resume=resume, verbose=verbose)]
         finally:
-            ray.shutdown()
+            stop_ray()
     if failed:
         raise click.ClickException(f"Failed: {', '.join(failed)}.")
 
@@ -201,23 +217,37 @@ def _run_folders(runs: list[Experiment], storage_path: str, *, resume: bool, ove
         yield
 
 
-def _run(experiment: Experiment, storage_path: str, *, resume: bool, verbose: bool) -> bool:
+def _run(experiment: Experiment, storage_path: str, stop: StopSignals, *, resume: bool, verbose: bool) -> bool:
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
     from rllib_calql.resume_run import ResumeError
     from rllib_calql.tune_runs import run_experiment
 
+    stop.check()
+    folder = f"{storage_path}/{experiment.name}"
+    earlier = f"arlier checkpoints, if any, are in '{folder}'; add `--resume` to the command to continue."
+    stop.saved = f"E{earlier}"
     try:
-        outcome = run_experiment(
-            experiment, storage_path, resume=resume, announce=lambda message: click.echo(message, err=True)
-        )
+        outcome = run_experiment(experiment, storage_path, resume=resume, announce=_say, stop=stop)
     except ResumeError as error:
         raise UsageError(str(error)) from error
     if outcome.is_interrupted:
-        where = "Checkpoints are" if outcome.has_checkpoints else "Stopped at once; earlier checkpoints, if any, are"
-        exit_interrupted(f"{where} in '{storage_path}/{experiment.name}'; add `--resume` to the command to continue.")
+        if outcome.is_at_once:
+            message = f"Stopped at once; e{earlier}"
+        elif outcome.has_checkpoints:
+            message = f"Checkpoints are in '{folder}'; add `--resume` to the command to continue."
+        else:
+            message = f"Nothing was trained yet, so there is no checkpoint in '{folder}'; `--resume` begins anew."
+        stop.saved = message
+        exit_interrupted(stop, message)
+    stop.saved = f"'{experiment.name}' has ended, its results are in '{folder}'."
     for cause in outcome.errors:
         click.echo(f"Error in '{experiment.name}': {cause if verbose else root_cause(cause)}", err=True)
     return not outcome.errors
+
+
+def _say(message: str) -> None:
+    with outliving_terminal():
+        click.echo(message, err=True)
 
 
 def _evaluate_checkpoint(

@@ -7,10 +7,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import click
+
+from rllib_calql.stop_signals import StopSignals
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # `ProgressCallback` reports instead.
@@ -19,8 +21,18 @@ _ENVIRONMENT = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
 }
-INTERRUPTED = 130  # Exit code.
+_children_before: set[int] = set()  # Process ids, at the start of Ray.
+_PRELOADED = "RAY_preload_python_modules"
 _OUT_OF_TUNE_LOG = "Trials did not complete"
+
+
+grace_option = click.option(
+    "--grace",
+    type=click.FloatRange(min=0.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds from SIGTERM or SIGHUP within which checkpoints are written.",
+)
 
 
 class UsageError(click.ClickException):
@@ -45,8 +57,8 @@ def prepare(verbose: bool) -> None:
         logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
 
 
-def start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
-    """Starts Ray here with at least the `needed` CPUs, or joins the cluster at `address`.
+def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
+    """Starts Ray here with at least the `needed` CPUs, or joins the cluster at `address`; `stop_ray` ends it.
 
     Raises:
         UsageError: If there is no such cluster, or `num_cpus` is too small.
@@ -58,7 +70,8 @@ def start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose
         if num_cpus is not None:
             raise UsageError("`--num-cpus` sizes a Ray that is started here; drop it or `--address`.")
         try:
-            ray.init(address=address, **quiet)
+            with stop.while_starting_ray():
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(f"There is no Ray cluster at '{address}': {error}") from error
         return
@@ -67,13 +80,78 @@ def start_ray(needed: int, *, num_cpus: int | None, address: str | None, verbose
             f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
             "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
         )
-    ray.init(address="local", num_cpus=num_cpus or max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    from psutil import Process
+
+    _children_before.update(child.pid for child in Process().children())
+    stop.before_end = kill_ray
+    os.environ[_PRELOADED] = "rllib_calql.worker_signals"
+    try:
+        with stop.while_starting_ray():
+            num_cpus = num_cpus or max(needed, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    except KeyboardInterrupt:
+        stop_ray()
+        raise
 
 
-def exit_interrupted(message: str) -> NoReturn:
-    """Says how to go on, and ends the process with the exit code of an interrupt."""
-    click.echo(message, err=True)
-    raise click.exceptions.Exit(INTERRUPTED)
+def stop_ray() -> None:
+    """Leaves Ray, and ends the processes that `start_ray` started."""
+    import ray
+
+    started = _processes_of_ray()
+    node = ray._private.worker._global_node
+    for infos in node.all_processes.values() if node is not None else ():
+        for info in infos:
+            # They do not hear SIGTERM, for which Ray would wait a second each; there is nothing left for them to do.
+            info.process.terminate = info.process.kill
+    ray.shutdown()
+    _kill(started)
+
+
+def kill_ray() -> None:
+    """Ends the processes that `start_ray` started without a word to them, from any thread."""
+    _kill(_processes_of_ray())
+
+
+def _processes_of_ray() -> list[Any]:
+    """What `start_ray` has started so far, and what these processes have."""
+    import ray  # noqa: F401 - it brings the next one along.
+    from psutil import NoSuchProcess, Process
+
+    found = []
+    for process in Process().children():
+        if process.pid not in _children_before:
+            with suppress(NoSuchProcess):
+                found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _kill(processes: list[Any]) -> None:
+    from psutil import Error
+
+    for process in processes:
+        with suppress(Error):  # It knows a process by its pid and its start.
+            process.kill()
+
+
+def exit_interrupted(stop: StopSignals, message: str) -> NoReturn:
+    """Says how to go on, and ends the process with the exit code of the signal."""
+    with suppress(OSError):
+        click.echo(message, err=True)
+    raise click.exceptions.Exit(stop.exit_code)
+
+
+class StoppableGroup(click.Group):
+    """Commands that Ctrl-C, SIGTERM and SIGHUP end in order; they find the `StopSignals` in the context's `obj`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        with StopSignals() as stop:
+            ctx.obj = stop
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                exit_interrupted(stop, f"{stop.name}. {stop.saved}".strip())
 
 
 @contextmanager
@@ -85,8 +163,6 @@ def errors_in_one_line(
         yield
     except kinds as error:
         raise click.ClickException(" ".join(str(error).split())) from error
-    except KeyboardInterrupt:
-        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def root_cause(error: BaseException) -> str:

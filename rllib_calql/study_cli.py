@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from rllib_calql.command_setup import UsageError, errors_in_one_line, exit_interrupted, prepare, root_cause, start_ray
+from rllib_calql.command_setup import (
+    UsageError,
+    errors_in_one_line,
+    exit_interrupted,
+    grace_option,
+    prepare,
+    root_cause,
+    start_ray,
+    stop_ray,
+)
+from rllib_calql.stop_signals import StopSignals, outliving_terminal
 
 _DEFAULT_FOLDER = "~/ray_results/studies"
 
@@ -17,15 +27,25 @@ _DEFAULT_FOLDER = "~/ray_results/studies"
 @click.option("--output", type=click.Path(path_type=Path), help="Results (default: ~/ray_results/studies/NAME).")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
+@grace_option
 @click.option("-v", "--verbose", is_flag=True, help="Show the logs of Ray and of its workers.")
-def study(file: Path, output: Path | None, num_cpus: int | None, address: str | None, verbose: bool) -> None:
+@click.pass_obj
+def study(
+    stop: StopSignals,
+    file: Path,
+    output: Path | None,
+    num_cpus: int | None,
+    address: str | None,
+    grace: float,
+    verbose: bool,
+) -> None:
     """Compare algorithms on tasks over seeds, as FILE says, and report on it.
 
     As many trials run at once as there are CPUs. The same command again continues: finished trials are kept, begun ones
-    go on from their last checkpoint.
+    go on from their last checkpoint. Ctrl-C, SIGTERM and SIGHUP let the running trials write one and end the command.
     """
+    stop.grace_s, stop.saved = grace, "No trial was begun."
     prepare(verbose)
-    import ray
 
     from rllib_calql.datasets.plots import require_matplotlib
     from rllib_calql.experiment_errors import ExperimentError
@@ -56,16 +76,19 @@ def study(file: Path, output: Path | None, num_cpus: int | None, address: str | 
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
         if waiting:
-            start_ray(num_cpus_per_trial(plan), num_cpus=num_cpus, address=address, verbose=verbose)
+            start_ray(num_cpus_per_trial(plan), stop, num_cpus=num_cpus, address=address, verbose=verbose)
+            stop.saved = f"What the trials wrote before is in '{folder}'; give the same command to continue."
         try:
-            outcome = run_study(plan, waiting, folder, lambda line: click.echo(line, err=True))
+            outcome = run_study(plan, waiting, folder, _say, stop)
         finally:
-            ray.shutdown()
+            if waiting:
+                stop_ray()
+        stop.saved = (
+            f"{outcome.num_finished} of {len(plan.trials)} trials are finished, results are in '{folder}'; give "
+            "the same command to continue."
+        )
         if outcome.is_interrupted:
-            exit_interrupted(
-                f"{outcome.num_finished} of {len(plan.trials)} trials are finished, results are in '{folder}'; give "
-                "the same command to continue."
-            )
+            exit_interrupted(stop, stop.saved)
         for name, cause in outcome.errors:
             click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
         if outcome.num_finished:
@@ -83,6 +106,11 @@ def report(results: tuple[Path, ...], output: Path | None) -> None:
     Several folders make one report over all their tasks.
     """
     click.echo(f"Wrote {_report(list(results), output or results[0])}")
+
+
+def _say(line: str) -> None:
+    with outliving_terminal():
+        click.echo(line, err=True)
 
 
 def _report(results: list[Path], folder: Path) -> Path:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from rllib_calql import metrics as keys
 from rllib_calql.progress import Totals, TrialProgress, format_line, format_summary, observe
+from rllib_calql.stop_signals import StopSignals, outliving_terminal
 
 
 class ProgressCallback(tune.Callback):
@@ -95,7 +96,8 @@ class ProgressCallback(tune.Callback):
     def close(self) -> None:
         """Leaves the terminal as it was; the last lines stay."""
         if self._live is not None:
-            self._live.stop()
+            with outliving_terminal():
+                self._live.stop()
             self._live = None
 
     def _totals(self, trial: Trial) -> Totals:
@@ -112,7 +114,8 @@ class ProgressCallback(tune.Callback):
             self._print(format_line(self._trials[trial_id]))
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with outliving_terminal():
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _restored_callback(stop: dict[str, float]) -> ProgressCallback:
@@ -128,30 +131,46 @@ class CheckpointOnInterrupt(tune.Callback):
 
     Args:
         announce: Called with the message for the user at the first SIGINT.
+        stop: Who hears the signals, if not this: then SIGTERM and SIGHUP do the same.
     """
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self, announce: Callable[[str], None], stop: StopSignals | None = None) -> None:
         self._announce = announce
+        self._stop = stop
         self._saved: set[str] = set()
         self._previous: Any = None
         self.interrupted = False
+        self.is_complete = False  # Whether no trial is left to wait for.
 
     def __reduce__(self) -> tuple[Callable[..., CheckpointOnInterrupt], tuple[Callable[[str], None]]]:
         """Tune pickles callbacks with the experiment; a fresh one has the same meaning."""
         return CheckpointOnInterrupt, (print,)
 
     def __enter__(self) -> CheckpointOnInterrupt:
-        self._previous = signal.signal(signal.SIGINT, self._on_sigint)
+        if self._stop is None:
+            self._previous = signal.signal(signal.SIGINT, self._on_sigint)
+        else:
+            self._stop.on_stop = self._interrupt
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._stop is None:
+            signal.signal(signal.SIGINT, self._previous)
+        else:
+            self._stop.on_stop = None
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         self.interrupted = True
-        self._announce("Interrupted: writing a checkpoint after the current iteration. Ctrl-C again stops at once.")
+        what, again = "Interrupted", "Ctrl-C again stops at once."
+        if self._stop is not None and self._stop.signum != signal.SIGINT:
+            what = self._stop.name
+            again = f"It has {self._stop.grace_s:g} s for that; a second signal stops at once."
+        self._announce(f"{what}: writing a checkpoint after the current iteration. {again}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -174,5 +193,6 @@ class CheckpointOnInterrupt(tune.Callback):
     def _end_if_saved(self, trials: list[Trial]) -> None:
         running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
         if running <= self._saved:
+            self.is_complete = True
             # Tune's documented way to end a run early and keep it resumable.
             signal.raise_signal(signal.SIGUSR1)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rllib_calql.experiment import Experiment
 from rllib_calql.resume_run import prepare_resume
 from rllib_calql.run_state import KeepResumable
+from rllib_calql.stop_signals import StopSignals
 from rllib_calql.tune_callbacks import CheckpointOnInterrupt, ProgressCallback
 
 
@@ -21,17 +22,24 @@ class Outcome:
 
     Attributes:
         errors: Why trials failed.
-        is_interrupted: Whether Ctrl-C ended it.
-        has_checkpoints: Whether an interrupt still let every trial write one.
+        is_interrupted: Whether Ctrl-C or a signal ended it.
+        is_at_once: Whether an interrupt did not wait for checkpoints.
+        has_checkpoints: Whether a trial has one.
     """
 
     errors: tuple[Exception, ...] = ()
     is_interrupted: bool = False
+    is_at_once: bool = False
     has_checkpoints: bool = True
 
 
 def run_experiment(
-    experiment: Experiment, storage_path: str, *, resume: bool, announce: Callable[[str], None]
+    experiment: Experiment,
+    storage_path: str,
+    *,
+    resume: bool,
+    announce: Callable[[str], None],
+    stop: StopSignals | None = None,
 ) -> Outcome:
     """Runs all trials to their end. Ray must have been started.
 
@@ -40,12 +48,13 @@ def run_experiment(
         storage_path: Folder or URI of all runs.
         resume: Whether to continue the run of this name, if it has got as far as a first state.
         announce: Called with what the user should know at once.
+        stop: Signals that end the run with a checkpoint. Default: Ctrl-C does.
 
     Raises:
         ResumeError: If `resume` is set and the run cannot be continued.
     """
     progress = ProgressCallback(experiment.stop, Console())
-    interrupt = CheckpointOnInterrupt(announce=announce)
+    interrupt = CheckpointOnInterrupt(announce, stop)
     run_config = tune.RunConfig(
         name=experiment.name,
         storage_path=storage_path,
@@ -68,10 +77,14 @@ def run_experiment(
         try:
             results = tuner.fit()
         except KeyboardInterrupt:
-            return Outcome(is_interrupted=True, has_checkpoints=False)
+            return Outcome(is_interrupted=True, is_at_once=True)
         finally:
             progress.close()
-    return Outcome(errors=tuple(results.errors), is_interrupted=interrupt.interrupted)
+    return Outcome(
+        errors=tuple(results.errors),
+        is_interrupted=interrupt.interrupted,
+        has_checkpoints=any(result.checkpoint is not None for result in results),
+    )
 
 
 def _restored(

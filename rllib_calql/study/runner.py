@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,12 +17,14 @@ from ray import tune
 import rllib_calql
 from rllib_calql.algorithm import CalQL
 from rllib_calql.experiment_errors import ExperimentError
+from rllib_calql.stop_signals import StopSignals
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
 from rllib_calql.study.trial import checkpoints, finished_evaluations, run_trial
 
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench")
+_STOP_FILE = "rllib_calql_stop"  # In Tune's folder: asks the trials to stop.
 _TRIAL = "trial"  # Key of Tune's config: the number of the trial.
 
 
@@ -32,7 +35,7 @@ class Outcome:
     Attributes:
         num_finished: Trials that have all their evaluations.
         errors: Name and error of each trial that failed.
-        is_interrupted: Whether Ctrl-C ended it.
+        is_interrupted: Whether Ctrl-C or a signal ended it.
     """
 
     num_finished: int
@@ -46,7 +49,13 @@ def num_cpus_per_trial(study: Study) -> int:
     return math.ceil(max(cpus))
 
 
-def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Callable[[str], None]) -> Outcome:
+def run_study(
+    study: Study,
+    waiting: Sequence[Trial],
+    folder: Path,
+    announce: Callable[[str], None],
+    stop: StopSignals | None = None,
+) -> Outcome:
     """Runs what is not finished yet, and writes the evaluations of all finished trials.
 
     Args:
@@ -55,6 +64,7 @@ def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Ca
         folder: Of this study's results. Finished trials in it are kept, begun ones are continued. On a cluster it must
             be the same folder on all machines.
         announce: Called with a line for people, again and again.
+        stop: Signals at which the running trials write a checkpoint and the study ends.
     """
     if len(waiting) < len(study.trials):
         announce(f"{len(study.trials) - len(waiting)} of {len(study.trials)} trials are finished already.")
@@ -62,7 +72,8 @@ def run_study(study: Study, waiting: Sequence[Trial], folder: Path, announce: Ca
     is_interrupted = False
     if waiting:
         try:
-            errors = _run_with_tune(waiting, folder, announce)
+            errors = _run_with_tune(waiting, folder, announce, stop)
+            is_interrupted = stop is not None and stop.signum is not None
         except KeyboardInterrupt:
             is_interrupted = True
     finished = [(t, finished_evaluations(folder / t.folder)) for t in study.trials]
@@ -96,30 +107,58 @@ def unfinished_trials(study: Study, folder: Path) -> list[Trial]:
 
 
 def _run_with_tune(
-    trials: Sequence[Trial], folder: Path, announce: Callable[[str], None]
+    trials: Sequence[Trial], folder: Path, announce: Callable[[str], None], stop: StopSignals | None
 ) -> tuple[tuple[str, Exception], ...]:
+    request = folder / TUNE_FOLDER / _STOP_FILE  # Trials on other machines see it as well.
+
     def trainable(config: dict[str, Any]) -> None:
         trial = trials[config[_TRIAL]]
-        run_trial(trial, folder / trial.folder, lambda row: tune.report({"line": _line(trial, row)}))
+
+        def report(row: Evaluation) -> None:
+            tune.report({"line": _line(trial, row)})
+
+        if not run_trial(trial, folder / trial.folder, report, is_stopped=request.exists):
+            tune.report({"is_stopped": True})
 
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(trials[config[_TRIAL]])),
         param_space={_TRIAL: tune.grid_search(list(range(len(trials))))},
         run_config=tune.RunConfig(
-            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce)]
+            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce, request)]
         ),
     )
-    results = tuner.fit()
+
+    def ask_for_checkpoints() -> None:
+        assert stop is not None
+        announce(f"{stop.name}: the running trials write a checkpoint after their iteration. Again stops at once.")
+        request.touch()
+
+    if stop is not None:
+        stop.check()
+        stop.on_stop = ask_for_checkpoints
+    try:
+        results = tuner.fit()
+    finally:
+        if stop is not None:
+            stop.on_stop = None
     return tuple((trials[result.config[_TRIAL]].name, result.error) for result in results if result.error is not None)
 
 
 class _Announcing(tune.Callback):
-    """Says what trials report."""
+    """Says what trials report, and ends the study when those that are to stop have done so."""
 
-    def __init__(self, trials: Sequence[Trial], announce: Callable[[str], None]) -> None:
+    def __init__(self, trials: Sequence[Trial], announce: Callable[[str], None], request: Path) -> None:
         self._trials = trials
         self._announce = announce
+        self._request = request
         self._num_ended = 0
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Ends the study if it is to stop and no trial runs."""
+        is_running = any(trial.status == tune.experiment.Trial.RUNNING for trial in trials)
+        if self._request.exists() and not is_running:
+            # Tune's documented way to end a run early.
+            signal.raise_signal(signal.SIGUSR1)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         """One evaluation."""
@@ -128,7 +167,10 @@ class _Announcing(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """The end of one."""
-        self._say_ended(trial, "finished")
+        if (trial.last_result or {}).get("is_stopped"):
+            self._announce(f"{self._trials[trial.config[_TRIAL]].name}: stopped")
+        else:
+            self._say_ended(trial, "finished")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its failure."""

@@ -15,10 +15,12 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, LEA
 
 from rllib_calql import metrics as keys
 from rllib_calql.algorithm import CalQL
+from rllib_calql.file_lock import held_lock
 from rllib_calql.study.evaluations import Evaluation, evaluation_of, read_json, write_json
 from rllib_calql.study.plan import Trial
 
 FINISHED_FILE = "evaluations.json"
+_LOCK_FILE = ".rllib_calql_trial.lock"
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
@@ -41,15 +43,30 @@ def finished_evaluations(folder: Path) -> tuple[str, list[Evaluation]] | None:
     return fingerprint, rows
 
 
-def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]) -> None:
+def run_trial(
+    trial: Trial,
+    folder: Path,
+    announce: Callable[[Evaluation], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> bool:
     """Trains and evaluates; the folder then holds `FINISHED_FILE`.
 
     Args:
         trial: What to run.
         folder: Of this trial. A checkpoint in it, of the same settings, is continued.
         announce: Called with each new evaluation.
+        is_stopped: Asked again and again; True: the trial writes a checkpoint and returns.
+
+    Returns:
+        Whether it ran to its end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # A process of a command that was killed may go on for a moment.
+    with held_lock(folder / _LOCK_FILE, wait=True):
+        return not is_stopped() and _run(trial, folder, announce, is_stopped)
+
+
+def _run(trial: Trial, folder: Path, announce: Callable[[Evaluation], None], is_stopped: Callable[[], bool]) -> bool:
     algo, rows, seconds_before = _restored(trial, folder) or (trial.config.build(), [], 0.0)
     begin = saved_at = time.monotonic()
     try:
@@ -64,6 +81,9 @@ def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]
                     saved_at = time.monotonic()
             if algo.phase == keys.ONLINE and algo.num_online_env_steps >= trial.schedule.num_env_steps:
                 break
+            if is_stopped():
+                _save(algo, rows, trial, folder)
+                return False
             result = algo.train()
             learner_results = result.get(LEARNER_RESULTS, {}).get("default_policy", learner_results)
     finally:
@@ -73,6 +93,7 @@ def run_trial(trial: Trial, folder: Path, announce: Callable[[Evaluation], None]
     _write_evaluations(rows, trial, folder)
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
+    return True
 
 
 def _is_due(algo: CalQL, last: Evaluation, trial: Trial) -> bool:

@@ -1,20 +1,24 @@
-"""SIGKILLs of `rllib train file` at random moments, each followed by `--resume`: nothing counted twice, nothing lost.
+"""Signals to `rllib train file` at random moments, each followed by `--resume`: nothing counted twice, nothing lost.
 
 The environment's observations are random numbers, so that no two transitions are the same and each can be found again.
-A third of the kills falls into the start of the command, a third into training, a third into the writing of a
-checkpoint; every start of the command draws its number of env runners anew. Prints a table and writes JSON; exits 1 if
-a check failed.
+A third of the signals falls into the start of the command, a third into training, a third into the writing of a
+checkpoint; every start of the command draws its number of env runners anew. SIGKILL goes to the driver; SIGTERM and
+SIGHUP go to it alone or to all its processes, by turns, and have to end it in order, with a checkpoint where one
+could be written. Prints a table and writes JSON; exits 1 if a check failed.
 
     python tests/benchmarks/sigkill.py --kills 20 --output sigkill.json
+    python tests/benchmarks/sigkill.py --kills 30 --signals KILL TERM HUP --output signals.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,8 +36,12 @@ import pyarrow.parquet as pq
 
 from rllib_calql import run_state
 
-COMMAND = [sys.executable, "-c", "from rllib_calql.cli import main; main(prog_name='rllib')"]
+# As in a terminal, whatever the process that runs this ignores. Before the handlers stand, a signal ends Python.
+RESET = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGTERM, signal.SIG_DFL); "
+COMMAND = [sys.executable, "-c", f"{RESET}from rllib_calql.cli import main; main(prog_name='rllib')"]
 MOMENTS = ("start", "training", "checkpoint")
+SIGNALS = ("KILL", "TERM", "HUP")
+BARE_PYTHON_S = 12.0  # On a busy machine.
 OBS_DIM, OFFLINE_UPDATES, UPDATES_PER_ENV_STEP = 4, 12, 0.1
 ATTEMPT_LIMIT_S = 150
 # Ray's workers end within seconds of a driver that was killed; two small agents notice it after about a minute.
@@ -83,6 +91,8 @@ class Kill:
 
     Attributes:
         moment: Where it was to fall.
+        signal: Which signal.
+        exit_code: Of the command.
         after_s: Seconds from the start of the command.
         iterations: Iterations of the newest whole checkpoint then; 0 for none.
         env_steps: Env steps in it.
@@ -90,6 +100,8 @@ class Kill:
     """
 
     moment: str
+    signal: str
+    exit_code: int
     after_s: float
     iterations: int
     env_steps: int
@@ -136,6 +148,10 @@ class Run:
             return subprocess.Popen(
                 [*COMMAND, *arguments], cwd=self._folder, env=os.environ | environment, stdout=output, stderr=output
             )
+
+    def output(self) -> str:
+        """All that the commands have said so far."""
+        return (self._folder / "output.txt").read_text()
 
     def checkpoints(self) -> list[str]:
         """Checkpoints of the trial, whole or not, in order."""
@@ -224,12 +240,14 @@ class Remains:
         self.others_s: list[float] = []
         self._threads: list[threading.Thread] = []
 
-    def kill(self, process: subprocess.Popen[str]) -> None:
-        """Kills the driver alone."""
+    def end(self, process: subprocess.Popen[str], signum: int, *, all_processes: bool) -> None:
+        """Sends a signal to the driver, or to it and all that it started, and waits for the driver's end."""
         started = descendants(process.pid)
         agents = {pid for pid in started if "Agent" in name_of(pid)}
-        process.kill()
-        process.wait()
+        for pid in (*(started if all_processes else ()), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        process.wait(ATTEMPT_LIMIT_S)
         for pids, seconds in ((agents, self.agents_s), (started - agents, self.others_s)):
             if pids is agents and not self._with_agents:
                 continue
@@ -250,7 +268,13 @@ class Remains:
 
 
 def measure(
-    folder: Path, *, num_kills: int, seed: int, moments: tuple[str, ...] = MOMENTS, with_agents: bool = True
+    folder: Path,
+    *,
+    num_kills: int,
+    seed: int,
+    moments: tuple[str, ...] = MOMENTS,
+    signals: tuple[str, ...] = SIGNALS[:1],
+    with_agents: bool = True,
 ) -> dict[str, Any]:
     """Kills and resumes, lets the run complete, and checks what is left."""
     rng = random.Random(seed)
@@ -274,10 +298,23 @@ def measure(
             if exit_code != 0:
                 failures.append(f"the last resume exited with {exit_code}")
         else:
-            moment = moments[index % len(moments)]
+            name = signals[index % len(signals)]
+            moment = moments[(index + index // len(signals)) % len(moments)]
             wait_for_moment(run, process, moment, rng)
             after_s = time.monotonic() - begin
-            remains.kill(process)
+            before, said = run.newest_whole(), len(run.output())
+            remains.end(
+                process, getattr(signal, f"SIG{name}"), all_processes=name != "KILL" and index // len(signals) % 2 == 1
+            )
+            if name != "KILL":
+                failures += check_orderly_end(
+                    f"SIG{name} {index + 1}",
+                    process.returncode,
+                    run.output()[said:],
+                    getattr(signal, f"SIG{name}"),
+                    after_s=after_s,
+                    is_checkpoint_due=moment != "start" and run.newest_whole() == before,
+                )
         results = [run_state.result_of_whole(LOCAL, path) for path in run.checkpoints()]
         made = [r for r in results if r is not None and r["training_iteration"] > iteration]
         first = made[0] if made else None
@@ -292,7 +329,9 @@ def measure(
             newest = run.newest_whole()
             result = newest[1] if newest else {}
             steps = result.get("num_online_env_steps_lifetime", 0)
-            kills.append(Kill(moment, after_s, result.get("training_iteration", 0), steps, None))
+            kills.append(
+                Kill(moment, name, process.returncode, after_s, result.get("training_iteration", 0), steps, None)
+            )
             print(kills[-1], flush=True)
     newest = run.newest_whole()
     assert newest is not None
@@ -309,6 +348,22 @@ def measure(
         "counters": {key: state[key] for key in sorted(state) if key.startswith("num_") or key == "updates_owed"},
         "failures": failures,
     }
+
+
+def check_orderly_end(
+    which: str, exit_code: int, said: str, signum: int, *, after_s: float, is_checkpoint_due: bool
+) -> list[str]:
+    """What is wrong with the end of a command that was asked to end."""
+    if exit_code == -signum and after_s < BARE_PYTHON_S and not said:
+        return []
+    facts = {
+        f"exit code {exit_code}": exit_code == 128 + signum,
+        "a traceback": "Traceback" not in said,
+        "a stack dump": "***" not in said,
+        "no word about what is saved": "Checkpoints are in" in said or "Nothing was trained" in said,
+        "no checkpoint": not is_checkpoint_due,
+    }
+    return [f"{which}: {wrong}; it said {said!r}" for wrong, is_right in facts.items() if not is_right]
 
 
 def check_end(checkpoint: str, rows_once_safe: set[bytes]) -> list[str]:
@@ -337,6 +392,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS)
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS[:1])
     parser.add_argument("--skip-agents", action="store_true", help="do not wait a minute for the end of Ray's agents")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -347,15 +403,17 @@ def main() -> None:
                 num_kills=arguments.kills,
                 seed=arguments.seed,
                 moments=tuple(arguments.moments),
+                signals=tuple(arguments.signals),
                 with_agents=not arguments.skip_agents,
             )
         except Exception:
             print((Path(folder) / "output.txt").read_text()[-5_000:])
             raise
-    print(f"{'moment':<12}{'after s':>8}{'iteration':>11}{'env steps':>11}{'resumed at':>12}")
+    print(f"{'moment':<12}{'signal':<7}{'exit':>5}{'after s':>9}{'iteration':>11}{'env steps':>11}{'resumed at':>12}")
     for one in outcome["kills"]:
         resumed = one["first_iteration"] or "-"
-        print(f"{one['moment']:<12}{one['after_s']:>8.1f}{one['iterations']:>11}{one['env_steps']:>11}{resumed:>12}")
+        begin = f"{one['moment']:<12}{one['signal']:<7}{one['exit_code']:>5}{one['after_s']:>9.1f}"
+        print(f"{begin}{one['iterations']:>11}{one['env_steps']:>11}{resumed:>12}")
     print(f"Processes were left for {outcome['longest_process_s']} s, agents for {outcome['longest_agent_s']} s.")
     print(outcome["counters"])
     print("\n".join(outcome["failures"]) or "All checks passed.")
