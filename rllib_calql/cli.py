@@ -195,7 +195,7 @@ def _run_folders(runs: list[Experiment], storage_path: str, *, resume: bool, ove
             raise UsageError(f"`--storage-path` '{storage_path}' cannot be used: {error}") from error
         begun = [folder for folder in folders if folder.has_begun()]
         # One of several experiments in a file may not have begun yet when the command was stopped.
-        if resume and not begun:
+        if resume and not begun and not any(folder.was_killed for folder in folders):
             raise UsageError(
                 f"There is nothing to resume at '{folders[0].path}'; check `--name` and `--storage-path`, or drop "
                 "`--resume`."

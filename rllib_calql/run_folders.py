@@ -35,11 +35,17 @@ class RunFolder:
     Args:
         storage_path: Folder or URI of all runs.
         name: Name of the run, a plain one.
+
+    Attributes:
+        filesystem: Of the folder.
+        path: Of the folder there.
+        was_killed: Whether the last command that locked it was killed, perhaps before anything else was written.
     """
 
     def __init__(self, storage_path: str, name: str) -> None:
         self.filesystem, root = get_fs_and_path(storage_path)
         self.path = posixpath.join(root, name)
+        self.was_killed = False
 
     def has_begun(self) -> bool:
         """Whether anything is there, be it of a run or not."""
@@ -77,6 +83,7 @@ class RunFolder:
             return
         path = Path(self.path)
         path.mkdir(parents=True, exist_ok=True)
+        self.was_killed = (path / _LOCK).exists()
         try:
             with held_lock(path / _LOCK):
                 yield

@@ -198,13 +198,28 @@ def _noted_by_the_thread(signum: int, frame: FrameType | None) -> None:
     """Python writes the signal to the descriptor that the thread reads."""
 
 
-def _forget_in_child() -> None:
-    """A forked process, such as a worker of `multiprocessing`, is ended by SIGTERM, and its parent is not told."""
+# A forked process, such as a worker of `multiprocessing`, is ended by SIGTERM, and its parent is not told.
+
+
+def _before_fork() -> None:
     if _entered:
+        _mask_before.of_thread = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+
+
+def _after_in_parent() -> None:
+    if hasattr(_mask_before, "of_thread"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask_before.of_thread)
+        del _mask_before.of_thread
+
+
+def _after_in_child() -> None:
+    if _entered and threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
         for signum, handler in _entered[0]._previous.items():
             signal.signal(signum, handler)
         _entered.clear()
+    _after_in_parent()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+_mask_before = threading.local()
+os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
