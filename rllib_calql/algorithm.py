@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from operator import methodcaller
 from typing import Any
@@ -22,8 +23,11 @@ from rllib_calql.held_data import with_handles
 from rllib_calql.offline_data import with_spaces_of_data
 from rllib_calql.registration import register
 from rllib_calql.replay import TransitionStore
+from rllib_calql.resolution import remark_on_deviations
 from rllib_calql.returns import reward_settings
 from rllib_calql.transitions import encoded_space, flat_size, observation_dtype
+
+logger = logging.getLogger(__name__)
 
 
 class CalQL(CollectingCQL):
@@ -117,6 +121,8 @@ class CalQL(CollectingCQL):
                 "`normalize_observations` takes its statistics from offline data; set `input_` or drop it."
             )
         mean, std = self.store.observation_statistics()
+        if remark := remark_on_deviations(std):
+            logger.warning("%s", remark)
         self._foreach_learner(methodcaller("set_observation_statistics", mean, std))
 
     @override(Algorithm)

@@ -19,6 +19,7 @@ from rllib_calql import metrics as keys
 from rllib_calql.collection import EpisodeJoiner, collect, collect_or_tell
 from rllib_calql.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.resolution import REMEDY, remark_on_resolution
 from rllib_calql.resuming import ResumableCQL
 from rllib_calql.transitions import check_storable, encoded_observations, transitions_from_episode
 from rllib_calql.updating import UpdatingCQL
@@ -143,7 +144,8 @@ class CollectingCQL(UpdatingCQL):
         settings = self._add_returns.settings
         self._add_returns(batch={}, episodes=[episode])
         with np.errstate(over="ignore", invalid="ignore"):  # What overflows is found below.
-            observations = encoded_observations(episode, self._stored_space).astype(self.store.obs_dtype, copy=False)
+            emitted = encoded_observations(episode, self._stored_space)
+            observations = emitted.astype(self.store.obs_dtype, copy=False)
             actions = np.asarray(episode.get_actions()).reshape(len(episode), -1)
             rows = transitions_from_episode(episode, observations=observations, actions=actions, settings=settings)
         try:
@@ -151,6 +153,8 @@ class CollectingCQL(UpdatingCQL):
         except ValueError as error:
             self._discard_episode(error)
             return
+        if (remark := remark_on_resolution(emitted)) and log_once("calql_resolution"):
+            logger.warning("%s; if that matters, %s. Said once.", remark, REMEDY)
         self._num_discarded_in_a_row = 0
         self.store.add_online(rows)
         begun = max(self.num_online_env_steps, self.config.num_warmup_env_steps)

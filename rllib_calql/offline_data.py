@@ -23,6 +23,7 @@ from rllib_calql.datasets.report import DatasetReport
 from rllib_calql.ingestion import Conversion
 from rllib_calql.loading import Sharing, StorageSettings, load_parts, load_table
 from rllib_calql.replay import TransitionStore
+from rllib_calql.resolution import check_resolution, remark_on_rewards
 from rllib_calql.shared_data import SharedTables, SharingSettings, is_in_actor
 from rllib_calql.spaces import (
     check_action_space,
@@ -134,6 +135,15 @@ class CalQLOfflineData(OfflineData):
                 '`unfinished_episodes="truncate"`, or record longer ones.'
             )
         store.offline, self.report = loaded
+        check_resolution(
+            self.report,
+            observation_space,
+            store.observation_statistics,
+            is_normalized=self.config.normalize_observations,
+        )
+        rewards = connector.settings.transform(np.array(self.report.reward_range)).tolist()
+        if remark := remark_on_rewards(*rewards):
+            logger.warning("%s: %s.", ", ".join(self.report.names), remark)
         self.store = store
         self._log_report(self.report)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rllib_calql.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.model_settings import check_image_settings_are_used
 from rllib_calql.networks import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
+from rllib_calql.resolution import MIN_STD
 from rllib_calql.spaces import (
     check_action_space,
     check_observation_space,
@@ -42,8 +43,6 @@ TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
 ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
 ACTOR_Q = "actor_q"  # (B,), minimum over frozen critics
 DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
-
-_MIN_STD = 1e-3  # An observation that never varies in the data must not blow up when it does vary online.
 
 
 class Noise(NamedTuple):
@@ -181,7 +180,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
         self.obs_mean.copy_(mean)
-        self.obs_std.copy_(std.clamp_min(_MIN_STD))
+        self.obs_std.copy_(std.clamp_min(MIN_STD))
 
     def _free_actions(self, actions: Tensor) -> Tensor:
         """Of actions (..., A) the dimensions that leave a choice: those that networks and densities know."""

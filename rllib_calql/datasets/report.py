@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rllib_calql.datasets.episodes import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader, Nested
 from rllib_calql.datasets.magnitudes import Magnitudes
-from rllib_calql.datasets.summary import ArrayInfo, DatasetReport, Distribution, format_number, format_share
+from rllib_calql.datasets.summary import ArrayInfo, DatasetReport, Distribution, format_number, format_share, is_wide
 from rllib_calql.returns import failure_tolerance
 from rllib_calql.spaces import WIDEST
 
@@ -28,6 +28,7 @@ __all__ = ["ArrayInfo", "DatasetReport", "Distribution", "ReportBuilder"]
 _SMALL_PART = 0.1  # Of the width of the action bounds.
 _REMARKABLE_SHARE = 0.01  # Of the episodes.
 _ROWS_AT_ONCE = 64
+_MOST_MEASURED = 4096  # Dimensions of an observation whose range is kept.
 
 
 class ReportBuilder:
@@ -66,8 +67,9 @@ class ReportBuilder:
             ValueError: If observations or actions have another structure or shape than in earlier blocks, or the
                 rewards of an episode sum to more than float32 can hold.
         """
-        self._observations = _merged("obs", self._observations, _infos_of(block.observations), block)
-        self._actions = _merged("actions", self._actions, _infos_of(block.actions, measure=True), block)
+        observations = _infos_of(block.observations, measure=_is_to_be_measured)
+        self._observations = _merged("obs", self._observations, observations, block)
+        self._actions = _merged("actions", self._actions, _infos_of(block.actions), block)
         rewards = np.asarray(block.rewards, dtype=np.float64)
         starts = np.cumsum(block.lengths) - block.lengths
         self._returns.frombytes(_returns(block, rewards, starts).tobytes())
@@ -157,11 +159,17 @@ def _returns(block: EpisodeBlock, rewards: NDArray[np.float64], starts: NDArray[
     return returns
 
 
-def _infos_of(values: Nested, *, measure: bool = False) -> dict[str, ArrayInfo]:
+def _is_to_be_measured(rows: NDArray[Any]) -> bool:
+    """Whether numbers of these observations may differ and still be one number in float32; pictures are none such."""
+    return is_wide(rows.dtype) and rows.shape[1] <= _MOST_MEASURED
+
+
+def _infos_of(values: Nested, *, measure: Callable[[NDArray[Any]], bool] = lambda rows: True) -> dict[str, ArrayInfo]:
     infos = {}
     for keys, values_at in tree.flatten_with_path(values):
         path = "/".join(map(str, keys))
-        low, high = _range_of(values_at.reshape(len(values_at), -1)) if measure else ((), ())
+        rows = values_at.reshape(len(values_at), -1)
+        low, high = _range_of(rows) if measure(rows) else ((), ())
         infos[path] = ArrayInfo(path, str(values_at.dtype), tuple(values_at.shape[1:]), low, high)
     return infos
 
@@ -207,8 +215,9 @@ def _united(one: ArrayInfo, other: ArrayInfo) -> ArrayInfo:
     return replace(
         one,
         dtype=" and ".join(dtypes),
-        low=tuple(map(min, one.low, other.low)),
-        high=tuple(map(max, one.high, other.high)),
+        # Parts of the data in a narrower type are not measured.
+        low=tuple(map(min, one.low, other.low)) if one.low and other.low else one.low or other.low,
+        high=tuple(map(max, one.high, other.high)) if one.high and other.high else one.high or other.high,
     )
 
 

@@ -43,6 +43,11 @@ class Distribution:
         return cls(*[*quantiles, *moments])
 
 
+def is_wide(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this type may differ and still be one number in float32."""
+    return dtype.kind in "iuf" and dtype.itemsize >= (8 if dtype.kind == "f" else 4)
+
+
 @dataclass(frozen=True)
 class ArrayInfo:
     """One array of the observations or actions.
@@ -51,7 +56,8 @@ class ArrayInfo:
         path: Keys that lead to it in nested data, joined by "/"; "" for plain arrays.
         dtype: As stored, e.g. "float32"; several, joined by " and ", if they differ between parts of the data.
         shape: Of one row.
-        low: Least value per dimension (row-major order); empty where it is not measured.
+        low: Least value per dimension (row-major order); empty where it is not measured, as with observations that
+            float32 holds exactly.
         high: Largest value per dimension.
     """
 
