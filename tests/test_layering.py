@@ -27,7 +27,7 @@ LAYERS = (
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
-    ("datasets.magnitudes", "datasets.safe_decoding"),
+    ("datasets.magnitudes", "datasets.safe_decoding", "datasets.other_tools", "datasets.recorded_values"),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
     (
         "datasets.pointmaze",

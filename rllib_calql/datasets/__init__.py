@@ -15,6 +15,7 @@ from rllib_calql.datasets.episodes import DatasetInfo, EpisodeReader, ReadOption
 from rllib_calql.datasets.files import DataFile, find_files
 from rllib_calql.datasets.in_memory import DatasetReader, EpisodesReader
 from rllib_calql.datasets.minari import SCHEME, MinariReader
+from rllib_calql.datasets.other_tools import what_it_is
 from rllib_calql.datasets.rllib_recorded import (
     RecordedEpisodesReader,
     RecordedRowsReader,
@@ -185,6 +186,10 @@ def _format_of(name: str, files: Sequence[DataFile]) -> str:
 def _format_by_content(file: DataFile) -> str:
     with file.open() as opened:
         start = opened.read(4)
-    if start not in _MAGIC_BYTES:
-        raise ValueError(f"{str(file)!r} is of no format that can be read; `input_` takes {_READABLE}.")
-    return _MAGIC_BYTES[start]
+    known = _MAGIC_BYTES.get(start)
+    kind = what_it_is(file.name)
+    # Of the files that are zip archives, many are no NumPy archives.
+    if known is None or (known == "NumPy" and kind is not None):
+        described = f" The file is {kind}." if kind is not None else ""
+        raise ValueError(f"{str(file)!r} is of no format that can be read; `input_` takes {_READABLE}.{described}")
+    return known

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import tree
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.arrow import Where, decode_numbers, describe_type, is_numeric
-from rllib_calql.datasets.columns import MASKS, VALIDS, bad_valids, check_valids, find_columns, require_columns
+from rllib_calql.datasets.columns import (
+    MASKS,
+    VALIDS,
+    bad_valids,
+    check_valids,
+    find_columns,
+    require_columns,
+    times_for_steps,
+)
 from rllib_calql.datasets.episodes import Nested, ReadOptions
 from rllib_calql.datasets.flat_columns import as_flags
 
@@ -110,6 +119,8 @@ def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where
     for name, column in names.items():
         if name != Columns.EPS_ID:
             index = batch.schema.get_field_index(column)
+            if name == Columns.T and pa.types.is_temporal(batch.schema.field(index).type):
+                raise times_for_steps(f"it has the type {batch.schema.field(index).type} in {where(0)}")
             decode_column = decode if name in _DECODED_COLUMNS else decode_numbers
             table[name] = decode_column(batch.schema.field(index), batch.column(index), where)
     for name in (*_FLAGS, Columns.T):

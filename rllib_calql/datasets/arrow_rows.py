@@ -28,7 +28,7 @@ from rllib_calql.datasets.arrow_columns import (
     row_shapes,
 )
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
-from rllib_calql.datasets.columns import VALIDS
+from rllib_calql.datasets.columns import VALIDS, times_for_steps
 from rllib_calql.datasets.episode_index import EpisodeIndex, index_episodes
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
 from rllib_calql.datasets.final_rows import shifted, without_final_rows
@@ -269,12 +269,18 @@ class ArrowRowsReader(EpisodeReader):
         if np.any((t[1:] <= t[:-1]) & same_episode):
             columns = _take(columns, np.lexsort((t, episodes)))
             t = columns[Columns.T]
+        is_odd = t != np.floor(t)
+        if is_odd.any():
+            row = int(np.argmax(is_odd))
+            raise times_for_steps(f"it is {t[row]:g} in {self._source.where(int(columns[_ROW][row]))}")
         gaps = np.flatnonzero((t[1:] != t[:-1] + 1) & same_episode)
         if gaps.size:
             row = int(gaps[0])
             first, second = (int(columns[_ROW][i]) for i in (row, row + 1))
             if t[row] == t[row + 1] and self._source.part_of(first) != self._source.part_of(second):
                 raise self._id_in_two_files(ids[episodes[row]], first, second, f"`{Columns.T}` is {t[row]} in both")
+            if t[row] != t[row + 1] and not np.any((t[1:] == t[:-1] + 1) & same_episode):
+                raise times_for_steps(f"it is {t[row]} in {self._source.where(first)}, {t[row + 1]} in the next row")
             raise ValueError(
                 f"Rows of episode {ids[episodes[row]]!r} are out of order or missing: after `{Columns.T}` {t[row]} "
                 f"({self._source.where(first)}) comes {t[row + 1]} ({self._source.where(second)}); `{Columns.T}` must "

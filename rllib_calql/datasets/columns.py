@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.datasets.other_tools import layout_of_other_tool
+
 ALIASES: dict[str, tuple[str, ...]] = {
     Columns.OBS: ("observations", "observation"),
     Columns.NEXT_OBS: ("next_observations", "next_observation", "next_obs"),
@@ -68,6 +70,7 @@ def require_columns(found: Collection[str], needed: Iterable[str], present: Coll
     if not missing:
         return
     remedy = DONES_REMEDY if "dones" in present else "rename the column, or add it"
+    remedy = layout_of_other_tool(present) or remedy
     raise ValueError(
         f"{where} has no column {', '.join(f'`{name}`' for name in missing)}; "
         f"its columns are {', '.join(f'`{name}`' for name in sorted(present))}; {remedy}."
@@ -97,4 +100,13 @@ def bad_valids(what: str) -> ValueError:
     return ValueError(
         f"`{VALIDS}` {what}; in OGBench's compact data it is 0 in the last row of every trajectory, which holds the "
         "last observation alone, and 1 elsewhere: repair it, or leave the column out if it means something else."
+    )
+
+
+def times_for_steps(what: str) -> ValueError:
+    """The error about a column `t` that does not number the steps of episodes."""
+    return ValueError(
+        f"`{Columns.T}` holds times, not steps: {what}. It numbers the steps of every episode by whole numbers that "
+        "count up by 1; give a column of times another name, such as `time`: episodes then end where "
+        f"`{Columns.TERMINATEDS}`, `{Columns.TRUNCATEDS}` or `{Columns.EPS_ID}` say so."
     )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rllib_calql.datasets.episodes import close_matches
+from rllib_calql.datasets.other_tools import found_instead
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -105,7 +106,9 @@ def find_files(input_: str, suffixes: Sequence[str], filesystem: Any = None) -> 
     ]
     if not files:
         patterns = ", ".join(f"`*{suffix}`" for suffix in suffixes)
-        raise ValueError(f"Folder {input_!r} is empty: there is no {patterns} file in it or below it.")
+        others = [entry.path for entry in entries if entry.type == fs.FileType.File]
+        folder = f"For all that is read here, folder {input_!r}" if others else f"Folder {input_!r}"
+        raise ValueError(f"{folder} is empty: there is no {patterns} file in it or below it.{found_instead(others)}")
     return sorted(files, key=lambda file: _natural_key(file.path))
 
 

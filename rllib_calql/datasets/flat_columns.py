@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-from rllib_calql.datasets.columns import MASKS, VALIDS, bad_valids, check_valids, find_columns, require_columns
+from rllib_calql.datasets.columns import (
+    MASKS,
+    VALIDS,
+    bad_valids,
+    check_valids,
+    find_columns,
+    require_columns,
+    times_for_steps,
+)
 from rllib_calql.datasets.episodes import Nested, ReadOptions
 
 Table: TypeAlias = dict[str, NDArray[Any]]
@@ -301,6 +309,8 @@ def _check_lengths(columns: FlatColumns, where: str) -> None:
 def _check_types(columns: FlatColumns, where: str) -> None:
     for leaf, header in columns.headers.items():
         name, row_shape = columns.stored[leaf], header.shape[1:]
+        if leaf == Columns.T and header.dtype.kind in "mM":
+            raise times_for_steps(f"it has the type {header.dtype.name} in {where}")
         kinds = "iufbSU" if leaf == Columns.EPS_ID else "fiub"
         if header.dtype.kind not in kinds:
             what = "numbers or fixed-length text" if leaf == Columns.EPS_ID else "numbers"

@@ -12,7 +12,7 @@ import numpy as np
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.boundaries import Bools, jumps
-from rllib_calql.datasets.columns import VALIDS, bad_valids
+from rllib_calql.datasets.columns import VALIDS, bad_valids, times_for_steps
 from rllib_calql.datasets.episodes import CUT_AT_JUMP, CUT_AT_LENGTH, ReadOptions
 from rllib_calql.datasets.final_rows import check_followed
 from rllib_calql.datasets.flat_columns import Table, as_texts, leaves_of
@@ -37,6 +37,7 @@ class EpisodeDivider:
         self._remarks = remarks
         self._last: Table | None = None
         self._where_last = ""
+        self._counts_steps = False  # Whether `t` has counted up by 1 so far.
         # Rows of the current episode up to `_last`, which a cut at the maximum length does not reset.
         self._num_steps = 0
 
@@ -55,6 +56,7 @@ class EpisodeDivider:
             starts = _differs_after(table, last, Columns.EPS_ID, 0)
             if last is None:
                 starts[0] = True
+            self._check_steps(table, last, starts, where)
             disordered = is_late & ~starts
             if disordered.any():
                 row = int(np.argmax(disordered))
@@ -70,6 +72,7 @@ class EpisodeDivider:
         is_final = np.zeros(num_rows, dtype=bool)
         if VALIDS in table:
             after_end, is_final = self._with_final_rows(table, last, after_end, where)
+        self._check_steps(table, last, after_end, where)
         cuts |= self._jumps(table, last) & ~after_end
         self._remark(CUT_AT_JUMP, cuts)
         starts = (after_end | cuts | is_late) & ~is_final
@@ -90,6 +93,30 @@ class EpisodeDivider:
         is_cut: Bools = ~(last[Columns.TERMINATEDS] | last[Columns.TRUNCATEDS])
         self._remark(CUT_AT_LENGTH, is_cut)
         return bool(is_cut[0])
+
+    def _check_steps(self, table: Table, last: Table | None, starts: Bools, where: Callable[[int], str]) -> None:
+        """Refuses times in place of steps, by which every row would be an episode.
+
+        Args:
+            table: Rows.
+            last: The row before them.
+            starts: Whether an episode starts at a row, whatever its time is.
+            where: Says where a row was read.
+        """
+        if Columns.T not in table:
+            return
+        t = table[Columns.T].astype(np.float64)
+        is_odd = t != np.floor(t)
+        if is_odd.any():
+            row = int(np.argmax(is_odd))
+            raise times_for_steps(f"it is {t[row]:g} in {where(row)}")
+        before = t[:1] if last is None else last[Columns.T].astype(np.float64)
+        change = np.diff(t, prepend=before)
+        change[starts] = 0
+        self._counts_steps |= bool((change == 1).any())
+        if not self._counts_steps and (change > 1).any():
+            row = int(np.argmax(change > 1))
+            raise times_for_steps(f"it goes up by {change[row]:g} to {t[row]:.17g} in {where(row)}")
 
     def _with_final_rows(
         self, table: Table, last: Table | None, after_end: Bools, where: Callable[[int], str]

@@ -63,6 +63,12 @@ class _NpzFile(FlatFile):
             self.arrays[name] = header
             if is_by_columns:
                 self._stored_by_columns.add(name)
+        if not self.arrays:
+            entries = ", ".join(repr(info.filename) for info in archive.infolist()[:3])
+            raise ValueError(
+                f"{str(file)!r} is a zip archive without NumPy arrays; it holds {entries or 'nothing'}, so it may be "
+                "of another tool, such as `torch.save`: save the arrays by `numpy.savez`."
+            )
         _refuse_ends_for_terminations(file, self.arrays)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -112,7 +118,8 @@ def _read_header(stream: Any, info: zipfile.ZipInfo) -> tuple[ArrayHeader, bool]
 
 def _refuse_ends_for_terminations(file: DataFile, arrays: dict[str, ArrayHeader]) -> None:
     """Refuses OGBench's archives as they are downloaded: without rewards, and with ends in place of terminations."""
-    if {Columns.REWARDS, *ALIASES[Columns.REWARDS]}.isdisjoint(arrays):
+    has_trajectories = {"observations", "actions", "terminals"} <= set(arrays)
+    if has_trajectories and {Columns.REWARDS, *ALIASES[Columns.REWARDS]}.isdisjoint(arrays):
         raise ValueError(
             f"{str(file)!r} has no column `{Columns.REWARDS}`; its columns are "
             f"{', '.join(f'`{name}`' for name in sorted(arrays))}. OGBench's play data have no rewards until a task "

@@ -17,6 +17,7 @@ import tree
 
 from rllib_calql.checkpoint import config_of, read_of_one_save
 from rllib_calql.datasets.episodes import EpisodeBlock, Nested, check_finite
+from rllib_calql.datasets.recorded_values import action_of, one_number
 from rllib_calql.datasets.writers import DatasetMetadata, WriteSummary, write_blocks
 
 Policy: TypeAlias = Any
@@ -47,8 +48,9 @@ def record(
     are not biased. RLlib policies act through their connectors, with their states; callbacks of their config don't run.
 
     Args:
-        policy: An RLlib `Algorithm` (single-agent, new API stack), the path of a checkpoint of one, or a callable that
-            turns an observation into an action in the environment's units.
+        policy: An RLlib `Algorithm` (single-agent, new API stack), the path of a checkpoint of one, which is a program
+            to be trusted as such, or a callable that turns an observation into an action in the environment's units.
+            Of an action and None, as Stable-Baselines3's `predict` returns them, the action is taken.
         env: Name registered with Ray Tune or Gymnasium, a callable from `env_config` to an environment, an environment
             (it is not closed), or None for the one of the policy's config.
         episodes: Number of episodes, at least 1.
@@ -66,7 +68,8 @@ def record(
         Numbers of episodes and transitions, and what the format has no place for.
 
     Raises:
-        TypeError: If `policy` or `env` is none of the above, or the environment emits something else than numbers.
+        TypeError: If `policy` or `env` is none of the above, the environment emits something else than numbers, or a
+            callable returns no action of the environment.
         ValueError: If an argument is out of range, or the policy does not fit the environment.
         RuntimeError: If an episode has not ended after a million steps and `max_episode_steps` is not given.
         OSError: As in `write_blocks`.
@@ -145,11 +148,13 @@ class RecordingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._actions.append(_as_arrays(self.action_space, action))
         obs, reward, terminated, truncated, info = self.env.step(action)
         self._observations.append(_as_arrays(self.observation_space, obs))
-        self._rewards.append(float(reward))
+        reward = one_number(reward, "reward")
+        self._rewards.append(reward)
         num_steps = len(self._rewards)
-        truncated = bool(truncated or num_steps == self._max_episode_steps)
+        terminated = bool(one_number(terminated, "termination flag"))
+        truncated = bool(one_number(truncated, "truncation flag")) or num_steps == self._max_episode_steps
         if terminated or truncated:
-            self._end(bool(terminated), truncated)
+            self._end(terminated, truncated)
         elif num_steps >= _ENDLESS_STEPS and self._max_episode_steps is None:
             raise RuntimeError(
                 f"An episode has not ended after {num_steps:,} steps; bound it with `max_episode_steps`."
@@ -272,7 +277,7 @@ def _player_of_callable(recorder: RecordingEnv, policy: Callable[[Any], Any]) ->
         obs, _ = recorder.reset()
         ended = False
         while not ended:
-            obs, _, terminated, truncated, _ = recorder.step(policy(obs))
+            obs, _, terminated, truncated, _ = recorder.step(action_of(policy(obs), recorder.action_space))
             ended = terminated or truncated
 
     return play
