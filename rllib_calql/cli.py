@@ -88,7 +88,7 @@ def file(
 
     Ctrl-C, SIGTERM and SIGHUP write a checkpoint after the current iteration and end the run; --resume continues it.
     """
-    stop.grace_s, stop.saved = grace, "Nothing was trained."
+    stop.grace_s, stop.saved = grace, "Nothing was trained by this command."
     if resume and overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` removes it; drop one.")
     prepare(verbose)
@@ -236,7 +236,7 @@ def _run(experiment: Experiment, storage_path: str, stop: StopSignals, *, resume
         elif outcome.has_checkpoints:
             message = f"Checkpoints are in '{folder}'; add `--resume` to the command to continue."
         else:
-            message = f"Nothing was trained yet, so there is no checkpoint in '{folder}'; `--resume` begins anew."
+            message = f"Nothing was trained, so there is no checkpoint in '{folder}' yet; `--resume` begins anew."
         stop.saved = message
         exit_interrupted(stop, message)
     stop.saved = f"'{experiment.name}' has ended, its results are in '{folder}'."

@@ -80,6 +80,7 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
             f"The run in '{folder}' is one of {', '.join(other)}, the experiment now one of "
             f"{experiment.algorithm.__name__}; begin it with another `--name`."
         )
+    new = [trial for trial in trials if not _has_checkpoint(trial)]
     needs_marks = run_state.has_archive(filesystem, folder)
     not_applied: dict[str, None] = {}
     for trial in trials:
@@ -88,6 +89,7 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
         _judge_by_stop(trial, experiment.stop, announce)
         if trial.storage.trial_dir_name is not None:
             run_state.drop_torn_lines(filesystem, posixpath.join(trial.storage.trial_fs_path, EXPR_RESULT_FILE))
+    _tell_without_checkpoints(trials, new, experiment.name, announce)
     if not_applied:
         announce(
             f"Not applied on --resume: {', '.join(not_applied)}. A resumed run keeps its settings, except `stop` and "
@@ -171,6 +173,21 @@ def _take_newest_checkpoint(trial: Trial, *, needs_marks: bool, announce: Callab
     manager._latest_checkpoint_result = latest
     if had_checkpoint and latest is None:
         announce(f"No whole checkpoint of trial '{trial}' is left; it begins anew.")
+
+
+def _tell_without_checkpoints(
+    trials: list[Trial], new: list[Trial], name: str, announce: Callable[[str], None]
+) -> None:
+    """Tells of trials that had no checkpoint in the state and have none on disk."""
+    without = [trial for trial in new if not _has_checkpoint(trial) and trial.status != Trial.TERMINATED]
+    if without and len(without) == len(trials):
+        announce(f"The run '{name}' was stopped before its first checkpoint; it begins anew.")
+    elif without:
+        announce(f"{len(without)} of {len(trials)} trials of '{name}' have no checkpoint yet; they begin anew.")
+
+
+def _has_checkpoint(trial: Trial) -> bool:
+    return trial.run_metadata.checkpoint_manager.latest_checkpoint_result is not None
 
 
 def _is_there(result: Any, needs_mark: bool) -> bool:

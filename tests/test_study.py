@@ -222,6 +222,20 @@ def test_a_trial_that_was_stopped_anywhere_goes_on_to_the_same_rows(
     assert [file.name for file in (tmp_path / "parts").iterdir()] == ["evaluations.json"]
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_trial_that_is_asked_to_stop_saves_its_state_and_goes_on_to_the_same_rows(tmp_path: Path) -> None:
+    trial = study_of(tmp_path).trials[0]
+    assert run_trial(trial, tmp_path / "whole", lambda row: None)
+    whole = finished_evaluations(tmp_path / "whole")[1]  # type: ignore[index]
+    for num_asked in (1, 3, 4):  # At once, in the offline phase, online.
+        answers = iter([False] * (num_asked - 1) + [True])
+        assert not run_trial(trial, tmp_path / "parts", lambda row: None, is_stopped=answers.__next__)
+        assert (tmp_path / "parts" / "checkpoint").is_dir() == (num_asked > 1)
+    assert run_trial(trial, tmp_path / "parts", lambda row: None)
+    assert without_time(finished_evaluations(tmp_path / "parts")[1]) == without_time(whole)  # type: ignore[index]
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["evaluations.json"]
+
+
 def in_shell(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from rllib_calql.cli import main; main(prog_name='rllib')", *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}

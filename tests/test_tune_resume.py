@@ -21,7 +21,14 @@ from tiny import line_config
 from rllib_calql import CalQL, run_state
 from rllib_calql import metrics as keys
 from rllib_calql.experiment import Experiment
-from rllib_calql.resume_run import ResumeError, _apply_settings, _judge_by_stop, _take_newest_checkpoint, prepare_resume
+from rllib_calql.resume_run import (
+    ResumeError,
+    _apply_settings,
+    _judge_by_stop,
+    _take_newest_checkpoint,
+    _tell_without_checkpoints,
+    prepare_resume,
+)
 from rllib_calql.tune_runs import run_experiment
 
 LOCAL = pyarrow.fs.LocalFileSystem()
@@ -263,6 +270,19 @@ def test_a_known_checkpoint_that_lost_files_gives_way_to_the_one_before(tmp_path
     _take_newest_checkpoint(trial, needs_marks=True, announce=said.append)
     assert latest_iteration(trial) is None
     assert said == [f"No whole checkpoint of trial '{trial}' is left; it begins anew."]
+
+
+def test_a_resume_without_a_checkpoint_is_said_to_begin_anew(tmp_path: Path) -> None:
+    said: list[str] = []
+    started, saved = make_trial(tmp_path), make_trial(tmp_path, num_known=1)
+    _tell_without_checkpoints([started], [started], "a", said.append)
+    assert said == ["The run 'a' was stopped before its first checkpoint; it begins anew."]
+    said.clear()
+    _tell_without_checkpoints([started, saved], [started], "a", said.append)
+    assert said == ["1 of 2 trials of 'a' have no checkpoint yet; they begin anew."]
+    said.clear()
+    _tell_without_checkpoints([saved], [], "a", said.append)
+    assert not said
 
 
 @pytest.mark.parametrize(
