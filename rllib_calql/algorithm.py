@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import nullcontext
 from importlib import import_module
 from operator import methodcaller
 from typing import Any
@@ -16,8 +18,10 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVA
 
 from rllib_calql import metrics as keys
 from rllib_calql.collecting import CollectingCQL
+from rllib_calql.collection import evaluate_or_tell
 from rllib_calql.config import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.env_errors import start_failures_told, told
 from rllib_calql.evaluation_history import EvaluationHistory
 from rllib_calql.held_data import with_handles
 from rllib_calql.offline_data import with_spaces_of_data
@@ -28,6 +32,8 @@ from rllib_calql.returns import reward_settings
 from rllib_calql.transitions import encoded_space, flat_size, observation_dtype
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
 
 
 class CalQL(CollectingCQL):
@@ -68,7 +74,8 @@ class CalQL(CollectingCQL):
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
         # in Python would be in each of them; they stay with the algorithm alone.
         self.config = _with_input(config, with_handles(config.input_))
-        super().setup(self.config)
+        with start_failures_told(self.config):
+            super().setup(self.config)
         self.config = config = _with_input(self.config, config.input_)
         self._add_returns = AddReturnsToGo(reward_settings(config))
         self._set_up_collection()
@@ -164,13 +171,17 @@ class CalQL(CollectingCQL):
         """Evaluates the greedy policy, and adds the normalised score where the data have reference scores.
 
         Raises:
-            RuntimeError: Without an environment.
+            RuntimeError: Without an environment, or if the environment fails again and again.
         """
         if self.env_runner_group is None:
             raise RuntimeError("Evaluation needs an environment; set `.environment(...)`.")
-        self._sync_weights(self.eval_env_runner_group or self.env_runner_group)
-        results: dict[str, Any] = super().evaluate(parallel_train_future)
+        group = self.eval_env_runner_group or self.env_runner_group
+        self._sync_weights(group)
+        with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
+            results: dict[str, Any] = super().evaluate(parallel_train_future)
         runner_results = results.get(ENV_RUNNER_RESULTS)
+        if not runner_results and group.num_remote_env_runners():
+            _check_evaluation_works(group)
         if runner_results and EPISODE_RETURN_MEAN in runner_results:
             runner_results = dict(runner_results)
             results = {**results, ENV_RUNNER_RESULTS: runner_results}
@@ -216,6 +227,25 @@ class CalQL(CollectingCQL):
         if fine_tuning := self._history.summary():
             results[keys.FINE_TUNING] = fine_tuning
         return results
+
+
+def _check_evaluation_works(group: Any) -> None:
+    """Asks remote env runners without results for what they raise, which RLlib leaves in their logs.
+
+    RLlib ends a runner that raises, and Ray starts it anew meanwhile. One that died for another reason is fine again.
+
+    Raises:
+        RuntimeError: With that.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_RESTART
+    answers: list[Any] = []
+    while not answers and (seconds_left := deadline - time.monotonic()) > 0:
+        answers = group.foreach_env_runner(
+            evaluate_or_tell, local_env_runner=False, healthy_only=False, timeout_seconds=seconds_left
+        )
+    for failure in answers:
+        if failure is not None:
+            raise RuntimeError(f"Evaluating failed, {failure.cause}")
 
 
 def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:

@@ -262,6 +262,7 @@ def _evaluate_checkpoint(
 
     from rllib_calql import metrics as keys
     from rllib_calql.callbacks import EpisodeOutcomeCallback
+    from rllib_calql.env_errors import told
 
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
         config = files.config()
@@ -271,12 +272,14 @@ def _evaluate_checkpoint(
         config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
         config.debugging(seed=seed)
         config.callbacks([EpisodeOutcomeCallback])
-        runner = SingleAgentEnvRunner(config=config, worker_index=0)
+        with told("Making the environment"):
+            runner = SingleAgentEnvRunner(config=config, worker_index=0)
         files.restore_env_runner(runner)
         return config, runner
 
     config, runner = read_of_one_save(checkpoint, None, restored, discard=lambda made: made[1].stop())
-    episodes = runner.sample(num_episodes=num_episodes, explore=False)
+    with told("An episode"):
+        episodes = runner.sample(num_episodes=num_episodes, explore=False)
     metrics = runner.get_metrics()
     runner.stop()
     returns = [float(episode.get_return()) for episode in episodes]

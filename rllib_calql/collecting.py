@@ -19,6 +19,7 @@ from rllib_calql import metrics as keys
 from rllib_calql.collection import EpisodeJoiner, collect, collect_or_tell
 from rllib_calql.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.connectors import AddReturnsToGo
+from rllib_calql.env_errors import told
 from rllib_calql.resolution import REMEDY, remark_on_resolution
 from rllib_calql.resuming import ResumableCQL
 from rllib_calql.transitions import check_storable, encoded_observations, transitions_from_episode
@@ -68,7 +69,8 @@ class CollectingCQL(UpdatingCQL):
         arguments = self._request(self._num_env_steps_per_round() if is_vectorised else None)
         if self._collector is not None:
             return self._collector.collect_round(lambda _: partial(collect_or_tell, **arguments))
-        collected = collect(self.env_runner, **arguments | {"weights": None})
+        with told("Collecting an episode"):
+            collected = collect(self.env_runner, **arguments | {"weights": None})
         return self._joiner.add(collected.pieces), [collected.metrics]
 
     def _collect_and_update(self) -> None:

@@ -13,6 +13,8 @@ import tree
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
+from rllib_calql.env_errors import described
+
 _WORKER_SEED_STRIDE = 10_007
 
 
@@ -114,8 +116,16 @@ def collect_or_tell(runner: Any, **arguments: Any) -> Collected | Failure:
     try:
         return collect(runner, **arguments)
     except Exception as error:
-        cause = error.__cause__ or error if isinstance(error, RuntimeError) and not error.args else error
-        return Failure(f"{type(cause).__name__}: {cause}")
+        return Failure(described(error))
+
+
+def evaluate_or_tell(runner: Any) -> Failure | None:
+    """Runs inside a remote env runner of evaluations that gave nothing: what one episode raises, if it does."""
+    try:
+        runner.sample(num_episodes=1, explore=False)
+    except Exception as error:
+        return Failure(described(error))
+    return None
 
 
 class EpisodeJoiner:
