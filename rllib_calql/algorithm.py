@@ -96,6 +96,8 @@ class CalQL(CollectingCQL):
                 observation_space=self._observation_space,
                 action_space=self._action_space,
             )
+            assert self.store.offline is not None
+            self._divergence.include(*self.store.offline.possible_returns)
         self._set_up_residence()
         self._history = EvaluationHistory(self.offline_data.reference_scores if self.offline_data else None)
         if config.normalize_observations and config.pretrained is None:
@@ -198,6 +200,9 @@ class CalQL(CollectingCQL):
         )
         results[keys.PHASE] = self._phase_of_result
         results.update(self._counters_of_phases())
+        results[keys.Q_OUT_OF_RANGE] = self._divergence.out_of_range
+        if self._divergence.warning is not None:
+            results[keys.Q_WARNING] = self._divergence.warning
         results[keys.COLLECTION] = {
             **results.get(keys.COLLECTION, {}),
             keys.NUM_ENV_STEPS_BEHIND: self._num_env_steps_behind(),

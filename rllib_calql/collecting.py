@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, ENV_RUNNER_SAMPLING_TIMER, TIMERS
@@ -22,6 +23,7 @@ from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.env_errors import told
 from rllib_calql.resolution import REMEDY, remark_on_resolution
 from rllib_calql.resuming import ResumableCQL
+from rllib_calql.returns import possible_returns
 from rllib_calql.transitions import check_storable, encoded_observations, transitions_from_episode
 from rllib_calql.updating import UpdatingCQL
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _UPDATE_SHARE_OF_REQUEST = 0.4  # Longer updates in between left env runners idle up to a fifth of the time.
 _MAX_DISCARDED_IN_A_ROW = 10
+_POSSIBLE_RETURNS = "possible_returns"
 
 
 class CollectingCQL(UpdatingCQL):
@@ -159,6 +162,10 @@ class CollectingCQL(UpdatingCQL):
             logger.warning("%s; if that matters, %s. Said once.", remark, REMEDY)
         self._num_discarded_in_a_row = 0
         self.store.add_online(rows)
+        whole = np.array([len(episode)]), np.array([episode.is_terminated])
+        self._divergence.include(
+            *possible_returns(rows[Columns.RETURNS_TO_GO], rows[Columns.REWARDS], *whole, settings.gamma)
+        )
         begun = max(self.num_online_env_steps, self.config.num_warmup_env_steps)
         self.num_online_env_steps += len(episode)
         self.num_online_episodes += 1
@@ -188,11 +195,13 @@ class CollectingCQL(UpdatingCQL):
         return {
             keys.NUM_DISCARDED_EPISODES_LIFETIME: self._num_discarded,
             keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._num_env_runner_failures,
+            _POSSIBLE_RETURNS: self._divergence.possible_returns,
         }
 
     @override(ResumableCQL)
     def _set_collection_state(self, state: dict[str, Any]) -> None:
         self._num_discarded = state.get(keys.NUM_DISCARDED_EPISODES_LIFETIME, 0)
+        self._divergence.include(*state.get(_POSSIBLE_RETURNS, (math.inf, -math.inf)))
         self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0)
         if self._collector is not None:
             self._collector.num_failures = 0  # They belong to the run that is left.

@@ -15,6 +15,7 @@ from ray.rllib.core.columns import Columns
 from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets.episodes import EpisodeBlock, EpisodeReader
 from rllib_calql.offline_table import EpisodeColumns
+from rllib_calql.returns import possible_returns
 from rllib_calql.spaces import fixed_dimensions
 from rllib_calql.transitions import (
     check_module_actions,
@@ -83,7 +84,11 @@ class Conversion:
         _check_range(Columns.NEXT_OBS, final_observations, lambda episode: where(int(last_rows[episode])))
         rewards = self.connector.settings.transform(block.rewards)
         self._check_rewards(block.rewards, rewards, where)
-        returns, has_tail = self._reference_values(block, where)
+        returns, has_tail = self._returns(block, where)
+        possible = possible_returns(returns, rewards, block.lengths, block.terminateds, self.connector.settings.gamma)
+        if self.reference_column is not None:
+            returns, has_tail = self._reference_values(block, where), np.zeros(len(block.lengths), dtype=bool)
+            possible = min(possible[0], float(returns.min())), max(possible[1], float(returns.max()))
         return EpisodeColumns(
             lengths=block.lengths,
             observations=observations,
@@ -93,6 +98,7 @@ class Conversion:
             returns_to_go=returns,
             terminateds=block.terminateds,
             has_tail=has_tail,
+            possible_returns=possible,
         )
 
     def _observations(self, observations: Any, where: str) -> Array:
@@ -146,16 +152,18 @@ class Conversion:
             f"but training stores float32, at most {_FLOAT32_MAX:.3g}; lower `reward_scale` or `reward_bias`."
         )
 
-    def _reference_values(self, block: EpisodeBlock, where: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
-        if self.reference_column is None:
-            returns, has_tail = self.connector.returns_of_block(block.rewards, block.lengths, block.terminateds)
-            row = _first_too_large(returns)
-            if row is not None:
-                raise ValueError(
-                    f"{where(row)}: the return from there on is more than float32 can hold, {_FLOAT32_MAX:.3g}, by "
-                    f"{self.connector.settings}; lower `reward_scale`, or repair the rewards of the episode."
-                )
-            return returns, has_tail
+    def _returns(self, block: EpisodeBlock, where: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
+        returns, has_tail = self.connector.returns_of_block(block.rewards, block.lengths, block.terminateds)
+        row = _first_too_large(returns) if self.reference_column is None else None
+        if row is not None:
+            raise ValueError(
+                f"{where(row)}: the return from there on is more than float32 can hold, {_FLOAT32_MAX:.3g}, by "
+                f"{self.connector.settings}; lower `reward_scale`, or repair the rewards of the episode."
+            )
+        return returns, has_tail
+
+    def _reference_values(self, block: EpisodeBlock, where: Any) -> Array:
+        assert self.reference_column is not None
         if self.reference_column not in block.extra_model_outputs:
             raise ValueError(
                 f"{where(0)}: there is no column of numbers `{self.reference_column}`, which holds the reference "
@@ -173,7 +181,7 @@ class Conversion:
             row = int(np.argmin(finite))
             raise ValueError(f"{where(row)}: `{self.reference_column}` holds {values[row]}; it must be finite.")
         _check_range(self.reference_column, values[:, None], where)
-        return values, np.zeros(len(block.lengths), dtype=bool)
+        return values
 
 
 def _converted(flat: Array, dtype: np.dtype[Any], where: str, remedy: str) -> Array:

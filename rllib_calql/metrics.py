@@ -13,6 +13,9 @@ NUM_ONLINE_ENV_STEPS_LIFETIME = "num_online_env_steps_lifetime"  # Env steps of 
 NUM_ONLINE_EPISODES_LIFETIME = "num_online_episodes_lifetime"  # Finished episodes stored so far.
 UPDATES_PER_S = "updates_per_s"  # Gradient updates per second of this result's training steps, sampling included.
 
+Q_OUT_OF_RANGE = "q_out_of_range"  # How far mean Q lies outside the possible returns, see `DivergenceWatch`.
+Q_WARNING = "q_warning"  # What `DivergenceWatch` warned of in this phase; absent if of nothing.
+
 OFFLINE = "offline"  # Value of `PHASE` during pre-training.
 ONLINE = "online"  # Value of `PHASE` during fine-tuning.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class EpisodeColumns:
         returns_to_go: [R], the reference value, without the value of any last observation.
         terminateds: [E]
         has_tail: [E] Whether the value of the last observation is to be added to the episode's returns.
+        possible_returns: Least and largest return that they let one expect, see `returns.possible_returns`.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -50,6 +51,7 @@ class EpisodeColumns:
     returns_to_go: Array
     terminateds: npt.NDArray[np.bool_]
     has_tail: npt.NDArray[np.bool_]
+    possible_returns: tuple[float, float] = (0.0, 0.0)
 
 
 def record_dtype(observations: Array, action_dim: int) -> np.dtype[Any]:
@@ -74,6 +76,7 @@ class OfflineTable:
         terminateds: [E]
         has_tail: [E] Whether returns hold a value of the last observation, see `refresh_tails`.
         gamma: Discount of that value.
+        possible_returns: [2] Least and largest return to expect.
         memory_limit: Bytes that pages of a memory map may occupy; they are let go before there are more.
     """
 
@@ -86,6 +89,7 @@ class OfflineTable:
         terminateds: npt.NDArray[np.bool_],
         has_tail: npt.NDArray[np.bool_],
         gamma: float,
+        possible_returns: Array | Sequence[float] = (0.0, 0.0),
         memory_limit: int | None = None,
     ) -> None:
         self.records = records
@@ -93,6 +97,7 @@ class OfflineTable:
         self.lengths = lengths
         self.terminateds = terminateds
         self.has_tail = has_tail
+        self.possible_returns = (float(possible_returns[0]), float(possible_returns[1]))
         self._gamma = gamma
         self._stops = np.cumsum(lengths, dtype=np.int64)
         self._tail_values: Array | None = None
@@ -239,6 +244,7 @@ class OfflineTableBuilder:
         self._sink: RecordSink | None = None
         self._final_observations: list[Array] = []
         self._episodes: list[tuple[Array, Array, Array]] = []
+        self._possible_returns: list[tuple[float, float]] = []
         self.dtype: np.dtype[Any] | None = None
         self.num_rows = 0
 
@@ -268,6 +274,7 @@ class OfflineTableBuilder:
             self._sink.write(RECORDS, rows)
             self._sink.write(FINAL_OBSERVATIONS, final)
         self.num_rows += num_new
+        self._possible_returns.append(columns.possible_returns)
         self._episodes.append((columns.lengths, columns.terminateds, columns.has_tail))
 
     def move_to(self, sink: RecordSink) -> None:
@@ -278,9 +285,10 @@ class OfflineTableBuilder:
         self._records, self._final_observations, self._sink = None, [], sink
 
     def episodes(self) -> dict[str, Any]:
-        """`lengths`, `terminateds` and `has_tail` of the episodes so far."""
+        """`lengths`, `terminateds` and `has_tail` of the episodes so far, and `possible_returns` of them all."""
         lengths, terminateds, has_tail = (np.concatenate(parts) for parts in zip(*self._episodes, strict=True))
-        return {"lengths": lengths, "terminateds": terminateds, "has_tail": has_tail}
+        possible = np.array([np.min(self._possible_returns), np.max(self._possible_returns)])
+        return {"lengths": lengths, "terminateds": terminateds, "has_tail": has_tail, "possible_returns": possible}
 
     def build(self, *, gamma: float) -> OfflineTable:
         """The table of records held in memory."""

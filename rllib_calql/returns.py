@@ -212,6 +212,39 @@ def returns_of_episodes(
     return returns, has_value
 
 
+def possible_returns(
+    returns: npt.NDArray[Any],
+    rewards: npt.NDArray[Any],
+    lengths: npt.NDArray[Any],
+    terminateds: npt.NDArray[Any],
+    gamma: float,
+) -> tuple[float, float]:
+    """Least and largest return that whole episodes, one after another, let one expect of a state.
+
+    These are their returns, and what follows the end of a cut episode if it goes on as it was on average: the target
+    bootstraps there, whatever the truncation rule adds to the returns.
+
+    Args:
+        returns: Returns-to-go, shape (R,), R at least 1.
+        rewards: Training rewards, shape (R,).
+        lengths: Steps of each episode, shape (E,).
+        terminateds: Whether each episode ended by termination, shape (E,).
+        gamma: Discount, in [0, 1].
+    """
+    low, high = float(np.min(returns)), float(np.max(returns))
+    cut = ~np.asarray(terminateds, dtype=bool)
+    if cut.any():
+        sums = np.add.reduceat(np.asarray(rewards, dtype=np.float64), _starts(lengths))
+        tails = (sums / lengths)[cut] * horizon(gamma)
+        low, high = min(low, float(tails.min())), max(high, float(tails.max()))
+    return low, high
+
+
+def horizon(gamma: float) -> float:
+    """Steps that an endless sum of rewards amounts to, 1 / (1 - gamma), at most 10,000."""
+    return min(1.0 / max(1.0 - gamma, 1e-12), 1e4)
+
+
 def tail_discounts(num_steps: int, gamma: float) -> npt.NDArray[np.float32]:
     """Weight gamma^(T-t) of the last observation's value in the return of each step t = 0 .. T-1, shape (T,)."""
     return (gamma ** np.arange(num_steps, 0, -1, dtype=np.float64)).astype(np.float32)

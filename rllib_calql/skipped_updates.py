@@ -92,6 +92,11 @@ class SkippedUpdates:
         self._in_a_row.zero_()
 
 
+def number_of(logged: Any) -> float:
+    """A number that a learner returned, bare or in RLlib's statistics."""
+    return float(logged.peek() if hasattr(logged, "peek") else logged)
+
+
 def check_updates_are_applied(learner_results: Sequence[Mapping[str, Any]]) -> None:
     """Ends a run whose learners skip every update. For the driver: an error in a remote learner would kill its actor.
 
@@ -102,8 +107,7 @@ def check_updates_are_applied(learner_results: Sequence[Mapping[str, Any]]) -> N
         RuntimeError: If `MAX_SKIPPED_UPDATES_IN_A_ROW` updates or more were skipped since the last one that was not.
     """
     for results in learner_results:
-        logged = results[_MODULE][keys.NUM_SKIPPED_UPDATES_IN_A_ROW]
-        skipped = int(logged.peek() if hasattr(logged, "peek") else logged)
+        skipped = int(number_of(results[_MODULE][keys.NUM_SKIPPED_UPDATES_IN_A_ROW]))
         if skipped >= MAX_SKIPPED_UPDATES_IN_A_ROW:
             raise RuntimeError(
                 f"The last {skipped} gradient updates were skipped, because a gradient was NaN, infinite or too large "

@@ -48,6 +48,7 @@ class ProgressCallback(tune.Callback):
         self._trials: dict[str, TrialProgress] = {}
         self._printed_at: dict[str, float] = {}
         self._data: set[str] = set()  # Lines about offline data that were printed; trials often share their data.
+        self._warnings: set[tuple[str, str]] = set()  # Of trials, printed.
         self._live: Live | None = None
 
     def __reduce__(self) -> tuple[Callable[..., ProgressCallback], tuple[dict[str, float]]]:
@@ -74,6 +75,10 @@ class ProgressCallback(tune.Callback):
         if data is not None and data not in self._data:
             self._data.add(data)
             self._print(f"Offline data: {data}.")
+        warning = result.get(keys.Q_WARNING)
+        if warning is not None and (trial.trial_id, warning) not in self._warnings:
+            self._warnings.add((trial.trial_id, warning))
+            self._print(f"Warning, {trial}: {warning}.")
         before = self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
         after = observe(before, result, self._totals(trial))
         self._trials[trial.trial_id] = after

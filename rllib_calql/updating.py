@@ -22,6 +22,7 @@ from ray.rllib.utils.metrics import (
 
 from rllib_calql import metrics as keys
 from rllib_calql.collection import Weights
+from rllib_calql.divergence import DivergenceWatch
 from rllib_calql.learner import ONLINE
 from rllib_calql.learner_recovery import LearnerRecovery, is_loss
 from rllib_calql.offline_data import as_multi_agent_batch
@@ -47,6 +48,9 @@ class UpdatingCQL(ResumableCQL):
         self._weights: Weights | None = None
         self._refreshed_at: tuple[int, int] | None = None  # Updates and episodes when returns were last refreshed.
         self._resident_store: ResidentStore | None = None
+        self._divergence = DivergenceWatch(
+            gamma=self.config.gamma, has_entropy_term=not self.config.deterministic_backup
+        )
 
     def _set_up_residence(self) -> None:
         """Lets a learner on a GPU, in this process, draw its batches there."""
@@ -118,6 +122,8 @@ class UpdatingCQL(ResumableCQL):
             self._updates_owed -= num_updates
         else:
             self.num_offline_updates += num_updates
+        made = self.num_online_updates if online else self.num_offline_updates
+        self._divergence.observe(results, online=online, num_updates=made)
 
     def _num_offline_rows(self, *, online: bool) -> int:
         batch_size = self.config.train_batch_size_per_learner

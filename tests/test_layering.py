@@ -58,7 +58,7 @@ LAYERS = (
     ("datasets.conversion",),
     ("input_settings", "refused_settings"),
     ("skipped_updates", "callbacks", "connectors", "collection", "diagnostics", "evaluation_history", "config_checks"),
-    ("offline_table", "transitions", "resolution"),
+    ("offline_table", "transitions", "resolution", "divergence"),
     ("rl_module",),
     ("replay", "table_cache", "ingestion", "env_connectors"),
     ("loading", "settings", "manifest", "resident_store"),
