@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from operator import methodcaller
@@ -185,7 +187,7 @@ class CalQL(CollectingCQL):
         if not runner_results and group.num_remote_env_runners():
             _check_evaluation_works(group)
         if runner_results and EPISODE_RETURN_MEAN in runner_results:
-            runner_results = dict(runner_results)
+            runner_results = _known(runner_results)
             results = {**results, ENV_RUNNER_RESULTS: runner_results}
             score = self._history.normalized_score(runner_results[EPISODE_RETURN_MEAN])
             if score is not None:
@@ -222,7 +224,7 @@ class CalQL(CollectingCQL):
         if self._seconds_timed:
             results[keys.UPDATES_PER_S] = self._num_updates_timed / self._seconds_timed
             self._num_updates_timed, self._seconds_timed = 0, 0.0
-        runner_results = dict(results.get(ENV_RUNNER_RESULTS) or {})
+        runner_results = _known(results.get(ENV_RUNNER_RESULTS) or {})
         # Tune's schedulers stop a trial whose result lacks their metric.
         runner_results.setdefault(EPISODE_RETURN_MEAN, float("nan"))
         results[ENV_RUNNER_RESULTS] = runner_results
@@ -232,6 +234,13 @@ class CalQL(CollectingCQL):
         if fine_tuning := self._history.summary():
             results[keys.FINE_TUNING] = fine_tuning
         return results
+
+
+def _known(runner_results: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the success rate where no episode said anything: RLlib reports NaN then, if one did earlier."""
+    rate = runner_results.get(keys.SUCCESS_RATE)
+    is_unknown = isinstance(rate, float) and math.isnan(rate)
+    return {name: value for name, value in runner_results.items() if not (is_unknown and name == keys.SUCCESS_RATE)}
 
 
 def _check_evaluation_works(group: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rllib_calql.input_settings import filesystem_of
-from rllib_calql.model_settings import check_model_config
+from rllib_calql.model_settings import check_model_config, check_module_spec, check_names
 from rllib_calql.precision import PRECISIONS
 from rllib_calql.refused_settings import check_unused
 from rllib_calql.returns import TRUNCATION_RULES, is_endless, reward_settings
@@ -58,6 +58,8 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         ValueError: At the first setting that is wrong.
     """
     check_unused(config)
+    check_names(config._model_config)
+    check_module_spec(config._rl_module_spec, config.get_default_rl_module_spec().module_class)
     _check_host(config)
     with _without_new_stack_banners():
         parent_validate()
@@ -65,7 +67,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_choices(config)
     _check_float32(config)
     _check_data(config)
-    check_model_config(config.model_config, config._model_config)
+    check_model_config(config.model_config)
     _check_collection(config)
     _check_phases(config)
 

@@ -40,7 +40,7 @@ NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How oft
 OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
 
 # Below "env_runners" and "evaluation/env_runners"
-SUCCESS_RATE = "success_rate"  # Share of episodes in which any step's info said success (`success`/`is_success`).
+SUCCESS_RATE = "success_rate"  # Share of successes among the episodes whose infos say (`success`/`is_success`).
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
 
 # Below "learners/default_policy"; means over the update call's gradient steps

@@ -9,6 +9,24 @@ if TYPE_CHECKING:
 
 _READ_BY_US = "the data are read by this package's own readers"
 _FED_BY_STORE = "learners are fed from the transition store"
+_EVALUATED_ONLINE = (
+    "RLlib's offline evaluation would read the data by a pipeline of its own and wait for it; evaluate in an "
+    "environment by `evaluation_interval`"
+)
+_OFFLINE_EVALUATION = (
+    *("offline_evaluation_interval", "offline_evaluation_type", "offline_evaluation_duration"),
+    *("offline_evaluation_parallel_to_training", "offline_evaluation_timeout_s", "offline_loss_for_module_fn"),
+    *("num_offline_eval_runners", "offline_eval_runner_class", "offline_eval_batch_size_per_runner"),
+    *("dataset_num_iters_per_eval_runner", "offline_eval_rl_module_inference_only"),
+    *("num_cpus_per_offline_eval_runner", "num_gpus_per_offline_eval_runner"),
+    *("custom_resources_per_offline_eval_runner", "max_requests_in_flight_per_offline_eval_runner"),
+    *("broadcast_offline_eval_runner_states", "validate_offline_eval_runners_after_construction"),
+    *("restart_failed_offline_eval_runners", "ignore_offline_eval_runner_failures"),
+    *("max_num_offline_eval_runner_restarts", "offline_eval_runner_health_probe_timeout_s"),
+    *("offline_eval_runner_restore_timeout_s", "callbacks_on_offline_eval_runners_recreated"),
+    *("callbacks_on_evaluate_offline_start", "callbacks_on_evaluate_offline_end"),
+    *("off_policy_estimation_methods", "ope_split_batch_by_episode"),
+)
 
 # Settings of the parents that are not read here: name -> (reason and remedy). Refused unless left at their default.
 UNUSED_SETTINGS: dict[str, str] = {
@@ -62,6 +80,7 @@ UNUSED_SETTINGS: dict[str, str] = {
     "shuffle_buffer_size": "batches are drawn uniformly from all data",
     "input_config": _READ_BY_US,
     "postprocess_inputs": _READ_BY_US,
+    **dict.fromkeys(_OFFLINE_EVALUATION, _EVALUATED_ONLINE),
 }
 
 

@@ -16,7 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import LocalFileSystem
+from ray.rllib.algorithms.sac.torch.default_sac_torch_rl_module import DefaultSACTorchRLModule
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
@@ -217,7 +221,19 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "input_config": ("offline_data", {"format": "json"}),
     "postprocess_inputs": ("offline_data", True),
 }
-KEYWORDS = {"optimization": "optimization_config"}
+KEYWORDS = {
+    "optimization": "optimization_config",
+    "dataset_num_iters_per_eval_runner": "dataset_num_iters_per_offline_eval_runner",
+    **{name: name.removeprefix("callbacks_") for name in UNUSED_SETTINGS if name.startswith("callbacks_")},
+}
+# RLlib's evaluation on offline data; the type of a value does not matter.
+REFUSED |= {name: ("evaluation", 7) for name in UNUSED_SETTINGS if "offline_eval" in name or "eval_runner" in name}
+REFUSED |= {name: ("callbacks", print) for name in UNUSED_SETTINGS if name.startswith("callbacks_")}
+REFUSED |= {
+    "offline_loss_for_module_fn": ("evaluation", print),
+    "off_policy_estimation_methods": ("evaluation", {"is": {"type": "is"}}),
+    "ope_split_batch_by_episode": ("evaluation", False),
+}
 
 
 def flat(table: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
@@ -407,7 +423,11 @@ def test_there_is_no_offline_phase_without_data(has_data: bool, expected: int) -
 # --- Refused settings of the parents ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted({*UNUSED_SETTINGS, *REFUSED}))
+# Settings without an argument of a method.
+ATTRIBUTES = {"offline_evaluation_duration", "offline_evaluation_parallel_to_training"}
+
+
+@pytest.mark.parametrize("name", sorted({*UNUSED_SETTINGS, *REFUSED} - ATTRIBUTES))
 def test_a_setting_that_is_not_read_here_is_refused_by_name(name: str) -> None:
     method, value = REFUSED[name]
     config = CalQLConfig()
@@ -421,6 +441,8 @@ def test_a_setting_that_is_not_read_here_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
+        ("offline_evaluation_interval", "`evaluation_interval`"),
+        ("offline_evaluation_duration", "`evaluation_interval`"),
         ("lr", "`actor_lr`, `critic_lr` and `alpha_lr`"),
         ("bc_iters", "`bc_updates`"),
         ("twin_q", "`num_critics`"),
@@ -439,6 +461,20 @@ def test_a_setting_that_is_not_read_here_is_refused_by_name(name: str) -> None:
 def test_a_refusal_names_the_setting_to_use_instead(name: str, remedy: str) -> None:
     assert remedy in UNUSED_SETTINGS[name]
     assert not set(re.findall(r"`(\w+)`", UNUSED_SETTINGS[name])) & set(UNUSED_SETTINGS)
+
+
+@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
+def test_an_attribute_that_is_not_read_here_is_refused_by_name(name: str) -> None:
+    config = CalQLConfig()
+    setattr(config, name, 7)
+    with pytest.raises(ValueError, match=rf"`{name}` is not used by CalQL, got 7: .*`evaluation_interval`\.$"):
+        config.validate()
+
+
+def test_every_setting_of_rllib_s_evaluation_on_offline_data_is_refused() -> None:
+    names = {name for name in vars(CalQLConfig()) if "offline_eval" in name or "evaluate_offline" in name}
+    assert len(names) > 20
+    assert names <= set(UNUSED_SETTINGS)
 
 
 def test_a_learner_connector_is_refused() -> None:
@@ -604,10 +640,50 @@ BAD_NETWORKS = [
 ]
 
 
+INSTEAD_OF_HIDDENS = "`fcnet_hiddens` is not used; set `actor_hiddens` and `critic_hiddens`"
+BAD_NETWORKS += [
+    ({"fcnet_hiddens": [8]}, INSTEAD_OF_HIDDENS),
+    ({"fcnet_activation": "tanh"}, "`fcnet_activation` is not used; set `activation`"),
+    ({"critic_hidens": [8]}, r"`critic_hidens` is not used; did you mean `critic_hiddens`\?"),
+    ({"use_lstm": True}, "`use_lstm` is not used; drop it"),
+    (DefaultModelConfig(fcnet_hiddens=[64, 64]), f"a `DefaultModelConfig`: {INSTEAD_OF_HIDDENS}"),
+    (
+        DefaultModelConfig(fcnet_activation="relu", use_lstm=True, head_fcnet_hiddens=[8]),
+        "`fcnet_activation` is not used; set `activation`; `head_fcnet_hiddens` is not used; set `actor_h.*`use_lstm`",
+    ),
+    (DefaultModelConfig(), "`model_config` must be a dict of .*'actor_hiddens'.*, got a `DefaultModelConfig`"),
+    ([8, 8], r"`model_config` must be a dict of .*, got \[8, 8\]"),
+    (None, "`model_config` must be a dict of .*, got None"),
+]
+
+
 @pytest.mark.parametrize(("networks", "message"), BAD_NETWORKS, ids=lambda value: str(value)[:40])
 def test_a_wrong_network_setting_is_refused(networks: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CalQLConfig().rl_module(model_config=networks).validate()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (RLModuleSpec(model_config=DefaultModelConfig(fcnet_hiddens=[8])), INSTEAD_OF_HIDDENS),
+        (RLModuleSpec(model_config={"fcnet_hiddens": [8]}), INSTEAD_OF_HIDDENS),
+        (
+            RLModuleSpec(module_class=DefaultSACTorchRLModule),
+            "`module_class` of `rl_module_spec` must be a subclass of",
+        ),
+        (MultiRLModuleSpec(rl_module_specs={"a": RLModuleSpec()}), "`rl_module_spec` must be an `RLModuleSpec`, got"),
+    ],
+    ids=["dataclass", "dict", "class", "several"],
+)
+def test_a_module_specification_that_would_not_be_used_is_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalQLConfig().rl_module(rl_module_spec=spec).validate()
+
+
+def test_a_module_specification_with_our_settings_is_taken() -> None:
+    config = CalQLConfig().rl_module(rl_module_spec=RLModuleSpec(model_config={"actor_hiddens": [8]}))
+    config.validate()
 
 
 @pytest.mark.parametrize("input_", [3, [3], [None], {"pendulum": 1.0}, None], ids=repr)
