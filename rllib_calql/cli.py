@@ -87,6 +87,8 @@ def file(
     """Run the experiments of FILE, a .yaml or a .py file.
 
     Ctrl-C, SIGTERM and SIGHUP write a checkpoint after the current iteration and end the run; --resume continues it.
+    Checkpoints, which `pretrained` in FILE and --resume open, are code: use only those that you would run as programs.
+    Data files are not.
     """
     stop.grace_s, stop.saved = grace, "Nothing was trained by this command."
     if resume and overwrite:
@@ -131,7 +133,10 @@ def file(
 @click.option("--seed", type=int, help="Seed of the environment.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
 def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -> None:
-    """Run the greedy policy of CHECKPOINT, a folder written by training, in its environment."""
+    """Run the greedy policy of CHECKPOINT, a folder written by training, in its environment.
+
+    A checkpoint is code: evaluate only one that you would run as a program. Data files are not.
+    """
     # Whose own files are there is damaged, and which of them is said when it is read.
     if not any((checkpoint / name).is_file() for name in (_CONFIG_FILE, MANIFEST)):
         what = "is not a checkpoint of an algorithm" if checkpoint.exists() else "does not exist"

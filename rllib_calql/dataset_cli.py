@@ -96,7 +96,7 @@ def inspect(
     """Report what data hold and what looks wrong.
 
     INPUT is a file, a folder, a URI, or minari:<dataset id>; the report covers all inputs together. A picture shows
-    the distributions of returns and episode lengths.
+    the distributions of returns and episode lengths. Nothing in data is run, wherever they come from.
     """
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")

@@ -296,7 +296,8 @@ class CalQLSettings(CQLConfig):
             max_episode_env_steps: Steps after which an online episode is cut by the truncation rule and stored, at most
                 `online_capacity`. The environment is not reset there.
             pretrained: Checkpoint of another run that this one starts from: its networks, optimisers and temperature,
-                and its count of offline updates. `offline_updates` may then be left out, for no more of them.
+                and its count of offline updates. `offline_updates` may then be left out, for no more of them. It is
+                code, as every checkpoint: name only one that you would run as a program.
 
         Returns:
             This config.

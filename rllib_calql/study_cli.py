@@ -43,6 +43,7 @@ def study(
 
     As many trials run at once as there are CPUs. The same command again continues: finished trials are kept, begun ones
     go on from their last checkpoint. Ctrl-C, SIGTERM and SIGHUP let the running trials write one and end the command.
+    Checkpoints, also those that `pretrained` in FILE names, are code: use only those that you would run as programs.
     """
     stop.grace_s, stop.saved = grace, "No trial was begun."
     prepare(verbose)

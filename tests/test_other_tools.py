@@ -173,7 +173,7 @@ def test_whole_steps_stay_steps_whatever_their_type_and_start(tmp_path: Path) ->
 # --- Policies and rewards ---------------------------------------------------------------------------------------------
 
 
-class OneStep(gym.Env[Any, Any]):
+class _OneStep(gym.Env[Any, Any]):
     """Every episode has one step; what it emits is given."""
 
     observation_space = gym.spaces.Box(-1, 1, (2,))
@@ -192,7 +192,7 @@ class OneStep(gym.Env[Any, Any]):
         return np.zeros(2, np.float32), self.reward, *self.flags, {}
 
 
-def recorded(tmp_path: Path, env: OneStep, policy: Any = None) -> dict[str, Any]:
+def recorded(tmp_path: Path, env: _OneStep, policy: Any = None) -> dict[str, Any]:
     policy = policy or (lambda obs: np.array([0.25, 0.5], np.float32))
     record(policy, env, 1, tmp_path / "rows.parquet", overwrite=True)
     return pq.read_table(tmp_path / "rows.parquet").to_pydict()
@@ -201,21 +201,21 @@ def recorded(tmp_path: Path, env: OneStep, policy: Any = None) -> dict[str, Any]
 @pytest.mark.parametrize("reward", [[0.5], np.array([0.5]), np.array([[0.5]]), torch.tensor([0.5]), np.float32(0.5)])
 def test_a_reward_in_an_array_of_one_is_unwrapped(reward: Any, tmp_path: Path) -> None:
     flags = np.array([True]), np.array([False])
-    rows = recorded(tmp_path, OneStep(reward=reward, flags=flags))
+    rows = recorded(tmp_path, _OneStep(reward=reward, flags=flags))
     assert (rows["rewards"], rows["terminateds"], rows["truncateds"]) == ([0.5], [True], [False])
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (OneStep(reward=np.array([0.5, 1.0])), r"ndarray of shape \(2,\) as reward, which must be one number"),
-        (OneStep(reward=None), r"None as reward"),
-        (OneStep(reward="1"), r"str 1 as reward"),
-        (OneStep(reward={"a": 1.0}), r"dict .* as reward"),
-        (OneStep(flags=(np.array([True, False]), False)), r"ndarray of shape \(2,\) as termination flag"),
+        (_OneStep(reward=np.array([0.5, 1.0])), r"ndarray of shape \(2,\) as reward, which must be one number"),
+        (_OneStep(reward=None), r"None as reward"),
+        (_OneStep(reward="1"), r"str 1 as reward"),
+        (_OneStep(reward={"a": 1.0}), r"dict .* as reward"),
+        (_OneStep(flags=(np.array([True, False]), False)), r"ndarray of shape \(2,\) as termination flag"),
     ],
 )
-def test_what_is_no_number_is_named(env: OneStep, message: str, tmp_path: Path) -> None:
+def test_what_is_no_number_is_named(env: _OneStep, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
         recorded(tmp_path, env)
 
@@ -226,7 +226,7 @@ def test_what_is_no_number_is_named(env: OneStep, message: str, tmp_path: Path) 
 )
 @pytest.mark.parametrize("with_state", [False, True])
 def test_actions_of_other_libraries_are_taken(action: Any, with_state: bool, tmp_path: Path) -> None:
-    env = OneStep()
+    env = _OneStep()
     rows = recorded(tmp_path, env, lambda obs: (action, None) if with_state else action)
     assert rows["actions"] == [[0.25, 0.5]]
     assert not isinstance(env.received, torch.Tensor)
@@ -249,4 +249,4 @@ def test_actions_of_other_libraries_are_taken(action: Any, with_state: bool, tmp
 )
 def test_what_is_no_action_is_named(returned: Any, space: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
-        recorded(tmp_path, OneStep(space), lambda obs: returned)
+        recorded(tmp_path, _OneStep(space), lambda obs: returned)
