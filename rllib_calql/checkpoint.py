@@ -34,6 +34,7 @@ __all__ = [
     "checked_checkpoint",
     "clear_remote_checkpoint",
     "config_of",
+    "damage_of",
     "is_complete",
     "read_of_one_save",
     "replaced_folder",
@@ -289,6 +290,16 @@ def _local(files: CheckpointFiles) -> Iterator[CheckpointFiles]:
     with tempfile.TemporaryDirectory(prefix="rllib_calql_checkpoint_") as folder:
         copy_files(files.path, folder, source_filesystem=files.filesystem, destination_filesystem=LocalFileSystem())
         yield CheckpointFiles(LocalFileSystem(), folder, source=files.path)
+
+
+def damage_of(path: Any) -> str | None:
+    """What is wrong with a checkpoint, as a sentence that names its files; None if nothing is."""
+    try:
+        found = CheckpointFiles.find(path)
+    except (FileNotFoundError, ValueError) as err:
+        return str(err)
+    wrong = faults(found.filesystem, found.path)
+    return f"The checkpoint at {found.path!r} is damaged: {', '.join(wrong)}." if wrong else None
 
 
 def config_of(checkpoint: Path) -> Any:

@@ -239,6 +239,14 @@ def read_file(filesystem: FileSystem, path: str) -> bytes:
     return content
 
 
+def has_checksums(filesystem: FileSystem, folder: str) -> bool:
+    """Whether a checkpoint has a manifest with checksums, undamaged."""
+    try:
+        return "files" in parsed_manifest(read_file(filesystem, posixpath.join(folder, MANIFEST)))
+    except (OSError, ValueError):
+        return False
+
+
 def is_whole_pickle(content: bytes) -> bool:
     """Whether a pickle is not cut off. Nothing is unpickled for that, so a missing module does not matter."""
     import pickletools

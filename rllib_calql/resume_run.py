@@ -18,7 +18,7 @@ from ray import tune
 from ray.train._internal.session import _TrainingResult
 from ray.train._internal.storage import get_fs_and_path
 from ray.tune.experiment import Trial
-from ray.tune.result import EXPR_RESULT_FILE
+from ray.tune.result import EXPR_RESULT_FILE, TRAINING_ITERATION
 from ray.tune.utils import flatten_dict
 
 from rllib_calql import run_state
@@ -67,14 +67,12 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
         ResumeError: If the run's state is lost, or it cannot be continued with these settings.
     """
     filesystem, folder = _folder_of_run(experiment, storage_path)
-    files = run_state.read_newest_state(filesystem, folder)
-    if not files:
+    newest = _read_state(filesystem, folder, announce)
+    if newest is None:
         _refuse_lost_state(filesystem, folder)
         announce(f"The run '{experiment.name}' was stopped before its first state was saved; it begins anew.")
         return False
-    state_name = next(name for name in files if run_state.is_state(name))
-    state = json.loads(files[state_name])
-    trials = [_read_trial(stored, metadata, filesystem, folder) for stored, metadata in state["trial_data"]]
+    files, state_name, state, trials = newest
     if other := {trial.trainable_name for trial in trials} - {experiment.algorithm.__name__}:
         raise ResumeError(
             f"The run in '{folder}' is one of {', '.join(other)}, the experiment now one of "
@@ -99,6 +97,9 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
     # A decision that waited for a checkpoint which the end prevented would end or pause the trial at its next one.
     state["runner_data"] |= {"_cached_trial_decisions": {}, "_queued_trial_decisions": {}}
     files[state_name] = json.dumps(state).encode()
+    if not run_state.is_tuner_whole(filesystem, folder):
+        announce(f"'tuner.pkl' in '{folder}' is damaged; it is written anew from the experiment's file.")
+        _write_tuner(experiment, storage_path, filesystem, folder)
     run_state.write_state(filesystem, folder, _in_new_session(files, state_name))
     return True
 
@@ -108,12 +109,43 @@ def _folder_of_run(experiment: Experiment, storage_path: str) -> tuple[pyarrow.f
     return filesystem, posixpath.join(root, experiment.name)
 
 
+def _read_state(
+    filesystem: pyarrow.fs.FileSystem, folder: str, announce: Callable[[str], None]
+) -> tuple[dict[str, bytes], str, dict[str, Any], list[Trial]] | None:
+    """The newest state that Tune can restore: all its files, the name of the first, its content, its trials."""
+    for files in run_state.whole_states(filesystem, folder, announce):
+        name = next(name for name in files if run_state.is_state(name))
+        try:
+            state = json.loads(files[name])
+            trials = [_read_trial(stored, metadata, filesystem, folder) for stored, metadata in state["trial_data"]]
+            state["runner_data"].keys()
+        except Exception as error:  # Whatever a damaged file says.
+            announce(f"Skipped '{name}' in '{folder}', which is damaged ({type(error).__name__}: {error}).")
+            continue
+        return files, name, state, trials
+    return None
+
+
+def _write_tuner(experiment: Experiment, storage_path: str, filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
+    path = posixpath.join(folder, "tuner.pkl")
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory:
+        run_state.set_aside(filesystem, path)
+    tune.Tuner(  # Writes it.
+        experiment.algorithm,
+        param_space=experiment.config.to_dict(),
+        tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
+        run_config=tune.RunConfig(name=experiment.name, storage_path=storage_path),
+    )
+
+
 def _refuse_lost_state(filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
     for name in run_state.names_in(filesystem, folder):
-        if checkpoints := run_state.numbered_checkpoints(filesystem, posixpath.join(folder, name)):
+        paths = [path for _, path in run_state.numbered_checkpoints(filesystem, posixpath.join(folder, name))]
+        if paths:
+            whole = (path for path in reversed(paths) if run_state.examine(filesystem, path).is_whole)
             raise ResumeError(
                 f"The state of the run in '{folder}' is lost, but not its checkpoints, the newest of a trial at "
-                f"'{checkpoints[-1][1]}'; continue from it with `CalQL.from_checkpoint`, or begin a new run with "
+                f"'{next(whole, paths[-1])}'; continue from it with `CalQL.from_checkpoint`, or begin a new run with "
                 "another `--name`."
             )
 
@@ -150,28 +182,34 @@ def _take_newest_checkpoint(trial: Trial, *, needs_marks: bool, announce: Callab
     storage, manager = trial.storage, trial.run_metadata.checkpoint_manager
     if storage.trial_dir_name is None:  # It never started.
         return
-    filesystem = storage.storage_filesystem
     had_checkpoint = manager.latest_checkpoint_result is not None
+    newer, was_skipped = _newer_checkpoints(trial, announce)
     known = [result for result in manager._checkpoint_results if _is_there(result, needs_marks)]
-    newer = []
-    for number, path in run_state.numbered_checkpoints(filesystem, storage.trial_fs_path):
-        if number <= storage.current_checkpoint_index:
-            continue
-        metrics = run_state.result_of_whole(filesystem, path)
-        if metrics is None:
-            filesystem.delete_dir(path)  # Otherwise its files would be mixed with those of the next checkpoint there.
-            announce(f"Removed the unfinished checkpoint '{path}'.")
-        else:
-            newer.append((number, _TrainingResult(tune.Checkpoint(path, filesystem), metrics)))
     latest = manager.latest_checkpoint_result
     if newer:
         storage.current_checkpoint_index, latest = newer[-1]
-    elif latest is not None and not _is_there(latest, needs_marks):
-        # PBT may have taken it from another trial, where it has been deleted since.
-        latest = known[-1] if known else None
+    elif latest is not None:
+        older = sorted(
+            (result for result in known if result.checkpoint.path != manager.latest_checkpoint_result.checkpoint.path),
+            key=lambda result: result.metrics.get(TRAINING_ITERATION, 0),
+            reverse=True,
+        )
+        latest = None
+        # PBT may have taken the latest from another trial, where it has been deleted since.
+        for result in [manager.latest_checkpoint_result, *older]:
+            found = run_state.examine(result.checkpoint.filesystem, result.checkpoint.path)
+            if _is_usable(found, needs_marks) and _is_there(result, needs_marks):
+                latest = result
+                break
+            known = [other for other in known if other.checkpoint.path != result.checkpoint.path]
+            if found.faults:
+                was_skipped = True
+                announce(f"Skipped the damaged checkpoint '{result.checkpoint.path}': {found.faults}.")
     manager._checkpoint_results = known + [result for _, result in newer]
     manager._latest_checkpoint_result = latest
-    if had_checkpoint and latest is None:
+    if latest is not None and was_skipped:
+        announce(f"Trial '{trial}' goes on from '{latest.checkpoint.path}'.")
+    elif had_checkpoint and latest is None:
         announce(f"No whole checkpoint of trial '{trial}' is left; it begins anew.")
 
 
@@ -190,11 +228,45 @@ def _has_checkpoint(trial: Trial) -> bool:
     return trial.run_metadata.checkpoint_manager.latest_checkpoint_result is not None
 
 
+def _newer_checkpoints(trial: Trial, announce: Callable[[str], None]) -> tuple[list[tuple[int, _TrainingResult]], bool]:
+    """Whole checkpoints that the state does not know, by number, and whether damaged ones were skipped."""
+    storage = trial.storage
+    filesystem = storage.storage_filesystem
+    newer, was_skipped = [], False
+    for number, path in run_state.numbered_checkpoints(filesystem, storage.trial_fs_path):
+        if number <= storage.current_checkpoint_index:
+            continue
+        found = run_state.examine(filesystem, path)
+        if found.is_whole:
+            newer.append((number, _TrainingResult(tune.Checkpoint(path, filesystem), found.result)))
+        # What stayed there would be mixed with the files of the next checkpoint of that number.
+        elif found.is_finished:
+            was_skipped = True
+            faults = found.faults or f"{', '.join(map(repr, found.lost))} is missing"
+            aside = run_state.set_aside(filesystem, path)
+            announce(f"Skipped the damaged checkpoint '{path}': {faults}; it is now at '{aside}'.")
+        else:
+            filesystem.delete_dir(path)
+            announce(f"Removed the unfinished checkpoint '{path}'.")
+    return newer, was_skipped
+
+
 def _is_there(result: Any, needs_mark: bool) -> bool:
+    """Whether a checkpoint that the state knows has all its files, by their sizes."""
     filesystem, path = result.checkpoint.filesystem, result.checkpoint.path
-    if needs_mark:
-        return run_state.result_of_whole(filesystem, path) is not None
-    return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory)
+    found = run_state.examine(filesystem, path, reads_files=False)
+    if needs_mark and not found.is_finished:
+        return False
+    is_folder = filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory
+    return bool(is_folder and not found.lost and not found.damage)
+
+
+def _is_usable(found: run_state.Found, needs_mark: bool) -> bool:
+    """Whether a trial can go on from a checkpoint that the state knows with its result."""
+    if found.lost or found.damage:
+        return False
+    # Without a readable mark, checksums tell as well that it is whole.
+    return found.result is not None or found.is_summed or not (needs_mark or found.is_finished)
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------
