@@ -20,6 +20,7 @@ from tiny import TINY_NETWORKS, write_line_data
 
 from rllib_calql.cli import main
 from rllib_calql.experiment_errors import ExperimentError
+from rllib_calql.integrity import write_manifest
 from rllib_calql.study import trial as trials
 from rllib_calql.study.evaluations import Evaluation, read_results, write_results
 from rllib_calql.study.plan import Study, read_study
@@ -234,6 +235,29 @@ def test_a_trial_that_is_asked_to_stop_saves_its_state_and_goes_on_to_the_same_r
     assert run_trial(trial, tmp_path / "parts", lambda row: None)
     assert without_time(finished_evaluations(tmp_path / "parts")[1]) == without_time(whole)  # type: ignore[index]
     assert [file.name for file in (tmp_path / "parts").iterdir()] == ["evaluations.json"]
+
+
+def test_a_damaged_checkpoint_of_a_trial_is_named_and_not_continued(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = study_of(tmp_path).trials[0]
+    damaged, incomplete = trials.checkpoints(tmp_path / "trial")
+    for folder in (damaged, incomplete):
+        folder.mkdir(parents=True)
+        for name in ("class_and_ctor_args.pkl", "algorithm_state.pkl"):
+            (folder / name).write_bytes(b"content")
+        write_manifest(folder, {"versions": {}})
+        trials._write_evaluations([], trial, folder)
+    (damaged / "algorithm_state.pkl").write_bytes(b"Content")
+    (incomplete / "algorithm_state.pkl").unlink()
+    assert trials._restored(trial, tmp_path / "trial") is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The checkpoint at '{damaged}' is damaged: 'algorithm_state.pkl' has other content than was saved. The trial "
+        f"'{trial.name}' does not go on from it.",
+        f"The checkpoint at '{incomplete}' is incomplete: saving it was interrupted or files were lost, "
+        "'algorithm_state.pkl' is missing; give the folder that `algo.save_to_path()` or Ray Tune wrote. The trial "
+        f"'{trial.name}' does not go on from it.",
+    ]
 
 
 def in_shell(*arguments: str) -> subprocess.Popen[str]:

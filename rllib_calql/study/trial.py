@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import time
@@ -15,9 +16,12 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, LEA
 
 from rllib_calql import metrics as keys
 from rllib_calql.algorithm import CalQL
+from rllib_calql.checkpoint import damage_of
 from rllib_calql.file_lock import held_lock
 from rllib_calql.study.evaluations import Evaluation, evaluation_of, read_json, write_json
 from rllib_calql.study.plan import Trial
+
+logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "evaluations.json"
 _LOCK_FILE = ".rllib_calql_trial.lock"
@@ -170,5 +174,8 @@ def _restored(trial: Trial, folder: Path) -> tuple[CalQL, list[Evaluation], floa
     for checkpoint in checkpoints(folder):
         saved = finished_evaluations(checkpoint)
         if saved is not None and saved[0] == trial.fingerprint:
+            if damage := damage_of(checkpoint):
+                logger.warning("%s The trial '%s' does not go on from it.", damage, trial.name)
+                continue
             return CalQL.from_checkpoint(checkpoint), saved[1], saved[1][-1].time_s
     return None
