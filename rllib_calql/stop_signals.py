@@ -126,6 +126,8 @@ class StopSignals:
             signal.signal(signum, _noted_by_the_thread)
 
     def _watch(self, reader: int) -> None:
+        # Another thread takes them, which `while_starting_ray` may keep from doing so.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         while received := os.read(reader, 1):
             if received[0] in self._watched:
                 self._receive(received[0])

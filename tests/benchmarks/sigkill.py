@@ -243,7 +243,7 @@ class Remains:
     def end(self, process: subprocess.Popen[str], signum: int, *, all_processes: bool) -> None:
         """Sends a signal to the driver, or to it and all that it started, and waits for the driver's end."""
         started = descendants(process.pid)
-        agents = {pid for pid in started if "Agent" in name_of(pid)}
+        agents = {pid for pid in started if "agent" in name_of(pid).lower()}
         for pid in (*(started if all_processes else ()), process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
@@ -360,7 +360,9 @@ def check_orderly_end(
         f"exit code {exit_code}": exit_code == 128 + signum,
         "a traceback": "Traceback" not in said,
         "a stack dump": "***" not in said,
-        "no word about what is saved": "Checkpoints are in" in said or "Nothing was trained" in said,
+        "no word about what is saved": any(
+            words in said for words in ("Checkpoints are in", "Nothing was trained", "Earlier checkpoints, if any")
+        ),
         "no checkpoint": not is_checkpoint_due,
     }
     return [f"{which}: {wrong}; it said {said!r}" for wrong, is_right in facts.items() if not is_right]
