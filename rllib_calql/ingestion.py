@@ -108,8 +108,15 @@ class Conversion:
         try:
             flat = flatten_observations(space, observations, keep_dtype=True)
         except (ValueError, TypeError, IndexError, KeyError) as err:
+            remedy = _REMEDY
+            if isinstance(space, gym.spaces.Box) and isinstance(observations, dict):
+                names = ", ".join(map(str, observations))
+                remedy = (
+                    f"join the groups into one array, `numpy.concatenate([{names}], axis=1)`, in the order that the "
+                    "environment has, or give it a Dict space."
+                )
             raise ValueError(
-                f"{where}: observations do not fit the observation space {space}: {err}; {_REMEDY}"
+                f"{where}: observations do not fit the observation space {space}: {err}; {remedy}"
             ) from err
         if self.obs_dtype.kind in "iu":
             remedy = f"of the observation space {space}; give the environment a space of the type that the data have"

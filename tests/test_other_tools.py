@@ -19,7 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rllib_calql import CalQLConfig
+from rllib_calql.connectors import AddReturnsToGo
 from rllib_calql.datasets import ReadOptions, open_input, record
+from rllib_calql.offline_data import CalQLOfflineData
+from rllib_calql.replay import TransitionStore
+from rllib_calql.returns import RewardSettings
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
@@ -250,3 +255,49 @@ def test_actions_of_other_libraries_are_taken(action: Any, with_state: bool, tmp
 def test_what_is_no_action_is_named(returned: Any, space: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
         recorded(tmp_path, _OneStep(space), lambda obs: returned)
+
+
+# --- Groups and tensors -----------------------------------------------------------------------------------------------
+
+
+def test_groups_for_a_vector_are_named_with_the_way_to_join_them(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "groups.h5", "w") as file:
+        file["observations/qpos"], file["observations/qvel"] = np.zeros((4, 2)), np.zeros((4, 3))
+        file["actions"], file["rewards"], file["terminals"] = np.zeros((4, 1)), np.arange(4.0), np.ones(4)
+    box = gym.spaces.Box(-1, 1, (5,))
+    data = CalQLOfflineData(CalQLConfig().offline_data(input_=str(tmp_path / "groups.h5")))
+    store = TransitionStore(obs_dim=5, action_dim=1, online_capacity=1, seed=0)
+    with pytest.raises(
+        ValueError, match=r"groups\.h5.*\['qpos', 'qvel'\].*numpy\.concatenate\(\[qpos, qvel\], axis=1\)"
+    ):
+        data.load(
+            store,
+            AddReturnsToGo(RewardSettings(0.9)),
+            observation_space=box,
+            action_space=gym.spaces.Box(-1, 1, (1,)),
+        )
+
+
+def test_a_tensor_shape_in_a_pickle_is_refused_and_so_is_opening_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for metadata, message in (
+        (pickle.dumps((2,)), r"`obs` is a column of tensors that does not tell their shape in row 0.*fixed-size lists"),
+        (b"[3]", r"`obs` holds 2 numbers in row 0 .*, and tensors of shape \(3,\)"),
+    ):
+        field = pa.field(
+            "obs",
+            pa.list_(pa.float32()),
+            metadata={
+                b"ARROW:extension:name": b"ray.data.arrow_tensor_of_another_version",
+                b"ARROW:extension:metadata": metadata,
+            },
+        )
+        rows = {"actions": [[0.0]] * 2, "rewards": [0.0, 1.0], "terminateds": [False, True]}
+        table = pa.table(rows).append_column(field, pa.array([[0.0, 1.0]] * 2, pa.list_(pa.float32())))
+        pq.write_table(table, tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match=message):
+            list(open_input(tmp_path / "rows.parquet")[0])
+    monkeypatch.setenv("RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "1")
+    with pytest.raises(ValueError, match=r"rows\.parquet' is not opened: .*`RAY_DATA_AUTOLOAD_CLOUD.*unset it"):
+        open_input(tmp_path / "rows.parquet")
