@@ -15,7 +15,6 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +48,14 @@ def write_manifest(folder: Path, content: Mapping[str, Any], *, parts: Iterable[
         content: What the manifest says of the run.
         parts: Names of files and folders in it that belong to the checkpoint, besides RLlib's.
     """
+    names = sorted(_own_files(folder, PARTS.union(parts)))
     sealed = {
         **content,
         "format": FORMAT,
         "save": uuid.uuid4().hex,
-        "files": {name: _measured(folder / name) for name in sorted(_own_files(folder, PARTS.union(parts)))},
+        "files": {
+            name: _measured(os.path.join(folder, name)) for name in sorted(_own_files(folder, PARTS.union(parts)))
+        },
     }
     text = json.dumps({**sealed, "digest": _digest(sealed)}, indent=2)
     (folder / MANIFEST).write_text(text)
@@ -83,24 +85,35 @@ def _own_files(folder: Path, parts: Iterable[str]) -> Iterator[str]:
     for part in parts:
         if part in (MANIFEST, _MARK_OF_RUN):
             continue
-        if (folder / part).is_file():
+        top = os.path.join(folder, part)
+        if os.path.isfile(top):
             yield part
-        for name, _, files in os.walk(folder / part):
-            yield from (Path(name, file).relative_to(folder).as_posix() for file in files)
+        for name, _, files in os.walk(top):
+            inside = part + name[len(top) :]
+            yield from (f"{inside}/{file}" for file in files)
 
 
-def _measured(path: Path) -> dict[str, int]:
+def _measured(path: str | Path) -> dict[str, int]:
     """Size and checksum of a file that was just written, and which goes to the disk meanwhile if it is large."""
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("rb", buffering=0))
-        size = os.fstat(file.fileno()).st_size
-        if size > _CHUNK_BYTES:
-            flushing = stack.enter_context(ThreadPoolExecutor(1)).submit(os.fsync, file.fileno())
-            stack.callback(flushing.result)
-        crc, buffer = 0, memoryview(bytearray(min(size, _CHUNK_BYTES) + 1))
-        while count := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:count], crc)
-    return {"bytes": size, "crc32": crc}
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size <= _CHUNK_BYTES:
+            return {"bytes": size, "crc32": _crc(descriptor)}
+        with ThreadPoolExecutor(1) as flusher:
+            flushing = flusher.submit(os.fsync, descriptor)
+            crc = _crc(descriptor)
+            flushing.result()
+        return {"bytes": size, "crc32": crc}
+    finally:
+        os.close(descriptor)
+
+
+def _crc(descriptor: int) -> int:
+    crc = 0
+    while chunk := os.read(descriptor, _CHUNK_BYTES):
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _digest(content: Mapping[str, Any]) -> str:
