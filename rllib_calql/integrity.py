@@ -53,9 +53,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any], *, parts: Iterable[
         **content,
         "format": FORMAT,
         "save": uuid.uuid4().hex,
-        "files": {
-            name: _measured(os.path.join(folder, name)) for name in sorted(_own_files(folder, PARTS.union(parts)))
-        },
+        "files": {name: _measured(os.path.join(folder, name)) for name in names},
     }
     text = json.dumps({**sealed, "digest": _digest(sealed)}, indent=2)
     (folder / MANIFEST).write_text(text)
