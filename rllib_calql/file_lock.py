@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ def _write_holder(path: Path, descriptor: int) -> None:
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(entry).encode(), 0)
+    with suppress(OSError):  # A full disk costs the holder's name; the lock holds without it.
+        os.pwrite(descriptor, json.dumps(entry).encode(), 0)
 
 
 def _holder(descriptor: int) -> str:

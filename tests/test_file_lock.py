@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -119,6 +120,18 @@ def test_the_lock_of_a_dead_holder_is_taken_over(tmp_path: Path) -> None:
 def test_an_empty_file_of_a_holder_that_died_at_once_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "a.lock").touch()
     with held_lock(tmp_path / "a.lock"):
+        pass
+
+
+def test_a_full_disk_costs_the_name_of_the_holder_and_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.lock"
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with held_lock(path), pytest.raises(LockedError, match="Another process holds the lock"), held_lock(path):
         pass
 
 
