@@ -951,6 +951,7 @@ def test_a_disk_that_fills_while_the_cache_is_written_is_reported_and_left_clean
     tmp_path: Path, format_: str, max_bytes: int
 ) -> None:
     input_ = FORMATS[format_](tmp_path, [two_episodes()])
+    CalQLConfig()  # Registers the algorithm with Ray, which a forked process cannot do.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_load_on_a_full_disk, args=(input_, tmp_path, max_bytes, sender))
