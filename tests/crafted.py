@@ -6,9 +6,11 @@ import base64
 import builtins
 import functools
 import json
+import math
 import operator
 import os
 import pickle
+import struct
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -93,6 +95,50 @@ def running_pickles(marker: Path) -> dict[str, bytes]:
     return pickles
 
 
+def _array(shape: tuple[int, ...]) -> bytes:
+    """The part of a pickle that makes an array of zeros that can be written to."""
+    content = b"\0" * 8 * math.prod(shape)
+    sizes = b"(" + b"".join(b"J" + struct.pack("<i", size) for size in shape) + b"t"
+    return (
+        _global("numpy._core.multiarray:_reconstruct")
+        + _global("numpy:ndarray")
+        + b"K\0\x85C\x01b\x87R(K\x01"
+        + sizes
+        + _global("numpy:dtype")
+        + b"Vi8\n\x85R\x89B"
+        + struct.pack("<I", len(content))
+        + content
+        + b"tb"
+    )
+
+
+def endless_pickles() -> dict[str, bytes]:
+    """Short pickles that would compute for ever while they are opened: of parts that hold one another 2**60 times."""
+    begin = b"\x80\x04"
+    doubled = b")\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60))
+    number = b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6 + b"\x94"
+    n = 3000
+    index = b"(" + b"".join(_array(tuple(n if axis == i else 1 for axis in range(4))) for i in range(4)) + b"t"
+    buffer = begin + _global("numpy._core.numeric:_frombuffer") + b"(C\x08" + b"\0" * 8
+    type_ = _global("numpy:dtype") + b"Vf8\n\x85R"
+    state = _global("numpy._core.multiarray:_reconstruct") + _global("numpy:ndarray") + b"K\0\x85C\x01b\x87R(K\x01"
+    return {
+        "a key": begin + b"}" + doubled + b"Ns.",
+        "a key of many": begin + b"}(" + doubled + b"Nu.",
+        "a key of a mapping": begin + b"(" + doubled + b"Nd.",
+        "a key that is fetched": begin + b"}" + doubled + b"0h" + bytes([60]) + b"Ns.",
+        "a key in a list": begin + b"](}" + doubled + b"Nse.",
+        "a type": buffer + _global("numpy:dtype") + doubled + b"\x85RK\x01\x85VC\ntR.",
+        "a shape": buffer + type_ + doubled + b"VC\ntR.",
+        "an order": buffer + type_ + b"K\x01\x85" + doubled + b"tR.",
+        "a large shape": begin + state + b"(" + number + b"h\0" * 9000 + b"t" + type_ + b"\x89C\x04aaaatb.",
+        "a large view": buffer + type_ + b"(" + number + b"h\0" * 9000 + b"tVC\ntR.",
+        "indices": begin + _array((1, 1, 1, 1)) + index + b"K\0s.",
+        "indices of many": begin + _array((1, 1, 1, 1)) + b"(" + index + b"K\0u.",
+        "appending to an array": begin + _array((1,)) + b"K\0a.",
+    }
+
+
 def greedy_pickles() -> dict[str, bytes]:
     """Short pickles that would take all memory, or for ever, or crash NumPy."""
     laughs = b"\x80\x04](K\x01K\x01e\x94" + b"".join(b"](" + b"h%c" % i * 10 + b"e\x94" for i in range(12))
@@ -123,6 +169,7 @@ def greedy_pickles() -> dict[str, bytes]:
         "a changed function": _global("numpy._core.numeric:_frombuffer") + b"}(V__wrapped__\nK\x01ub.",
         "extension": b"\x80\x02\x82\x01.",
         "persistent": b"\x80\x02K\x01Q.",
+        **endless_pickles(),
     }
 
 

@@ -27,6 +27,7 @@ LAYERS = (
     ("allocator", "critic_kernel", "graphed_steps", "precision"),
     ("networks", "image_encoder"),
     ("model_settings",),
+    ("datasets.pickle_instructions",),
     ("datasets.magnitudes", "datasets.safe_decoding", "datasets.other_tools", "datasets.recorded_values"),
     ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
     (
@@ -223,6 +224,7 @@ def test_the_mathematics_knows_no_ray(module: str) -> None:
 # --- Data are not programs --------------------------------------------------------------------------------------------
 
 DECODER = "datasets.safe_decoding"
+ADMITTED = {"datasets.pickle_instructions": ["pickletools"]}  # It tells the instructions of a pickle and follows none.
 READERS_OF_DATA = sorted(
     {module for module in MODULES if module == "datasets" or module.startswith("datasets.")}
     | {"offline_data", "ingestion", "loading", "offline_table", "table_cache", "transitions", "replay"}
@@ -280,7 +282,8 @@ def f():
 
 @pytest.mark.parametrize("module", [module for module in READERS_OF_DATA if module != DECODER])
 def test_a_module_that_reads_data_unpickles_nothing_itself(module: str) -> None:
-    assert list(unpickling_in(ast.parse(MODULES[module].read_text()))) == []
+    found = [one.partition(": ")[2] for one in unpickling_in(ast.parse(MODULES[module].read_text()))]
+    assert found == ADMITTED.get(module, [])
 
 
 # --- What a reader meets ----------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """The one place where pickles that stand in data are opened: arrays and plain values come out, and nothing else.
 
 A pickle is a program that may call any function of any module, and data come from anywhere. Here its instructions are
-looked through first: those that make objects of classes are refused, and so are sizes that would exhaust memory. Then
-the standard unpickler runs it, and finds in place of every module the few objects below, which rebuild NumPy's arrays
-and cannot be changed. No NumPy function gets an argument that has not been checked, since NumPy trusts the state of a
-pickled type and would take numbers for addresses.
+looked through first (`pickle_instructions`): those that make objects of classes are refused, and so is what would
+exhaust memory or compute without end. Then the standard unpickler runs it, and finds in place of every module the few
+objects below, which rebuild NumPy's arrays and cannot be changed. No NumPy function gets an argument that has not been
+checked, since NumPy trusts the state of a pickled type and would take numbers for addresses.
 
 Rows of one recording differ in their numbers alone: what stands before and after these in the first row is compared
 with the other rows, whose numbers are then taken where they lie.
@@ -16,7 +16,6 @@ import base64
 import io
 import math
 import pickle
-import pickletools
 import re
 import zlib
 from dataclasses import dataclass
@@ -26,23 +25,17 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from rllib_calql.datasets.pickle_instructions import Buffer, looked_through
+
 MAX_VALUE_BYTES = 2**28
 """Bytes of one packed value at most, once it is decompressed."""
 
-_MAX_PARTS = 10_000  # Instructions of one pickle; that of an array has about 50, whatever its size.
 _MAX_DEPTH = 16
 _LZ4_RATIO = 255  # What LZ4 reaches at most.
 _LZ4_MAGIC = b"\x04\x22\x4d\x18"
 _NUMBER_OR_TEXT = re.compile(r"[<>=|]?[biufcSU]([1-9][0-9]{0,8})")
 
-_PLAIN = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE "
-    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 "
-    "TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET BINGET LONG_BINGET MEMOIZE"
-)
-_STORING = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_INSTRUCTIONS = frozenset(_PLAIN.split()) | _STORING | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
-_SIZE_OF_LENGTH = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+_MAX_AXES = 64  # Of NumPy.
 
 
 def load_plain(payload: bytes) -> Any:
@@ -136,8 +129,10 @@ def number_or_text_type(spec: Any, order: str = "=") -> np.dtype[Any]:
     Raises:
         ValueError: If it is another type.
     """
-    if not isinstance(spec, str) or not _NUMBER_OR_TEXT.fullmatch(spec) or order not in ("=", "<", ">", "|"):
-        what = "Python objects" if spec in ("O", "O4", "O8", "|O") else f"the type {str(spec)[:40]!r}"
+    if not isinstance(spec, str):  # Not shown: as text it may be without end.
+        raise ValueError("holds a structured type, where only numbers and text are read")
+    if not _NUMBER_OR_TEXT.fullmatch(spec) or order not in ("=", "<", ">", "|"):
+        what = "Python objects" if spec in ("O", "O4", "O8", "|O") else f"the type {spec[:40]!r}"
         raise ValueError(f"holds {what}, where only numbers and text are read")
     try:
         dtype = np.dtype(spec)
@@ -176,14 +171,6 @@ def _announced_size(frame: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class _Buffer:
-    """Bytes in a pickle, and where they begin."""
-
-    content: bytes | bytearray
-    start: int
-
-
-@dataclass(frozen=True)
 class _Layout:
     """A pickle of one array: all but its numbers."""
 
@@ -204,7 +191,7 @@ class _Layout:
         return array.reshape(self.shape, order=self.order)
 
 
-def _layout_of(payload: bytes, value: Any, buffers: list[_Buffer]) -> _Layout | None:
+def _layout_of(payload: bytes, value: Any, buffers: list[Buffer]) -> _Layout | None:
     """The layout of a pickle, if its only bytes are the array's numbers."""
     if type(value) is not np.ndarray or not value.nbytes:
         return None
@@ -219,9 +206,9 @@ def _layout_of(payload: bytes, value: Any, buffers: list[_Buffer]) -> _Layout | 
 # --- The unpickler ----------------------------------------------------------------------------------------------------
 
 
-def _load(payload: bytes) -> tuple[Any, list[_Buffer]]:
+def _load(payload: bytes) -> tuple[Any, list[Buffer]]:
     try:
-        buffers = _looked_through(payload)
+        buffers = looked_through(payload)
         value = _Unpickler(io.BytesIO(payload)).load()
         _check_expanded(value, 4 * len(payload) + 4096)
     except ValueError:
@@ -230,28 +217,6 @@ def _load(payload: bytes) -> tuple[Any, list[_Buffer]]:
     except Exception as err:
         raise ValueError(f"is a damaged pickle ({type(err).__name__}: {err})") from err
     return (np.asarray(value) if isinstance(value, np.ndarray) else value), buffers
-
-
-def _looked_through(payload: bytes) -> list[_Buffer]:
-    """The bytes in a pickle.
-
-    Raises:
-        ValueError: If it has an instruction that arrays and plain values do not need, or more than they need.
-    """
-    buffers = []
-    # `genops` ends with the instruction that ends the pickle, or raises a ValueError.
-    argument: Any
-    for number, (instruction, argument, position) in enumerate(pickletools.genops(payload)):
-        if instruction.name not in _INSTRUCTIONS:
-            made = f" of `{argument.replace(' ', '.')}`" if instruction.name == "INST" else ""
-            raise ValueError(f"is a pickle that makes objects{made} ({instruction.name})")
-        # The unpickler fills a list up to the largest number under which a part is stored.
-        if number >= _MAX_PARTS or (instruction.name in _STORING and not 0 <= argument <= number):
-            raise ValueError(f"is a pickle of more than {_MAX_PARTS} parts")
-        if isinstance(argument, (bytes, bytearray)) and instruction.name in _SIZE_OF_LENGTH:
-            assert position is not None
-            buffers.append(_Buffer(argument, position + 1 + _SIZE_OF_LENGTH[instruction.name]))
-    return buffers
 
 
 def _check_expanded(value: Any, budget: int) -> None:
@@ -323,11 +288,9 @@ class _PickledArray(np.ndarray[Any, Any]):
     def __setstate__(self, state: Any) -> None:
         *_, shape, type_, is_fortran, content = state
         dtype = _resolved(type_)
-        is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
-        if self.shape != (0,) or not is_shape or not isinstance(content, bytes):
+        if self.shape != (0,) or not isinstance(content, bytes):
             raise ValueError("is a pickle of no array of numbers")
-        if math.prod(shape) * dtype.itemsize != len(content):
-            raise ValueError(f"holds {len(content)} bytes, which is no array of {dtype} of shape {shape}")
+        _check_shape(shape, dtype, content)
         state = (1, shape, dtype, bool(is_fortran), content)
         super().__setstate__(state)
 
@@ -353,6 +316,7 @@ class _FromBuffer(_Fixed):
         if type(buffer) not in (bytes, bytearray):
             raise ValueError("is a pickle of no array of numbers")
         dtype = _resolved(type_)
+        _check_shape(shape, dtype, buffer)
         array: NDArray[Any] = np.frombuffer(buffer, dtype) if len(buffer) else np.empty(0, dtype)
         by_axes = order == "K" and axis_order is not None
         array = array.reshape(shape, order="C" if by_axes else order)
@@ -389,6 +353,14 @@ class _EmptyBytes(_Fixed):
 
     def __call__(self) -> bytes:
         return b""
+
+
+def _check_shape(shape: Any, dtype: np.dtype[Any], content: bytes | bytearray) -> None:
+    is_shape = isinstance(shape, tuple) and len(shape) <= _MAX_AXES
+    if not is_shape or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError("is a pickle of no array of numbers")
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"holds {len(content)} bytes, which is no array of {dtype} of shape {shape}")
 
 
 def _resolved(type_: Any) -> np.dtype[Any]:
