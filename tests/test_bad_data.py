@@ -30,7 +30,7 @@ from ray.rllib.utils import compression
 
 from rllib_calql import CalQLConfig
 from rllib_calql.connectors import AddReturnsToGo
-from rllib_calql.datasets import arrow_rows, chunks, flat, parquet
+from rllib_calql.datasets import arrow_rows, chunks, flat, open_input, parquet
 from rllib_calql.offline_data import CalQLOfflineData
 from rllib_calql.replay import TransitionStore
 from rllib_calql.returns import RewardSettings
@@ -820,6 +820,20 @@ def test_a_view_on_a_missing_hdf5_file_is_refused_rather_than_read_as_zeros(tmp_
     np.testing.assert_array_equal(
         columns(load(folder, tmp_path))["rewards"], two_episodes()["rewards"].astype(np.float32)
     )
+
+
+def test_numbers_that_change_behind_a_view_change_the_fingerprint(tmp_path: Path) -> None:
+    folder = FORMATS["hdf5"](tmp_path, [without(two_episodes(), "rewards")])
+    layout = h5py.VirtualLayout((40,), "f8")
+    layout[:] = h5py.VirtualSource("../rewards.hdf5", "rewards", (40,))
+    with h5py.File(folder / "part-0.hdf5", "a") as file:
+        file.create_virtual_dataset("rewards", layout)
+    fingerprints = set()
+    for reward in (1.0, 2.0):
+        with h5py.File(tmp_path / "rewards.hdf5", "w") as file:
+            file["rewards"] = np.full(40, reward)
+        fingerprints.add(open_input(str(folder))[0].fingerprint())
+    assert len(fingerprints) == 2
 
 
 def set_column(file: Path, name: str, values: list[Any], type_: Any = None) -> None:

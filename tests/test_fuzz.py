@@ -705,6 +705,40 @@ def test_addresses_in_minari_data_are_not_followed(
     check_is_refused(worker.load(input_), MINARI, "addresses", tmp_path / "ran")
 
 
+@pytest.mark.parametrize("how", ["view", "soft link through a link"])
+def test_minari_episodes_do_not_show_numbers_of_other_files(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path, input_ = write_valid("main_data.hdf5", tmp_path)
+    with h5py.File(tmp_path / "other.hdf5", "w") as other, h5py.File(path, "a") as file:
+        observations = file["episode_0/observations"][:]
+        other["observations"] = np.full_like(observations, 777.0)
+        del file["episode_0/observations"]
+        if how == "view":
+            layout = h5py.VirtualLayout(observations.shape, observations.dtype)
+            layout[:] = h5py.VirtualSource(other["observations"])
+            file["episode_0"].create_virtual_dataset("observations", layout)
+        else:
+            file["other"] = h5py.ExternalLink(str(tmp_path / "other.hdf5"), "/")
+            file["episode_0/observations"] = h5py.SoftLink("/other/observations")
+    with pytest.raises(ValueError, match=r"Episode '0' of .* `observations` (is a view on|stands in another file)"):
+        load(input_)
+
+
+@pytest.mark.parametrize("shape", [(10, 2**28), (10**10,)], ids=["wide", "long"])
+def test_columns_that_were_never_written_are_refused_before_memory_is_asked_for(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file.create_dataset("observations", shape, "f4", chunks=(1, 2**20)[-len(shape) :], compression="gzip")
+        for name in ("actions", "rewards", "terminals", "timeouts"):
+            file.create_dataset(name, shape[:1], "f4", chunks=(min(shape[0], 2**16),), compression="gzip")
+    assert (tmp_path / "data.hdf5").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"`\w+` in '.*data\.hdf5' claims \d+ bytes, and holds 0 of the file's \d+"):
+        load(str(tmp_path / "data.hdf5"))
+
+
 @pytest.mark.parametrize("how", ["link", "raw file"])
 def test_numbers_in_other_files_are_not_read(how: str, tmp_path: Path, worker: Worker) -> None:
     write_here(tmp_path / "data.hdf5")

@@ -792,6 +792,23 @@ def test_all_formats_and_spaces_of_minari_are_read(minari_root: Path, format_: s
     np.testing.assert_array_equal(read_back.get_actions(), [2, 0, 1])
 
 
+def test_text_in_minari_observations_is_named(minari_root: Path) -> None:
+    space = gym.spaces.Dict({"a": gym.spaces.Box(-9, 9, (2,), np.float64), "instruction": gym.spaces.Text(8)})
+    obs = {"a": np.arange(8.0).reshape(4, 2), "instruction": ["go"] * 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            "test/text-v0",
+            [replace(minari_episode(3, terminated=True), observations=obs)],
+            observation_space=space,
+            action_space=ACTION_SPACE,
+        )
+    with pytest.raises(
+        ValueError, match=r"'minari:test/text-v0': its observations, part 'instruction', are of the .*Te"
+    ):
+        read("minari:test/text-v0")
+
+
 def test_images_in_minari_stay_bytes(minari_root: Path) -> None:
     image = np.tile(np.arange(4, dtype=np.uint8)[:, None, None, None] * 60, (1, 8, 8, 3))
     episode = replace(minari_episode(3, terminated=True), observations=image)

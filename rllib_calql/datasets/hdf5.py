@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.columns import ALIASES
-from rllib_calql.datasets.files import DataFile
+from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.datasets.flat import FlatFile, FlatReader, reading
 from rllib_calql.datasets.flat_columns import ArrayHeader
 
@@ -24,9 +24,10 @@ _NESTED_COLUMNS = frozenset(
 _MAX_DEPTH = 8
 _FORMAT = "HDF5"
 
-# Files may be sparse, but not at will: what their size allows with the best of compressions.
-_MAX_UNCHECKED_BYTES = 2**36
+# Columns may be compressed or sparse, but not at will. Of a view, the file does not tell how much it holds.
+_MAX_UNCHECKED_BYTES = 2**30
 _MAX_COMPRESSION = 2**17
+_MAX_BYTES_OF_VIEW = 2**36
 
 # Decompressed chunks per array that HDF5 keeps. Chunks are rarely aligned with the rows that are read at a time.
 _CHUNK_CACHE_BYTES = 8 * 2**20
@@ -41,8 +42,16 @@ class Hdf5Reader(FlatReader):
     root's attributes `ref_min_score` and `ref_max_score` are the reference scores.
     """
 
+    def fingerprint(self) -> str:
+        """Digest of the files, and of those that they show numbers of."""
+        files = []
+        for file in self._files:
+            with self._open(file) as opened:
+                files += [file, *opened.viewed_files]
+        return fingerprint_of(files)
+
     @contextmanager
-    def _open(self, file: DataFile) -> Iterator[FlatFile]:
+    def _open(self, file: DataFile) -> Iterator[_Hdf5File]:
         try:
             import h5py
         except ImportError as err:
@@ -89,8 +98,7 @@ class _Hdf5File(FlatFile):
             self.arrays = _arrays_of(h5py, group)
             self._datasets: dict[str, Any] = {name: group[name] for name in self.arrays if not name.endswith("/*")}
             self.reference_scores = _reference_scores(root.attrs)
-        if (folder := file.local_path) is not None:
-            _refuse_views_on_missing_files(file, folder.parent, self._datasets)
+        self.viewed_files = _viewed_files(file, self._datasets)
         for name, dataset in self._datasets.items():
             _check_content(file, root, name, dataset)
 
@@ -123,16 +131,30 @@ def _arrays_of(h5py: Any, group: Any, prefix: str = "") -> dict[str, ArrayHeader
     return arrays
 
 
-def _refuse_views_on_missing_files(file: DataFile, folder: Path, datasets: Mapping[str, Any]) -> None:
-    """Refuses virtual datasets of which HDF5 would read zeros, without a word, where a file is gone."""
+def _viewed_files(file: DataFile, datasets: Mapping[str, Any]) -> list[DataFile]:
+    """Other files that virtual datasets show numbers of.
+
+    Raises:
+        ValueError: If one is missing, of which HDF5 would read zeros, without a word; or if it cannot be known.
+    """
+    found: dict[str, DataFile] = {}
     for name, dataset in datasets.items():
         sources = {source.file_name for source in dataset.virtual_sources()} if dataset.is_virtual else set()
-        for source in sorted(sources):
-            if source != "." and "%" not in source and not (folder / source).is_file() and not Path(source).is_file():
+        for source in sorted(sources - {"."}):
+            folder = None if file.local_path is None else file.local_path.parent
+            if folder is None or "%" in source:
+                raise ValueError(
+                    f"`{name}` in {str(file)!r} is a view on {source!r}, whose changes would go unnoticed; write the "
+                    "numbers into one file."
+                )
+            path = next((path for path in (folder / source, Path(source)) if path.is_file()), None)
+            if path is None:
                 raise ValueError(
                     f"`{name}` in {str(file)!r} is a view on {source!r}, which is missing; bring that file back, or "
                     "write the numbers into one file."
                 )
+            found[source] = DataFile(str(path))
+    return list(found.values())
 
 
 def _refuse_links_to_files(h5py: Any, file: DataFile, group: Any) -> None:
@@ -160,10 +182,15 @@ def _check_content(file: DataFile, root: Any, name: str, dataset: Any) -> None:
             f"The numbers of `{name}` in {str(file)!r} stand in another file, {other!r}; write them into one file."
         )
     num_bytes = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
-    if num_bytes > _MAX_UNCHECKED_BYTES and num_bytes > _MAX_COMPRESSION * file.size():
-        raise ValueError(
-            f"`{name}` in {str(file)!r} claims {num_bytes} bytes, and the file has {file.size()}; write it again."
-        )
+    size = file.size()
+    if num_bytes > (_MAX_BYTES_OF_VIEW if dataset.is_virtual else _MAX_UNCHECKED_BYTES):
+        # The size of an array that is stored in one piece is computed from its shape, so it may be damaged as well.
+        held = size if dataset.is_virtual else min(dataset.id.get_storage_size(), size)
+        if num_bytes > _MAX_COMPRESSION * held:
+            raise ValueError(
+                f"`{name}` in {str(file)!r} claims {num_bytes} bytes, and holds {held} of the file's {size}; write it "
+                "again."
+            )
 
 
 def _refuse_groups_of_episodes(file: DataFile, names: dict[str, list[str]]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import tree
 from numpy.typing import NDArray
@@ -21,8 +22,11 @@ from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.datasets.flat_columns import as_flags
 from rllib_calql.datasets.minari_episodes import stored_episodes
 from rllib_calql.plain_names import refuse_unplain_id
+from rllib_calql.spaces import leaves_of
 
 SCHEME = "minari:"
+
+_SPACES_OF_NUMBERS = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
 
 _UNFINISHED_REMEDY = "drop it or mark its last step"
 _DAMAGED_REMEDY = "write or download the data set again."
@@ -58,6 +62,7 @@ class MinariReader(EpisodeReader):
         self._options = options
         if self._dataset.total_episodes == 0 or self._num_steps == 0:
             raise ValueError(f"Dataset {dataset_id!r} is empty: it has no transitions; name one that has.")
+        _refuse_spaces_without_numbers(self._dataset, self._name)
         self._infos, ignored = self._divide_infos()
         self.info = DatasetInfo(
             name=self._name,
@@ -189,6 +194,17 @@ def _is_per_step(values: Any, num_steps: int) -> bool:
         and values.ndim > 0
         and len(values) in (num_steps, num_steps + 1)
     )
+
+
+def _refuse_spaces_without_numbers(dataset: Any, name: str) -> None:
+    for what, space in (("observations", dataset.observation_space), ("actions", dataset.action_space)):
+        for path, leaf in leaves_of(space):
+            if not isinstance(leaf, _SPACES_OF_NUMBERS):
+                part = f", part {path!r}," if path else ""
+                raise ValueError(
+                    f"Dataset {name!r}: its {what}{part} are of the space {leaf}, which is no vector of numbers of a "
+                    "fixed length; write a data set without it, or with numbers in its place."
+                )
 
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:

@@ -67,6 +67,7 @@ def _check_entry(h5py: Any, group: Any, name: str) -> None:
     """Checks what stands under a name of a group, and all below it."""
     _refuse_link_to_file(h5py, group.id, name.encode())
     entry = group[name]
+    _refuse_other_file(h5py, group.id, entry.id, name)
     if isinstance(entry, h5py.Group):
         for inner in entry:
             _check_entry(h5py, entry, inner)
@@ -128,12 +129,15 @@ def _hdf5_values(h5py: Any, group: Any, name: bytes, space: gym.Space[Any]) -> N
 
 def _hdf5_group(h5py: Any, group: Any, name: bytes) -> Any:
     _refuse_link_to_file(h5py, group, name)
-    return h5py.h5g.open(group, name)
+    inner = h5py.h5g.open(group, name)
+    _refuse_other_file(h5py, group, inner, name.decode())
+    return inner
 
 
 def _hdf5_array(h5py: Any, group: Any, name: bytes) -> NDArray[Any]:
     _refuse_link_to_file(h5py, group, name)
     stored = h5py.h5d.open(group, name)
+    _refuse_other_file(h5py, group, stored, name.decode())
     _check_stored(h5py, stored, name.decode())
     values = np.empty(stored.shape, stored.dtype)
     stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
@@ -145,6 +149,12 @@ def _refuse_link_to_file(h5py: Any, group: Any, name: bytes) -> None:
         raise ValueError(f"`{name.decode()}` is a link to another file")
 
 
+def _refuse_other_file(h5py: Any, group: Any, entry: Any, name: str) -> None:
+    """A soft link may lead through a link to another file."""
+    if h5py.h5f.get_name(entry) != h5py.h5f.get_name(group):
+        raise ValueError(f"`{name}` stands in another file, {h5py.h5f.get_name(entry).decode(errors='replace')!r}")
+
+
 def _check_stored(h5py: Any, stored: Any, name: str) -> None:
     """Refuses an array of Python objects, of numbers in another file, or of more bytes than the file can hold."""
     # Text and images of any length are objects that h5py makes. Of an opaque type that calls itself NumPy's objects, it
@@ -153,7 +163,10 @@ def _check_stored(h5py: Any, stored: Any, name: str) -> None:
     is_known = h5py.check_string_dtype(stored.dtype) is not None or (base is not None and not base.hasobject)
     if stored.dtype.hasobject and not is_known:
         raise ValueError(f"`{name}` holds Python objects, where only numbers and text are read")
-    if stored.get_create_plist().get_external_count():
+    made = stored.get_create_plist()
+    if made.get_layout() == h5py.h5d.VIRTUAL:
+        raise ValueError(f"`{name}` is a view on numbers that stand elsewhere")
+    if made.get_external_count():
         raise ValueError(f"the numbers of `{name}` stand in another file")
     num_bytes = math.prod(stored.shape) * stored.dtype.itemsize
     if num_bytes > 2**30:
