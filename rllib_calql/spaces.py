@@ -14,6 +14,7 @@ import numpy.typing as npt
 Description = Mapping[str, Any]
 
 _BYTE = 255
+_FEW_PIXELS = 1024  # The largest boards of games have fewer fields.
 _FEW_CHANNELS = 4  # A last axis of so many is one of channels, whatever the first one is.
 WIDEST = 1e12  # Action bounds beyond it are a way to say that there are none.
 _LEAST_STEPS = 1000  # Numbers of the space's type that bounds must have between them.
@@ -89,14 +90,16 @@ def sorted_keys(space: gym.spaces.Dict) -> list[Any]:
 
 
 def _check_box(space: gym.spaces.Box, name: str, *, is_part: bool) -> None:
-    # Bytes of a smaller range are counts or flags. 255 is what pictures and memory dumps reach.
-    if space.dtype != np.uint8 or space.high.size == 0 or space.high.max() < _BYTE:
-        return
     shape = space.shape
+    # Bytes of a smaller range are counts or flags, unless they are many in rows and columns. 255 is what pictures and
+    # memory dumps reach.
+    is_picture = len(shape) >= 2 and space.high.size >= _FEW_PIXELS
+    if space.dtype != np.uint8 or space.high.size == 0 or (space.high.max() < _BYTE and not is_picture):
+        return
     if is_part:
         remedy = "give the environment the images alone, Box(H, W, C), or scaled numbers of a float type"
         raise ValueError(
-            f"{name} holds bytes from 0 to 255, {space}; images are encoded only where they are the whole observation, "
+            f"{name} holds bytes, {space}; images are encoded only where they are the whole observation, "
             f"and raw bytes are no input of a network of vectors: {remedy}."
         )
     if len(shape) == 3:
@@ -116,7 +119,7 @@ def _check_box(space: gym.spaces.Box, name: str, *, is_part: bool) -> None:
         len(shape), "scale them to a float type, such as `obs / 255`, in the environment and the data"
     )
     raise ValueError(
-        f"{name} holds bytes from 0 to 255 of shape {shape}; images are (height, width, channels), and raw bytes are "
+        f"{name} holds bytes of shape {shape}; images are (height, width, channels), and raw bytes are "
         f"no input of a network of vectors: {remedy}; `gymnasium.wrappers.TransformObservation` does it."
     )
 
