@@ -333,7 +333,11 @@ def rows_without_ids(draw: st.DrawFn) -> Columns:
     if draw(st.booleans()):
         columns["next_observations"] = obs + 1 + 5 * np.array(draw(flag))[:, None]
     if draw(st.booleans()):
-        columns["t"] = np.cumsum(1 - 3 * np.array(draw(flag), dtype=np.int64))
+        t = np.cumsum(1 - 3 * np.array(draw(flag), dtype=np.int64))
+        # Numbers that never count up within an episode are no steps.
+        is_inside = ~(columns["terminals"] | columns["timeouts"])[:-1]
+        if ((np.diff(t) == 1) & is_inside).any():
+            columns["t"] = t
     return columns
 
 

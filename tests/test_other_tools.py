@@ -122,6 +122,8 @@ TIMES = {
     "stride": STEPS * 4,
     "wall clock": 1.7e9 + np.arange(10) * 0.02,
     "wall clock in ms": 1_700_000_000_000 + np.arange(10) * 20,
+    "constant": np.zeros(10),
+    "whole seconds": STEPS // 3,
     "irregular": np.cumsum([3, 7, 2, 9, 4, 3, 8, 5, 6, 2]),
     "datetime": np.datetime64("2026-01-01", "ns") + np.arange(10) * np.timedelta64(50, "ms"),
 }
@@ -157,6 +159,30 @@ def test_times_are_not_taken_for_steps(suffix: str, name: str, has_ids: bool, wh
     with pytest.raises(ValueError, match=r"`t` holds times, not steps: it .*another name, such as `time`") as caught:
         list(open_input(file, ReadOptions(unfinished_episodes=what))[0])
     assert file.name in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("t", [4 - STEPS, 10 - np.arange(10), 8 - 2 * STEPS], ids=["to go", "backwards", "by 2"])
+def test_a_countdown_without_ids_is_not_taken_for_steps(suffix: str, t: np.ndarray, tmp_path: Path) -> None:
+    rows, file = with_times(t, has_ids=False), tmp_path / f"rows.{suffix}"
+    if suffix == "npz":
+        np.savez(file, **rows)
+    else:
+        write_table(file, rows)
+    with pytest.raises(ValueError, match=r"`t` holds times, not steps: it goes from \d+ to \d+ in row 1 of"):
+        list(open_input(file, ReadOptions(unfinished_episodes="truncate"))[0])
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_a_time_that_is_missing_is_named(suffix: str, has_ids: bool, tmp_path: Path) -> None:
+    rows, file = with_times(np.where(STEPS == 2, np.nan, STEPS), has_ids=has_ids), tmp_path / f"rows.{suffix}"
+    if suffix == "npz":
+        np.savez(file, **rows)
+    else:
+        write_table(file, rows)
+    with pytest.raises(ValueError, match=r"`t` .*row 2 of"):
+        list(open_input(file, ReadOptions())[0])
 
 
 @pytest.mark.parametrize("name", ["seconds", "wall clock", "nanoseconds"])

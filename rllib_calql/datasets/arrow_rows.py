@@ -28,7 +28,7 @@ from rllib_calql.datasets.arrow_columns import (
     row_shapes,
 )
 from rllib_calql.datasets.boundaries import RowBlock, whole_episodes
-from rllib_calql.datasets.columns import VALIDS, times_for_steps
+from rllib_calql.datasets.columns import VALIDS, check_whole_steps, times_for_steps
 from rllib_calql.datasets.episode_index import EpisodeIndex, index_episodes
 from rllib_calql.datasets.episodes import ActionsKind, DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
 from rllib_calql.datasets.final_rows import shifted, without_final_rows
@@ -265,21 +265,24 @@ class ArrowRowsReader(EpisodeReader):
         """Sorts the rows of each episode by `t` and checks that none is missing."""
         episodes = np.repeat(np.arange(len(lengths)), lengths)
         t = columns[Columns.T]
+        check_whole_steps(t, lambda row: self._source.where(int(columns[_ROW][row])))
         same_episode = episodes[1:] == episodes[:-1]
+        # Where an id stands for two episodes, `t` goes back between them.
+        goes_back = bool(np.any((t[1:] < t[:-1]) & same_episode))
         if np.any((t[1:] <= t[:-1]) & same_episode):
             columns = _take(columns, np.lexsort((t, episodes)))
             t = columns[Columns.T]
-        is_odd = t != np.floor(t)
-        if is_odd.any():
-            row = int(np.argmax(is_odd))
-            raise times_for_steps(f"it is {t[row]:g} in {self._source.where(int(columns[_ROW][row]))}")
+        is_up, is_still = (t[1:] == t[:-1] + 1) & same_episode, (t[1:] == t[:-1]) & same_episode
         gaps = np.flatnonzero((t[1:] != t[:-1] + 1) & same_episode)
         if gaps.size:
             row = int(gaps[0])
             first, second = (int(columns[_ROW][i]) for i in (row, row + 1))
             if t[row] == t[row + 1] and self._source.part_of(first) != self._source.part_of(second):
                 raise self._id_in_two_files(ids[episodes[row]], first, second, f"`{Columns.T}` is {t[row]} in both")
-            if t[row] != t[row + 1] and not np.any((t[1:] == t[:-1] + 1) & same_episode):
+            if is_still.any() and np.count_nonzero(is_still) >= np.count_nonzero(is_up) and not goes_back:
+                row = int(np.argmax(is_still))
+                raise times_for_steps(f"it stays at {t[row]} in {self._source.where(int(columns[_ROW][row + 1]))}")
+            if t[row] != t[row + 1] and not is_up.any():
                 raise times_for_steps(f"it is {t[row]} in {self._source.where(first)}, {t[row + 1]} in the next row")
             raise ValueError(
                 f"Rows of episode {ids[episodes[row]]!r} are out of order or missing: after `{Columns.T}` {t[row]} "

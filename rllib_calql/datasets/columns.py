@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.other_tools import layout_of_other_tool
@@ -101,6 +104,20 @@ def bad_valids(what: str) -> ValueError:
         f"`{VALIDS}` {what}; in OGBench's compact data it is 0 in the last row of every trajectory, which holds the "
         "last observation alone, and 1 elsewhere: repair it, or leave the column out if it means something else."
     )
+
+
+def check_whole_steps(t: NDArray[Any], where: Callable[[int], str]) -> None:
+    """Refuses a column `t` [R] that holds other things than whole numbers.
+
+    Raises:
+        ValueError: If a number is missing or not whole.
+    """
+    is_odd = t != np.floor(t)
+    if is_odd.any():
+        row = int(np.argmax(is_odd))
+        if np.isnan(t[row]):
+            raise ValueError(f"`{Columns.T}` has no number in {where(row)}; fill it in.")
+        raise times_for_steps(f"it is {t[row]:g} in {where(row)}")
 
 
 def times_for_steps(what: str) -> ValueError:

@@ -12,7 +12,7 @@ import numpy as np
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.boundaries import Bools, jumps
-from rllib_calql.datasets.columns import VALIDS, bad_valids, times_for_steps
+from rllib_calql.datasets.columns import VALIDS, bad_valids, check_whole_steps, times_for_steps
 from rllib_calql.datasets.episodes import CUT_AT_JUMP, CUT_AT_LENGTH, ReadOptions
 from rllib_calql.datasets.final_rows import check_followed
 from rllib_calql.datasets.flat_columns import Table, as_texts, leaves_of
@@ -37,7 +37,9 @@ class EpisodeDivider:
         self._remarks = remarks
         self._last: Table | None = None
         self._where_last = ""
-        self._counts_steps = False  # Whether `t` has counted up by 1 so far.
+        self._num_ups = self._num_stills = 0  # How often `t` has counted up by 1 within an episode, and stayed.
+        # Where `t` first goes back. Without ids, an episode begins there, unless `t` only ever goes back.
+        self._step_back = ""
         # Rows of the current episode up to `_last`, which a cut at the maximum length does not reset.
         self._num_steps = 0
 
@@ -83,7 +85,13 @@ class EpisodeDivider:
         return starts | at_limit, cuts | at_limit
 
     def end_file(self) -> bool:
-        """Forgets the last row, and returns whether the maximum length cuts it off."""
+        """Forgets the last row, and returns whether the maximum length cuts it off.
+
+        Raises:
+            ValueError: If the file ends within a trajectory, or `t` has never counted up but gone back.
+        """
+        if self._step_back and not self._num_ups:
+            raise times_for_steps(self._step_back)
         last, self._last = self._last, None
         num_steps, self._num_steps = self._num_steps, 0
         if last is not None and VALIDS in last and last[VALIDS][0] and not last[Columns.TERMINATEDS][0]:
@@ -106,17 +114,24 @@ class EpisodeDivider:
         if Columns.T not in table:
             return
         t = table[Columns.T].astype(np.float64)
-        is_odd = t != np.floor(t)
-        if is_odd.any():
+        check_whole_steps(t, where)
+        is_inside = ~starts
+        is_inside[0] &= last is not None
+        change = np.diff(t, prepend=t[:1] if last is None else last[Columns.T].astype(np.float64))
+        self._num_ups += int(np.count_nonzero((change == 1) & is_inside))
+        is_still = (change == 0) & is_inside
+        self._num_stills += int(np.count_nonzero(is_still))
+        if is_still.any() and self._num_stills >= self._num_ups:
+            row = int(np.argmax(is_still))
+            raise times_for_steps(f"it stays at {t[row]:.17g} in {where(row)}")
+        is_odd = (change > 1) & is_inside
+        if not self._num_ups and is_odd.any():
             row = int(np.argmax(is_odd))
-            raise times_for_steps(f"it is {t[row]:g} in {where(row)}")
-        before = t[:1] if last is None else last[Columns.T].astype(np.float64)
-        change = np.diff(t, prepend=before)
-        change[starts] = 0
-        self._counts_steps |= bool((change == 1).any())
-        if not self._counts_steps and (change > 1).any():
-            row = int(np.argmax(change > 1))
-            raise times_for_steps(f"it goes up by {change[row]:g} to {t[row]:.17g} in {where(row)}")
+            raise times_for_steps(f"it goes from {t[row] - change[row]:.17g} to {t[row]:.17g} in {where(row)}")
+        is_odd = (change < 0) & is_inside
+        if not self._step_back and is_odd.any():
+            row = int(np.argmax(is_odd))
+            self._step_back = f"it goes from {t[row] - change[row]:.17g} to {t[row]:.17g} in {where(row)}"
 
     def _with_final_rows(
         self, table: Table, last: Table | None, after_end: Bools, where: Callable[[int], str]
