@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from rllib_calql import ray_processes
 from rllib_calql.stop_signals import StopSignals
 
 _ENVIRONMENT = {
@@ -21,7 +22,6 @@ _ENVIRONMENT = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
 }
-_children_before: set[int] = set()  # Process ids, at the start of Ray.
 _PRELOADED = "RAY_preload_python_modules"
 _OUT_OF_TUNE_LOG = "Trials did not complete"
 
@@ -80,10 +80,8 @@ def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: 
             f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
             "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
         )
-    from psutil import Process
-
-    _children_before.update(child.pid for child in Process().children())
-    stop.before_end = kill_ray
+    ray_processes.mark()
+    stop.before_end = ray_processes.end_marked
     os.environ[_PRELOADED] = "rllib_calql.worker_signals"
     try:
         with stop.while_starting_ray():
@@ -98,40 +96,16 @@ def stop_ray() -> None:
     """Leaves Ray, and ends the processes that `start_ray` started."""
     import ray
 
-    started = _processes_of_ray()
+    started = ray_processes.marked()
     node = ray._private.worker._global_node
-    for infos in node.all_processes.values() if node is not None else ():
+    for infos in node.all_processes.values() if node is not None and started else ():
         for info in infos:
             # They do not hear SIGTERM, for which Ray would wait a second each; there is nothing left for them to do.
             info.process.terminate = info.process.kill
-    ray.shutdown()
-    _kill(started)
-
-
-def kill_ray() -> None:
-    """Ends the processes that `start_ray` started without a word to them, from any thread."""
-    _kill(_processes_of_ray())
-
-
-def _processes_of_ray() -> list[Any]:
-    """What `start_ray` has started so far, and what these processes have."""
-    import ray  # noqa: F401 - it brings the next one along.
-    from psutil import NoSuchProcess, Process
-
-    found = []
-    for process in Process().children():
-        if process.pid not in _children_before:
-            with suppress(NoSuchProcess):
-                found += [process, *process.children(recursive=True)]
-    return found
-
-
-def _kill(processes: list[Any]) -> None:
-    from psutil import Error
-
-    for process in processes:
-        with suppress(Error):  # It knows a process by its pid and its start.
-            process.kill()
+    try:
+        ray.shutdown()
+    finally:
+        ray_processes.end_marked(started)
 
 
 def exit_interrupted(stop: StopSignals, message: str) -> NoReturn:

@@ -19,8 +19,9 @@ MAX_LINES = 450
 
 # From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
 LAYERS = (
-    ("stop_signals", "worker_signals", "env_errors"),
-    ("file_lock", "metrics", "plain_names", "returns", "losses", "registration", "held_data", "versions", "spaces"),
+    ("stop_signals", "worker_signals", "env_errors", "ray_processes"),
+    ("parsed_json", "metrics", "plain_names", "returns", "losses", "registration", "held_data", "versions", "spaces"),
+    ("file_lock",),
     ("checkpoint_folders", "shared_data"),
     ("integrity",),
     ("checkpoint",),
