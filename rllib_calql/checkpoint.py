@@ -22,7 +22,7 @@ from rllib_calql.checkpoint_folders import (
     is_complete,
     replaced_folder,
 )
-from rllib_calql.integrity import FORMAT, faults, is_of_cal_ql, parsed_manifest, read_file
+from rllib_calql.integrity import FORMAT, faults, is_of_cal_ql, is_read_by_rllib, parsed_manifest, read_file
 from rllib_calql.versions import difference, incompatible
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class CheckpointFiles:
 
         infos = self.filesystem.get_file_info(FileSelector(self.path, recursive=True))
         names = [posixpath.relpath(info.path, self.path) for info in infos if info.base_name.endswith("state.pkl")]
-        return [name for name in names if name in STATE_FILES or "/" in name]
+        return [name for name in names if is_read_by_rllib(name)]
 
 
 def read_of_one_save(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import uuid
 import zlib
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rllib_calql.checkpoint_folders import MANIFEST, MARK, PARTS, STATE_FILES
+from rllib_calql.parsed_json import parsed_json
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 FORMAT = 1  # Of the checkpoint; checkpoints without one are of versions before checksums.
 _MARK_OF_RUN = "rllib_calql_whole.pkl"
+_METADATA = "rllib_checkpoint.json"
 _CHUNK_BYTES = 1 << 20
 _LEARNER = "learner_group/learner"
 # Without these there is no algorithm to go on with. RLlib leaves out parts that are not there, without a word.
@@ -35,6 +38,13 @@ _ESSENTIAL = (
     f"{_LEARNER}/state.pkl",
     f"{_LEARNER}/rl_module/default_policy/module_state.pkl",
 )
+# The folders of RLlib's components, and the name of the state in each. A pipeline's folders bear the names of classes.
+_STATE_IN = {
+    re.compile(r""): "algorithm_state",
+    re.compile(r"learner_group(/learner)?|(eval_)?env_runner"): "state",
+    re.compile(r"(learner_group/learner|(eval_)?env_runner)/rl_module(/default_policy)?"): "module_state",
+    re.compile(r"((eval_)?env_runner/)?(env_to_module|module_to_env)_connector(/\w+)*"): "state",
+}
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -130,11 +140,13 @@ def parsed_manifest(raw: bytes) -> dict[str, Any]:
     if not raw:
         raise ValueError("is empty")
     try:
-        content = json.loads(raw)
+        content = parsed_json(raw)
     except ValueError as err:
         raise ValueError(f"is cut off or damaged ({err})") from err
     if not isinstance(content, dict):
         raise ValueError("is damaged (it holds no mapping)")
+    if not isinstance(content.get("versions", {}), dict) or not isinstance(content.get("format", FORMAT), int):
+        raise ValueError("is damaged (`versions` is no mapping, or `format` no whole number)")
     stored = content.pop("digest", None)
     if (stored is not None or "files" in content) and stored != _digest(content):
         raise ValueError("has other content than was saved")
@@ -170,7 +182,7 @@ def faults(filesystem: FileSystem, folder: str, *, below: str = "") -> list[str]
         if name.startswith(below) and (fault := _fault(filesystem, folder, name, measured, sizes.get(name)))
     ]
     # RLlib would read these as well.
-    strange = [name for name in sizes if name not in listed and name.startswith(below) and _is_read_by_rllib(name)]
+    strange = [name for name in sizes if name not in listed and name.startswith(below) and is_read_by_rllib(name)]
     return found + [f"'{name}' is not of this save" for name in strange]
 
 
@@ -220,7 +232,7 @@ def _fault(filesystem: FileSystem, folder: str, name: str, measured: Mapping[str
 def _cut_off(filesystem: FileSystem, folder: str, sizes: Mapping[str, int], below: str) -> list[str]:
     found = []
     for name, size in sizes.items():
-        if name.startswith(below) and _is_read_by_rllib(name) and name.endswith(".pkl"):
+        if name.startswith(below) and is_read_by_rllib(name) and name.endswith(".pkl"):
             try:
                 is_whole = size > 0 and is_whole_pickle(read_file(filesystem, posixpath.join(folder, name)))
             except OSError as err:
@@ -231,9 +243,19 @@ def _cut_off(filesystem: FileSystem, folder: str, sizes: Mapping[str, int], belo
     return found
 
 
-def _is_read_by_rllib(name: str) -> bool:
-    part, _, rest = name.partition("/")
-    return part in PARTS - {MANIFEST, _MARK_OF_RUN} and (not rest or name.endswith((".pkl", ".msgpack")))
+def is_read_by_rllib(name: str) -> bool:
+    """Whether RLlib reads a file of this name: of every component its state and its class, and its own metadata.
+
+    Anything else beside them, such as what macOS, Windows or people leave there, is read by nobody.
+
+    Args:
+        name: Path in a checkpoint.
+
+    Source: Ray 2.60, `Checkpointable.restore_from_path`, `Checkpointable.from_checkpoint`, `get_checkpoint_info`.
+    """
+    folder, _, file = name.rpartition("/")
+    states = [state for pattern, state in _STATE_IN.items() if pattern.fullmatch(folder)]
+    return name == _METADATA or any(file in (MARK, f"{state}.pkl", f"{state}.msgpack") for state in states)
 
 
 def _sizes(filesystem: FileSystem, folder: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from damaged_checkpoints import content_replaced, damage_every_file, files_of, flipped, is_same, state_of
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from tiny import line_config, write_line_data
 
 from rllib_calql import CalQL, CalQLConfig, integrity, versions
@@ -158,21 +159,76 @@ def test_files_of_two_saves_are_never_taken_for_one(run: tuple[CalQL, Path, Any]
 
 
 def test_files_of_others_are_tolerated_and_those_that_rllib_would_read_are_not(
-    run: tuple[CalQL, Path, Any], checkpoint: Path
+    run: tuple[CalQL, Path, Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     algo, _, saved = run
-    (checkpoint / "notes").mkdir()
-    for name in ("notes/state.pkl", ".metadata.json", "rllib_calql_whole.pkl", "learner_group/.DS_Store"):
+    names = ["notes/state.pkl", ".metadata.json", "rllib_calql_whole.pkl", "learner_group/backup/state.pkl"]
+    for path in (*checkpoint.rglob("*.pkl"), *checkpoint.rglob("*.json")):  # As macOS, editors and people do.
+        name = path.relative_to(checkpoint)
+        names += [str(name.with_name(other)) for other in (f"._{name.name}", f"{name.stem}.bak{name.suffix}")]
+    for folder in [".", *{str(Path(name).parent) for name in files_of(checkpoint)}]:
+        names += [f"{folder}/{name}" for name in (".DS_Store", "Thumbs.db", "notes.txt", "old.msgpack", "state2.pkl")]
+    for name in names:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_bytes(b"of others")
     algo.restore_from_path(checkpoint)
     assert is_same(state_of(algo), saved)
     algo.train()
-    for name in ("algorithm_state.msgpack", "eval_env_runner/state.pkl", "learner_group/learner/state.msgpack"):
-        (checkpoint / name).parent.mkdir(exist_ok=True)
+    as_of_an_earlier_version(shutil.copytree(checkpoint, checkpoint.with_name("earlier")))
+    algo.restore_from_path(checkpoint.with_name("earlier"))
+    assert is_same(state_of(algo), saved)
+    algo.train()
+    here = versions.versions_here()
+    with monkeypatch.context() as later:  # Where a version is another one, what RLlib will read is read for its errors.
+        later.setattr(versions, "versions_here", lambda: here | {"python": "9.9.9"})
+        algo.restore_from_path(checkpoint)
+    algo.train()
+    connector = "env_runner/env_to_module_connector/AddStatesFromEpisodesToBatch/state.pkl"
+    for name in (
+        "algorithm_state.msgpack",
+        "eval_env_runner/state.pkl",
+        "learner_group/learner/state.msgpack",
+        f"{Path(WEIGHTS).with_suffix('.msgpack')}",
+        f"eval_{connector}",
+    ):
+        (checkpoint / name).parent.mkdir(exist_ok=True, parents=True)
         (checkpoint / name).write_bytes(b"of another save")
         with pytest.raises(ValueError, match=rf"is damaged: '{name}' is not of this save"):
             algo.restore_from_path(checkpoint)
         (checkpoint / name).unlink()
+
+
+def test_every_file_that_rllib_opens_is_known(run: tuple[CalQL, Path, Any]) -> None:
+    opened: set[str] = set()
+
+    class Watched:
+        """A file system that notes what is read."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(LocalFileSystem(), name)
+
+        def open_input_stream(self, path: str) -> Any:
+            opened.add(Path(path).relative_to(run[1]).as_posix())
+            return LocalFileSystem().open_input_stream(path)
+
+    run[0]._restore_by_rllib(run[1], filesystem=Watched())
+    MultiRLModule.from_checkpoint(run[1] / "learner_group" / "learner" / "rl_module", filesystem=Watched())
+    run[0].train()
+    assert {"algorithm_state.pkl", "env_runner/state.pkl", "learner_group/learner/state.pkl", WEIGHTS} <= opened
+    assert [name for name in opened if not integrity.is_read_by_rllib(name)] == []
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"versions": ' + "[" * 100_000, "9" * 5000, "[]", "null", '{"versions": 3}', "NaN"]
+)
+def test_a_manifest_that_is_no_manifest_is_named(run: tuple[CalQL, Path, Any], checkpoint: Path, content: str) -> None:
+    (checkpoint / "calql.json").write_text(content)
+    for read in (run[0].restore_from_path, CalQL.from_checkpoint):
+        with pytest.raises(ValueError, match=rf"checkpoint at '{checkpoint}' is damaged: 'calql.json' is "):
+            read(checkpoint)
+    outcome = CliRunner().invoke(main, ["evaluate", str(checkpoint)])
+    assert outcome.exit_code == 1
+    assert "'calql.json' is " in outcome.output
 
 
 def test_on_a_file_system_without_renaming_damage_is_named_and_mixtures_are_refused(
