@@ -26,6 +26,7 @@ from rllib_calql.schedulers import mutations, parse_scheduler
 from rllib_calql.search_spaces import find_spaces, foreseeable_choices, substitute
 from rllib_calql.typed_settings import build_config, settings_by_method
 
+_MAX_DEPTH = 50  # Of collections in collections, in a file.
 _EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler", "max_failures")
 _CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
 _STOP_KEYS = (
@@ -144,10 +145,25 @@ def load_yaml(path: Path) -> Any:
     """Content of a YAML file.
 
     Raises:
-        ExperimentError: If it is not valid YAML or has a key twice.
+        ExperimentError: If it is not valid YAML, has a key twice, or holds what cannot be a setting: whole numbers of
+            more than 64 bits, and collections that are nested too deep or hold themselves.
     """
     with reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
-        return yaml.load(file, Loader=_StrictLoader)
+        content = yaml.load(file, Loader=_StrictLoader)
+    with reported(f"'{path}' cannot be read"):
+        _refuse_boundless(content, _MAX_DEPTH)
+    return content
+
+
+def _refuse_boundless(content: Any, depth: int) -> None:
+    """Refuses what ends in errors of Python wherever it is copied, compared or printed."""
+    if depth == 0:
+        raise ValueError(f"its collections are nested deeper than {_MAX_DEPTH} levels, or hold themselves; drop that.")
+    if isinstance(content, int) and abs(content) >> 64:
+        raise ValueError(f"a whole number has {content.bit_length()} bits, at most 64 can be used; set a smaller one.")
+    if isinstance(content, (dict, list, set)):
+        for inner in (*content, *content.values()) if isinstance(content, dict) else content:
+            _refuse_boundless(inner, depth - 1)
 
 
 def _read_python(path: Path) -> Experiment:
@@ -261,7 +277,7 @@ def _parse_stop(stop: Any, name: str) -> dict[str, float]:
     for key, value in stop.items():
         if isinstance(value, dict):
             flat |= {f"{key}/{inner}": number for inner, number in _parse_stop(value, name).items()}
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise ExperimentError(f"`stop` of experiment '{name}': `{key}` must be a number, got {value!r}.")
         elif key not in _STOP_KEYS and difflib.get_close_matches(str(key), _STOP_KEYS, cutoff=0.85):
             # A metric that never appears would let the run go on for ever.

@@ -20,6 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rllib_calql.parsed_json import parsed_json
+
 logger = logging.getLogger(__name__)
 
 _MARK = "rllib_calql lock"
@@ -164,7 +166,7 @@ def _holder(descriptor: int) -> str:
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(content)
+        entry = parsed_json(content)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and entry.get("what") == _MARK else None

@@ -218,6 +218,11 @@ def _find(
         found = cache.load(key, gamma=settings.gamma, memory_limit=settings.memory_limit)
         if found is not None:
             table, stored = found
+            try:
+                report = DatasetReport.from_dict(stored)
+            except (ValueError, TypeError, KeyError, AttributeError) as err:
+                logger.warning("The cached report in %s is damaged; the data are read anew: %s", cache.folder, err)
+                continue
             logger.info("Found %.1f GB of offline data in %s.", table.nbytes / 1e9, settings.cache_dir)
-            return table, DatasetReport.from_dict(stored)
+            return table, report
     return None

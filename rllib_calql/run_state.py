@@ -8,7 +8,6 @@ any of these files may be damaged.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import posixpath
 import re
@@ -25,6 +24,7 @@ from ray.tune.experiment import Trial
 
 from rllib_calql.checkpoint_folders import MANIFEST, flush
 from rllib_calql.integrity import faults, has_checksums, is_whole_pickle, read_file
+from rllib_calql.parsed_json import parsed_json
 
 logger = logging.getLogger(__name__)
 
@@ -388,7 +388,7 @@ def _is_whole(content: bytes) -> bool:
     if content[:1] not in (b"{", b"["):
         return is_whole_pickle(content)
     try:
-        json.loads(content)
+        parsed_json(content)
     except ValueError:
         return False
     return True

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.file_lock import held_lock
 from rllib_calql.offline_table import FINAL_OBSERVATIONS, RECORDS, OfflineTable
+from rllib_calql.parsed_json import parsed_json
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class TableWriter:
 
 
 def _open_entry(path: Path, *, gamma: float, memory_limit: int) -> tuple[OfflineTable, dict[str, Any]]:
-    meta = json.loads((path / _META).read_text())
+    meta = parsed_json((path / _META).read_bytes())
     if meta["version"] != _VERSION:
         raise ValueError(f"version {meta['version']}, expected {_VERSION}")
     if _fingerprint(path) != meta["fingerprint"]:

@@ -293,3 +293,19 @@ def test_something_that_is_no_experiment_file_is_refused_by_its_path(tmp_path: P
     write(tmp_path, "{}", "a.json")
     with pytest.raises(ExperimentError, match=message):
         read_experiments(tmp_path / name)
+
+
+BOUNDLESS = {
+    "e: " + "[" * 5000: "is not valid YAML: maximum recursion depth",
+    "e: &loop {run: CalQL, env: Pendulum-v1, config: {env_config: *loop}}": "cannot be read: its collections",
+    f"e: {{run: CalQL, env: Pendulum-v1, num_samples: 0x{'f' * 5000}}}": "a whole number has 20000 bits, at most 64",
+    f"e: {{run: CalQL, env: Pendulum-v1, num_samples: {'9' * 5000}}}": "is not valid YAML: Exceeds the limit",
+    "[e]": r"must map experiment names to .*, got \['e'\]",
+    "e: {run: CalQL, env: Pendulum-v1, stop: {time_total_s: .nan}}": "`time_total_s` must be a number, got nan",
+}
+
+
+@pytest.mark.parametrize("text", BOUNDLESS, ids=range(len(BOUNDLESS)))
+def test_what_python_cannot_copy_or_print_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ExperimentError, match=BOUNDLESS[text]):
+        read_experiments(write(tmp_path, text))

@@ -605,6 +605,24 @@ def test_minari_data_that_contradict_their_metadata_are_refused(
         load(input_)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "[]", "null", "NaN", "{}"])
+def test_minari_data_whose_metadata_are_damaged_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path, input_ = write_valid("metadata.json", tmp_path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=MINARI):
+        load(input_)
+
+
+def test_minari_reference_scores_beyond_floats_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path, input_ = write_valid("metadata.json", tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ref_min_score": 0, "ref_max_score": 10**400}))
+    assert CalQLOfflineData(CalQLConfig().offline_data(input_=input_)).reference_scores is None
+
+
 def test_a_damaged_shape_in_minari_data_is_refused_before_memory_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

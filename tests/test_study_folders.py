@@ -149,7 +149,7 @@ def test_trials_folders_lie_in_the_study_whatever_their_names(tmp_path: Path) ->
 
 DAMAGED = ["", "{", '{"fingerprint": "x", "evalua', "[]", "null", "{}", '{"fingerprint": 1, "evaluations": []}', "\x00"]
 DAMAGED += ['{"fingerprint": "x", "evaluations": [{"task": "Line"}]}', '{"fingerprint": "x", "evaluations": 3}']
-DAMAGED += ['{"fingerprint": "x", "evaluations": [{"another": "schema"}]}', "[" * 100_000]
+DAMAGED += ['{"fingerprint": "x", "evaluations": [{"another": "schema"}]}', "[" * 100_000, "9" * 5000]
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -164,6 +164,20 @@ def test_damaged_evaluations_of_a_trial_are_named(
     assert f"'{file}' is damaged" in outcome.output
     assert "Delete it to run 'Line | CQL | seed 0' again." in outcome.output
     assert file.read_text() == content
+
+
+@pytest.mark.parametrize("column", ["num_episodes", "return_mean"])
+def test_evaluations_with_numbers_that_no_table_holds_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    study, folder = study_file(tmp_path), tmp_path / "results"
+    file = write_finished(tmp_path, folder)[1]
+    content = json.loads(file.read_text())
+    content["evaluations"][0][column] = 10**400
+    file.write_text(json.dumps(content))
+    outcome = run_study(study, folder, monkeypatch)
+    assert outcome.exit_code == 2
+    assert f"'{file}' is damaged, or not of a trial: TypeError: `{column}` has more than 64 bits." in outcome.output
 
 
 def test_damaged_evaluations_beside_a_checkpoint_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

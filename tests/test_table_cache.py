@@ -107,6 +107,18 @@ def test_an_entry_of_another_version_is_made_anew_with_a_warning(
     assert "are damaged and are made anew: version 0" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "[]", "null", "NaN", '{"version": [1]}'])
+def test_an_entry_whose_description_is_damaged_is_made_anew_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    cache = TableCache(tmp_path)
+    build(cache, "key")
+    (tmp_path / "key" / "meta.json").write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert load(cache, "key") is None
+    assert "are damaged and are made anew" in caplog.text
+
+
 def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     cache = TableCache(tmp_path)
 

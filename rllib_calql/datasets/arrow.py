@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rllib_calql.datasets.episodes import Nested
+from rllib_calql.parsed_json import parsed_json
 
 Where = Callable[[int], str]
 """Says where an entry of a column was read."""
@@ -102,7 +102,7 @@ def _tensor_shape(field: Any, array: Any, where: Where) -> tuple[int, ...] | Non
     if not metadata.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
         return None
     try:
-        shape = json.loads(metadata[b"ARROW:extension:metadata"])
+        shape = parsed_json(metadata[b"ARROW:extension:metadata"])
     except (KeyError, ValueError):
         shape = None
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):

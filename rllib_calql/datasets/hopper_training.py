@@ -15,6 +15,7 @@ Source:
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+
+from rllib_calql.parsed_json import parsed_json
+
+logger = logging.getLogger(__name__)
 
 ENV_ID = "Hopper-v5"
 _MODULE_ID = "default_policy"
@@ -295,9 +300,12 @@ def _checkpoint(work_dir: Path, leg: int) -> Path:
 
 def _latest_progress(work_dir: Path, training: Training, seed: int) -> Progress:
     for path in sorted(work_dir.glob("leg-*"), reverse=True):
-        stored = json.loads((path / "progress.json").read_text())
-        if stored["training"] == asdict(training) and stored["seed"] == seed:
-            return Progress(**{**stored, "training": training})
+        try:
+            stored = parsed_json((path / "progress.json").read_bytes())
+            if stored["training"] == asdict(training) and stored["seed"] == seed:
+                return Progress(**{**stored, "training": training})
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            logger.warning("'%s' is damaged and is trained anew: %s", path, err)
         shutil.rmtree(path)
     return Progress(training=training, seed=seed, log_alpha=float(np.log(_REWARD_SCALE)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from rllib_calql.datasets.episodes import DatasetInfo, EpisodeBlock, EpisodeRead
 from rllib_calql.datasets.files import DataFile, fingerprint_of
 from rllib_calql.datasets.flat_columns import as_flags
 from rllib_calql.datasets.minari_episodes import stored_episodes
+from rllib_calql.parsed_json import parsed_json
 from rllib_calql.plain_names import refuse_unplain_id
 from rllib_calql.spaces import leaves_of
 
@@ -209,15 +209,20 @@ def _refuse_spaces_without_numbers(dataset: Any, name: str) -> None:
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    are_numbers = all(isinstance(score, (int, float)) and math.isfinite(score) for score in (low, high))
-    return (float(low), float(high)) if are_numbers else None  # type: ignore[arg-type]
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return None
+    try:
+        scores = float(low), float(high)
+    except OverflowError:  # JSON holds whole numbers of any size.
+        return None
+    return scores if all(map(math.isfinite, scores)) else None
 
 
 def _check_metadata(file: Path) -> None:
     """Refuses a data set without spaces: Minari would make the environment that the file names, whatever that runs."""
     if not file.is_file():
         return
-    metadata = json.loads(file.read_text())
+    metadata = parsed_json(file.read_bytes())
     missing = [name for name in ("observation_space", "action_space") if not isinstance(metadata.get(name), str)]
     if missing:
         raise ValueError(

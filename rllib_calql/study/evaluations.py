@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rllib_calql.parsed_json import parsed_json
+
 EVALUATIONS_FILE = "evaluations.parquet"
 STUDY_FILE = "study.json"
 REPORT_FILE = "report.html"
@@ -88,6 +90,8 @@ def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
         is_missing = value is None and "None" in str(column.type)
         if not is_missing and (not isinstance(value, admitted) or isinstance(value, bool)):
             raise TypeError(f"`{column.name}` is {value!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise TypeError(f"`{column.name}` has more than 64 bits")
     return one
 
 
@@ -173,6 +177,6 @@ def read_json(path: Path) -> Any:
         ValueError: If it is missing or damaged, naming it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parsed_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' is damaged, or no file of a study: {error}") from error
