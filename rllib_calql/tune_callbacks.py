@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.result import SHOULD_CHECKPOINT
+from ray.tune.result import EXPR_PROGRESS_FILE, EXPR_RESULT_FILE, SHOULD_CHECKPOINT
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from rllib_calql import metrics as keys
 from rllib_calql.progress import Totals, TrialProgress, format_line, format_summary, observe
+from rllib_calql.run_state import write_whole
 from rllib_calql.stop_signals import StopSignals, outliving_terminal
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressCallback(tune.Callback):
@@ -201,3 +206,24 @@ class CheckpointOnInterrupt(tune.Callback):
             self.is_complete = True
             # Tune's documented way to end a run early and keep it resumable.
             signal.raise_signal(signal.SIGUSR1)
+
+
+class KeepLogs(tune.Callback):
+    """Keeps the results of a trial that fails and is restarted.
+
+    Tune's loggers then begin with the files in the storage, where the last results may be missing: they are copied
+    there in the background, once in a while. `rllib train file` uses it before those loggers.
+    """
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Copies the files of the trial's loggers to the storage."""
+        storage = trial.storage
+        # Without a checkpoint the loggers go on with the files that they have.
+        for name in (EXPR_RESULT_FILE, EXPR_PROGRESS_FILE) if trial.checkpoint else ():
+            local = Path(storage.trial_driver_staging_path, name)
+            if local.is_file():
+                try:
+                    storage.syncer.wait()  # What is on its way may be older.
+                    write_whole(storage.storage_filesystem, f"{storage.trial_fs_path}/{name}", local.read_bytes())
+                except Exception as error:  # Of any storage; the trial goes on.
+                    logger.warning("'%s' could not be saved to '%s': %s", name, storage.trial_fs_path, error)

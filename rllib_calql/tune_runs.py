@@ -13,7 +13,7 @@ from rllib_calql.experiment import Experiment
 from rllib_calql.resume_run import prepare_resume
 from rllib_calql.run_state import KeepResumable
 from rllib_calql.stop_signals import StopSignals
-from rllib_calql.tune_callbacks import CheckpointOnInterrupt, ProgressCallback
+from rllib_calql.tune_callbacks import CheckpointOnInterrupt, KeepLogs, ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_experiment(
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[KeepResumable(), progress, interrupt],
+        callbacks=[KeepResumable(), KeepLogs(), progress, interrupt],
         checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
         failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
         verbose=0,

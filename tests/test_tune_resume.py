@@ -16,6 +16,7 @@ import pytest
 from ray import tune
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
+from ray.tune.logger import JsonLoggerCallback
 from tiny import line_config
 
 from rllib_calql import CalQL, run_state
@@ -226,6 +227,49 @@ def test_a_line_of_results_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
     run_state.drop_torn_lines(LOCAL, str(path))
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_restarted_trial_keeps_the_results_that_were_not_copied_to_the_storage_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = make_trial(tmp_path / "storage", num_known=1)
+    trial.relative_logdir = trial.storage.trial_dir_name
+    old, new = [f'{{"training_iteration": {i}}}\n' for i in (1, 2)]
+    stored = Path(trial.storage.trial_fs_path, "result.json")
+    local = Path(trial.storage.trial_driver_staging_path, "result.json")
+    local.parent.mkdir(parents=True, exist_ok=True)
+    stored.write_text("")
+    local.write_text(old + new)
+    # The last copy is still on its way.
+    monkeypatch.setattr(trial.storage.syncer, "wait", lambda: stored.write_text(old))
+    callbacks = run_callbacks(monkeypatch, tmp_path)
+    loggers = [*callbacks, JsonLoggerCallback()]  # Tune appends its own.
+    for callback in loggers:
+        callback.on_trial_start(0, [trial], trial)
+    loggers[-1].log_trial_result(3, trial, {"training_iteration": 3})
+    assert [json.loads(line)["training_iteration"] for line in local.read_text().splitlines()] == [1, 2, 3]
+
+    monkeypatch.setattr(trial.storage.syncer, "wait", lambda: 1 / 0)
+    for callback in callbacks:  # A storage that fails does not end the training.
+        callback.on_trial_start(1, [trial], trial)
+
+
+def run_callbacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tune.Callback]:
+    """The callbacks that `run_experiment` gives to Tune."""
+    given: list[tune.Callback] = []
+
+    class Tuner:
+        def __init__(self, *args: Any, run_config: tune.RunConfig, **kwargs: Any) -> None:
+            given.extend(run_config.callbacks or ())
+
+        def fit(self) -> list[Any]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tune, "Tuner", Tuner)
+        run_experiment(failing_experiment(tmp_path), str(tmp_path / "r"), resume=False, announce=print)
+    return given
 
 
 def make_trial(tmp_path: Path, *, num_known: int = 0, config: dict[str, Any] | None = None) -> Trial:
