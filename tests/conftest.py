@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import ray
+import torch
 
 from rllib_calql import CalQLConfig
 from rllib_calql.learner import CalQLTorchLearner
+
+# Networks of these sizes are up to six times slower on two threads, and more so where several tests share the cores.
+# Processes that tests start inherit the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
