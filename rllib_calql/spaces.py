@@ -15,6 +15,7 @@ Description = Mapping[str, Any]
 
 _BYTE = 255
 _FEW_PIXELS = 1024  # The largest boards of games have fewer fields.
+_LONGEST_EDGE = 4  # Times the shorter edge of a picture.
 _FEW_CHANNELS = 4  # A last axis of so many is one of channels, whatever the first one is.
 WIDEST = 1e12  # Action bounds beyond it are a way to say that there are none.
 _LEAST_STEPS = 1000  # Numbers of the space's type that bounds must have between them.
@@ -103,12 +104,16 @@ def _check_box(space: gym.spaces.Box, name: str, *, is_part: bool) -> None:
             f"and raw bytes are no input of a network of vectors: {remedy}."
         )
     if len(shape) == 3:
-        # Channels are far fewer than pixels along an edge; a last axis of 1 to 4 settles it.
-        if shape[2] > _FEW_CHANNELS and 2 * shape[0] <= min(shape[1:]):
+        # Channels are far fewer than pixels along an edge; a last axis of 1 to 4 settles it. The edges of a picture are
+        # of similar length, those of a strip of sensors with many channels are not.
+        edges = shape[1:]
+        if shape[2] > _FEW_CHANNELS and 2 * shape[0] <= min(edges) and max(edges) <= _LONGEST_EDGE * min(edges):
             raise ValueError(
                 f"{name} has the channels first, as its shape {shape} shows; images are (height, width, channels): "
                 "wrap the environment with `gymnasium.wrappers.TransformObservation` and "
-                f"`numpy.transpose(obs, (1, 2, 0))`, which gives {(*shape[1:], shape[0])}."
+                f"`numpy.transpose(obs, (1, 2, 0))`, which gives {(*shape[1:], shape[0])}. "
+                "If the last axis is that of channels, scale the numbers to a float type, such as `obs / 255`, in the "
+                "environment and the data."
             )
         return
     remedies = {
@@ -163,16 +168,20 @@ def description_of(space: gym.Space[Any]) -> dict[str, Any]:
 
 
 def difference_of(one: Description, other: Description, path: str = "") -> str | None:
-    """What is different in two descriptions, as "'pos' has shape [2] against [3]"; None if nothing is."""
-    what = f"{path!r} " if path else ""
+    """What is different in two descriptions, None if nothing is.
+
+    The text goes on after the name of the first one: "in its part 'pos' has shape [2] against [3]".
+    """
+    what = f"in its part {path!r} " if path else ""
     if one["kind"] != other["kind"]:
         return f"{what}is {one['kind']} against {other['kind']}"
     if "parts" not in one:
         wrong = [name for name in one if one[name] != other[name]]
         return f"{what}has {wrong[0]} {one[wrong[0]]} against {other[wrong[0]]}" if wrong else None
     for key in sorted(one["parts"].keys() ^ other["parts"].keys()):
-        holder = "the former" if key in one["parts"] else "the latter"
-        return f"{what}has the part {key!r} in {holder} only"
+        return what + (
+            f"has the part {key!r}, which the latter lacks" if key in one["parts"] else f"lacks the part {key!r}"
+        )
     found = (
         difference_of(one["parts"][key], other["parts"][key], f"{path}/{key}" if path else key) for key in one["parts"]
     )
@@ -236,9 +245,9 @@ def check_bounds(space: gym.spaces.Box, name: str) -> None:
     if too_narrow.any():
         index = int(np.argmax(too_narrow))
         raise ValueError(
-            f"{name} is bounded by [{low[index]!r}, {high[index]!r}] in dimension {index}, between which {space.dtype} "
-            f"has fewer than {_LEAST_STEPS} numbers; subtract an offset in the environment, for example with "
-            "`gymnasium.wrappers.TransformAction`, or give the space float64."
+            f"{name} is bounded by [{float(low[index])}, {float(high[index])}] in dimension {index}, between which "
+            f"{space.dtype} has fewer than {_LEAST_STEPS} numbers; subtract an offset in the environment, for example "
+            "with `gymnasium.wrappers.TransformAction`, or give the space float64."
         )
 
 

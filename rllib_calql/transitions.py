@@ -170,13 +170,20 @@ def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[in
         scale = np.maximum(np.abs(low), 1.0)
         scaled = np.where(
             fixed,
-            (actions - low) / (_BOUND_TOLERANCE * scale),
+            (actions - low) / (_stored_tolerance(actions) * scale),
             2.0 * (actions - low) / np.where(fixed, 1.0, high - low) - 1.0,
         )
         _checked(scaled, actions, f"the bounds of {space}", where)
         return np.where(fixed, 0.0, scaled)
     scaled = 2.0 * (actions.astype(np.float64) - low) / (high - low) - 1.0
     return _checked(scaled, actions, f"the bounds of {space}", where)
+
+
+def _stored_tolerance(actions: Array) -> float:
+    """How far from a bound a recorded action may stand: a few roundings of the type in which it is stored."""
+    if actions.dtype.kind != "f":
+        return _BOUND_TOLERANCE
+    return max(_BOUND_TOLERANCE, 2 * float(np.finfo(actions.dtype).eps))
 
 
 def check_module_actions(actions: Array, where: Callable[[int], str]) -> Array:
@@ -190,7 +197,7 @@ def check_module_actions(actions: Array, where: Callable[[int], str]) -> Array:
 
 def _checked(scaled: Array, actions: Array, allowed: str, where: Callable[[int], str]) -> Array:
     # Negated, because NaN compares false with everything.
-    outside = np.flatnonzero(~(np.abs(scaled) <= 1.0 + _BOUND_TOLERANCE).all(axis=1))
+    outside = np.flatnonzero(~(np.abs(scaled) <= 1.0 + _stored_tolerance(actions)).all(axis=1))
     if len(outside):
         row = int(outside[0])
         raise ValueError(

@@ -138,7 +138,7 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     (
         Dict(pos=Box(-1, 1, (2,)), vel=Box(-1, 1, (3,))),
         Dict(acc=Box(-1, 1, (3,)), pos=Box(-1, 1, (2,))),
-        "has the part 'acc'",
+        "lacks the part 'acc'",
     ),
     (
         Dict(a=Box(-1, 1, (2,)), b=Box(-1, 1, (3,))),
@@ -147,7 +147,7 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     ),
     (Dict(a=Box(-1, 1, (2,))), Tuple([Box(-1, 1, (2,))]), "is Dict against Tuple"),
     (Tuple([Discrete(2), Discrete(3)]), Tuple([Discrete(3), Discrete(2)]), "'0' has n 2 against 3"),
-    (Tuple([Discrete(2), Discrete(3)]), Tuple([MultiBinary(5)]), "has the part '1' in the former only"),
+    (Tuple([Discrete(2), Discrete(3)]), Tuple([MultiBinary(5)]), "has the part '1', which the latter lacks"),
     (Discrete(5), Discrete(5, start=1), "has start 0 against 1"),
     (Discrete(5), Box(-1, 1, (5,)), "is Discrete against Box"),
     (MultiDiscrete([2, 3]), MultiDiscrete([3, 2]), r"has n \[2, 3\] against \[3, 2\]"),
@@ -173,7 +173,8 @@ def test_spaces_of_as_many_numbers_that_mean_something_else_are_told_apart(one: 
     assert re.search(message, difference_of(description_of(one), description_of(other)) or "")
     with pytest.raises(
         ValueError,
-        match=rf"space {re.escape(str(one))}, the environment has {re.escape(str(other))}: the former {message}",
+        match=rf"space {re.escape(str(one))}, the environment has {re.escape(str(other))}: the former (in its part )?"
+        rf"{message}",
     ):
         check_networks(manifest_with(one), manifest_with(other))
     check_networks(json.loads(json.dumps(manifest_with(one))), manifest_with(one))
@@ -241,9 +242,7 @@ def test_a_checkpoint_does_not_go_on_where_observations_mean_something_else(tmp_
     algo.train()
     path = algo.save_to_path(tmp_path / "checkpoint")
     algo.stop()
-    message = (
-        r"made with the observation space Dict\('pos'.*, the environment has Dict\('acc'.*: the former has the part"
-    )
+    message = r"made with the observation space Dict\('pos'.*, the environment has Dict\('acc'.*: the former lacks "
     with pytest.raises(ValueError, match=message):
         CalQL.from_checkpoint(path, config=config(now))
     with pytest.raises(ValueError, match=message):

@@ -29,6 +29,14 @@ def unpacked_episode(packed: bytes) -> SingleAgentEpisode:
     # RLlib reads the arrays of spaces by `numpy.load(..., allow_pickle=True)`, so it gets none to read.
     state.update(dict.fromkeys(_SPACES))
     state.update({name: _without_space(state[name]) for name in _BUFFERS})
+    for name, space in zip(("observations", "actions"), spaces, strict=True):
+        is_steps = not state[name]["finalized"]
+        state[name]["data"] = _with_tuples(state[name]["data"], space, is_steps=is_steps)
+        if not is_steps and _holds_lists(state[name]["data"]):
+            raise ValueError(
+                f"its `{name}` are a list of parts, and no Tuple space is recorded with them that says what the parts "
+                "are: record the episode with its spaces, or before `to_numpy()`"
+            )
     outputs = state["extra_model_outputs"] or {}
     state["extra_model_outputs"] = {name: _without_space(buffer) for name, buffer in outputs.items()}
     episode = SingleAgentEpisode.from_state(state)
@@ -53,6 +61,31 @@ def _decoded(fields: dict[Any, Any]) -> Any:
 
 def _without_space(buffer: Any) -> dict[str, Any]:
     return {**buffer, "space": None}
+
+
+def _holds_lists(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_lists, value.values()))
+    return any(map(_holds_lists, value)) if isinstance(value, tuple) else isinstance(value, list)
+
+
+def _with_tuples(value: Any, space: gym.Space[Any] | None, *, is_steps: bool) -> Any:
+    """Makes lists of parts the tuples again that they were before msgpack, which knows lists only.
+
+    Args:
+        value: What a buffer holds.
+        space: The recorded space, which alone tells a list of parts from a list of steps.
+        is_steps: Whether the value is a list of steps rather than the arrays of all steps.
+    """
+    if is_steps:
+        return [_with_tuples(step, space, is_steps=False) for step in value]
+    if isinstance(space, gym.spaces.Tuple) and isinstance(value, list):
+        if len(value) != len(space.spaces):
+            raise ValueError(f"it holds {len(value)} parts where its Tuple space has {len(space.spaces)}")
+        return tuple(_with_tuples(part, of, is_steps=False) for part, of in zip(value, space.spaces, strict=True))
+    if isinstance(space, gym.spaces.Dict) and isinstance(value, dict):
+        return {key: _with_tuples(part, space.spaces.get(key), is_steps=False) for key, part in value.items()}
+    return value
 
 
 class _Room:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tree
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -217,48 +218,66 @@ def _decode_packed(field: Any, array: Any, where: Where) -> Nested:
     entries = encoded.indices.to_numpy()
     texts = encoded.dictionary.cast(pa.large_binary()).to_pylist()  # As bytes, since text may be no UTF-8.
     values = _unpacked_values(field.name, texts, entries, where)
+    if all(isinstance(value, np.ndarray) for value in values):
+        return _column_of(field.name, values, entries, where)
+    try:
+        for value in values:
+            tree.assert_same_structure(values[0], value)
+    except (TypeError, ValueError) as err:
+        raise ValueError(
+            f"`{field.name}` has rows of different parts at or after {where(0)}; every row must have the same parts."
+        ) from err
+    leaves = zip(*map(tree.flatten, values), strict=True)
+    columns = [_column_of(field.name, list(parts), entries, where) for parts in leaves]
+    nested: Nested = tree.unflatten_as(values[0], columns)
+    return nested
+
+
+def _column_of(name: str, values: list[NDArray[Any]], entries: NDArray[Any], where: Where) -> NDArray[Any]:
+    """The rows of one part: `entries` tells which of the different values each row has."""
     shapes = {value.shape for value in values}
     if len(shapes) > 1:
         raise ValueError(
-            f"`{field.name}` has rows of different shapes, {sorted(shapes)}, at or after {where(0)}; every row must "
+            f"`{name}` has rows of different shapes, {sorted(shapes)}, at or after {where(0)}; every row must "
             "have the same shape."
         )
     types = {value.dtype.kind: value.dtype for value in values}
     if not types.keys() <= set("fiub"):
         raise ValueError(
-            f"`{field.name}` must hold arrays of numbers, got {', '.join(map(str, types.values()))} at or after "
+            f"`{name}` must hold arrays of numbers, got {', '.join(map(str, types.values()))} at or after "
             f"{where(0)}; record flat observations, with the connector `FlattenObservations`."
         )
     if len(types) > 1:
         raise ValueError(
-            f"`{field.name}` has rows of the types {' and '.join(sorted(map(str, types.values())))}, at or after "
+            f"`{name}` has rows of the types {' and '.join(sorted(map(str, types.values())))}, at or after "
             f"{where(0)}; store it in one type."
         )
     if len(entries) * values[0].nbytes > _MAX_BATCH_BYTES:
         raise ValueError(
-            f"`{field.name}` holds {len(entries)} rows of {values[0].nbytes} bytes at and after {where(0)}, which "
+            f"`{name}` holds {len(entries)} rows of {values[0].nbytes} bytes at and after {where(0)}, which "
             "repeat themselves so often that they take a few megabytes in the file; store fewer of them."
         )
-    return np.stack(values)[entries]
+    rows: NDArray[Any] = np.stack(values)[entries]
+    return rows
 
 
-def _unpacked_values(name: str, packed: list[bytes], entries: NDArray[Any], where: Where) -> list[NDArray[Any]]:
+def _unpacked_values(name: str, packed: list[bytes], entries: NDArray[Any], where: Where) -> list[Any]:
     """Unpacks the different values of a column; `entries` tells which of them each row has."""
     codec = PackedValues()
-    values: list[NDArray[Any]] = []
+    values: list[Any] = []
     num_bytes = 0
     for text in packed:
         try:
             value = codec.unpack(text)
-            # A dict would become an array of one object, which says less.
-            values.append(np.asarray(value, dtype=object if isinstance(value, dict) else None))
+            values.append(_as_parts(value))
         except ValueError as err:
             row = int(np.argmax(entries == len(values)))
             raise ValueError(
                 f"`{name}` holds text that RLlib's recorder did not pack in {where(row)}: it {err}. Arrays of numbers "
                 "are read, and nothing in data is ever run; store lists of numbers."
             ) from err
-        num_bytes += values[-1].nbytes
+        last = values[-1]
+        num_bytes += last.nbytes if isinstance(last, np.ndarray) else sum(part.nbytes for part in tree.flatten(last))
         if num_bytes > _MAX_BATCH_BYTES:
             row = int(np.argmax(entries == len(values) - 1))
             raise ValueError(
@@ -266,3 +285,11 @@ def _unpacked_values(name: str, packed: list[bytes], entries: NDArray[Any], wher
                 "the file; record smaller observations."
             )
     return values
+
+
+def _as_parts(value: Any) -> Any:
+    """An array, or a tuple of such: parts of a Tuple are never taken for rows of one array, even if they fit."""
+    if isinstance(value, tuple) or (isinstance(value, list) and any(isinstance(v, (tuple, np.ndarray)) for v in value)):
+        return tuple(map(_as_parts, value)) if value else np.empty(0, object)
+    # A dict would become an array of one object, which says less.
+    return np.asarray(value, dtype=object if isinstance(value, dict) else None)

@@ -31,6 +31,7 @@ MAX_VALUE_BYTES = 2**28
 """Bytes of one packed value at most, once it is decompressed."""
 
 _MAX_DEPTH = 16
+_SMALL_BYTES = 2**26  # What arrays may always take, however often one and the same of them is held.
 _LZ4_RATIO = 255  # What LZ4 reaches at most.
 _LZ4_MAGIC = b"\x04\x22\x4d\x18"
 _NUMBER_OR_TEXT = re.compile(r"[<>=|]?[biufcSU]([1-9][0-9]{0,8})")
@@ -222,10 +223,12 @@ def _load(payload: bytes) -> tuple[Any, list[Buffer]]:
 def _check_expanded(value: Any, budget: int) -> None:
     """Refuses lists of lists that hold the same parts so often that they are much larger than their pickle."""
     left = [(value, 0)]
+    num_bytes = max(budget, _SMALL_BYTES)
     while left:
         part, depth = left.pop()
-        budget -= part.nbytes if isinstance(part, np.ndarray) else 1
-        if budget < 0 or depth > _MAX_DEPTH:
+        budget -= 1
+        num_bytes -= part.nbytes if isinstance(part, np.ndarray) else 0
+        if budget < 0 or num_bytes < 0 or depth > _MAX_DEPTH:
             raise ValueError("is a pickle of parts within parts without end")
         if isinstance(part, (list, tuple)):
             if len(part) > budget:
@@ -250,7 +253,7 @@ class _Fixed:
 
 
 class _ArrayClass(_Fixed):
-    """In place of `numpy.ndarray`, which is only handed to `_reconstruct`."""
+    """In place of `numpy.ndarray` and `numpy.memmap`, which are only handed to `_reconstruct`."""
 
     __slots__ = ()
 
@@ -371,6 +374,7 @@ def _resolved(type_: Any) -> np.dtype[Any]:
 
 _GLOBALS: dict[tuple[str, str], _Fixed] = {
     ("numpy", "ndarray"): _ArrayClass(),
+    ("numpy", "memmap"): _ArrayClass(),  # Of which a pickle holds the numbers, and nothing of the file.
     ("numpy", "dtype"): _TypeClass(),
     ("_codecs", "encode"): _Encode(),
     ("builtins", "bytes"): _EmptyBytes(),
