@@ -18,20 +18,20 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
 
-from rllib_calql import metrics as keys
-from rllib_calql.collecting import CollectingCQL
-from rllib_calql.collection import evaluate_or_tell
+from rllib_calql.collection.collection import CollectingCQL
+from rllib_calql.collection.env_errors import start_failures_told, told
+from rllib_calql.collection.requests import evaluate_or_tell
+from rllib_calql.common import metrics as keys
+from rllib_calql.common.held_data import with_handles
+from rllib_calql.common.returns import reward_settings
 from rllib_calql.config import CalQLConfig
-from rllib_calql.connectors import AddReturnsToGo
-from rllib_calql.env_errors import start_failures_told, told
-from rllib_calql.evaluation_history import EvaluationHistory
-from rllib_calql.held_data import with_handles
-from rllib_calql.offline_data import with_spaces_of_data
+from rllib_calql.evaluation.history import EvaluationHistory
 from rllib_calql.registration import register
-from rllib_calql.replay import TransitionStore
-from rllib_calql.resolution import remark_on_deviations
-from rllib_calql.returns import reward_settings
-from rllib_calql.transitions import encoded_space, flat_size, observation_dtype
+from rllib_calql.store.offline_data import with_spaces_of_data
+from rllib_calql.store.replay import TransitionStore
+from rllib_calql.store.resolution import remark_on_deviations
+from rllib_calql.store.returns_connector import AddReturnsToGo
+from rllib_calql.store.transitions import encoded_space, flat_size, observation_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from ray.rllib.connectors.module_to_env import GetActions
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
-from rllib_calql.config_checks import validate_config
-from rllib_calql.datasets.episodes import ReadOptions
-from rllib_calql.env_connectors import ActionsForEnv, EncodedEpisodes, FlatObservations, LatestObservations
-from rllib_calql.input_settings import filesystem_of
-from rllib_calql.settings import CalQLSettings
-from rllib_calql.spaces import check_observation_space, is_flat_or_image
-from rllib_calql.table_cache import default_memory_limit
-from rllib_calql.transitions import encoded_space
+from rllib_calql.collection.connectors import ActionsForEnv, EncodedEpisodes, FlatObservations, LatestObservations
+from rllib_calql.common.spaces import check_observation_space, is_flat_or_image
+from rllib_calql.datasets.episodes.reader import ReadOptions
+from rllib_calql.settings.calql_settings import CalQLSettings
+from rllib_calql.settings.checks import validate_config
+from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.store.table_cache import default_memory_limit
+from rllib_calql.store.transitions import encoded_space
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -46,8 +46,8 @@ class CalQLConfig(CalQLSettings):
 
     def __init__(self, algo_class: type | None = None) -> None:
         from rllib_calql.algorithm import CalQL
-        from rllib_calql.callbacks import OWN_CALLBACKS
-        from rllib_calql.offline_data import CalQLOfflineData
+        from rllib_calql.collection.callbacks import OWN_CALLBACKS
+        from rllib_calql.store.offline_data import CalQLOfflineData
 
         super().__init__(algo_class=algo_class or CalQL)
 
@@ -75,7 +75,7 @@ class CalQLConfig(CalQLSettings):
 
         The package's own ones, which log the success rate and cut long episodes, stay in place.
         """
-        from rllib_calql.callbacks import OWN_CALLBACKS
+        from rllib_calql.collection.callbacks import OWN_CALLBACKS
 
         if callbacks_class is not NotProvided:
             given = list(callbacks_class) if isinstance(callbacks_class, (list, tuple)) else [callbacks_class]
@@ -194,14 +194,14 @@ class CalQLConfig(CalQLSettings):
     @override(CQLConfig)
     def get_default_learner_class(self) -> type[Learner]:
         """The learner class."""
-        from rllib_calql.learner import CalQLTorchLearner
+        from rllib_calql.learning.learner import CalQLTorchLearner
 
         return CalQLTorchLearner
 
     @override(CQLConfig)
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """The module class."""
-        from rllib_calql.rl_module import CalQLTorchRLModule
+        from rllib_calql.networks.rl_module import CalQLTorchRLModule
 
         return RLModuleSpec(module_class=CalQLTorchRLModule)
 

@@ -164,13 +164,13 @@ def test_imports_are_found_wherever_they_stand() -> None:
 from typing import TYPE_CHECKING
 import rllib_calql
 from rllib_calql import metrics as keys
-from rllib_calql.datasets.episodes import DatasetInfo
+from rllib_calql.datasets.episodes.reader import DatasetInfo
 if TYPE_CHECKING:
-    from rllib_calql.cli import main
+    from rllib_calql.commands.main import main
 class A:
     def f(self):
         from rllib_calql.algorithm import CalQL
-        import_module("rllib_calql.learner")
+        import_module("rllib_calql.learning.learner")
 """
     found = [(i.target, i.is_deferred) for i in imports_of(ast.parse(source)) if i.target is not None]
     assert found == [

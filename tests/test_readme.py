@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rllib_calql import CalQLConfig
-from rllib_calql.experiment import read_experiments
+from rllib_calql.experiments.experiment import read_experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pyarrow import fs
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllib_calql.datasets import parquet
-from rllib_calql.datasets.episodes import DatasetInfo, EpisodeReader, ReadOptions
-from rllib_calql.datasets.files import DataFile, find_files
-from rllib_calql.datasets.in_memory import DatasetReader, EpisodesReader
-from rllib_calql.datasets.minari import SCHEME, MinariReader
-from rllib_calql.datasets.other_tools import what_it_is
-from rllib_calql.datasets.rllib_recorded import (
+from rllib_calql.common.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
+from rllib_calql.datasets.episodes.files import DataFile, find_files
+from rllib_calql.datasets.episodes.other_tools import what_it_is
+from rllib_calql.datasets.episodes.reader import DatasetInfo, EpisodeReader, ReadOptions
+from rllib_calql.datasets.readers import parquet
+from rllib_calql.datasets.readers.in_memory import DatasetReader, EpisodesReader
+from rllib_calql.datasets.readers.minari import SCHEME, MinariReader
+from rllib_calql.datasets.readers.rllib_recorded import (
     RecordedEpisodesReader,
     RecordedRowsReader,
     holds_episodes,
     holds_recorded_rows,
 )
-from rllib_calql.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
 
 if TYPE_CHECKING:
     import ray.data
 
-    from rllib_calql.datasets.catalog import ensure_dataset, generate, generated_dataset_ids
-    from rllib_calql.datasets.conversion import convert
-    from rllib_calql.datasets.recording import record
+    from rllib_calql.datasets.generated.catalog import ensure_dataset, generate, generated_dataset_ids
+    from rllib_calql.datasets.writers.conversion import convert
+    from rllib_calql.datasets.writers.recording import record
 
 __all__ = [
     "DatasetInfo",
@@ -47,11 +47,11 @@ __all__ = [
 
 # Loaded on first use: these bring algorithms and environments along, or import this module themselves.
 _MODULES_OF_LAZY_NAMES = {
-    "convert": "conversion",
-    "ensure_dataset": "catalog",
-    "generate": "catalog",
-    "generated_dataset_ids": "catalog",
-    "record": "recording",
+    "convert": "writers.conversion",
+    "ensure_dataset": "generated.catalog",
+    "generate": "generated.catalog",
+    "generated_dataset_ids": "generated.catalog",
+    "record": "writers.recording",
 }
 
 _FORMATS = {
@@ -132,11 +132,11 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
     files = find_files(name, tuple(_FORMATS), _arrow_filesystem(options.filesystem))
     format_ = _format_of(name, files)
     if format_ == "HDF5":
-        from rllib_calql.datasets.hdf5 import Hdf5Reader
+        from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
 
         return Hdf5Reader(name, files, options)
     if format_ == "NumPy":
-        from rllib_calql.datasets.npz import NpzReader
+        from rllib_calql.datasets.readers.npz import NpzReader
 
         return NpzReader(name, files, options)
     with parquet.open_parquet(files[0]) as parquet_file, parquet.readable(files[0]):

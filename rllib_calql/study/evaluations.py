@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rllib_calql.parsed_json import parsed_json
+from rllib_calql.system.parsed_json import parsed_json
 
 EVALUATIONS_FILE = "evaluations.parquet"
 STUDY_FILE = "study.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow.fs
 
-from rllib_calql.file_lock import held_lock
-from rllib_calql.run_folders import foreign_entries, shown
+from rllib_calql.experiments.run_folders import foreign_entries, shown
 from rllib_calql.study.evaluations import STUDY_FILE, is_own_file, read_json, read_study_file, write_json
+from rllib_calql.system.file_lock import held_lock
 
 TRIALS_FOLDER = "trials"
 TUNE_FOLDER = "tune"

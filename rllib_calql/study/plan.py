@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rllib_calql import metrics as keys
+from rllib_calql.common import metrics as keys
 from rllib_calql.config import CalQLConfig
-from rllib_calql.experiment import Experiment, load_yaml, parse_experiment
-from rllib_calql.experiment_errors import ExperimentError, refuse_unknown
-from rllib_calql.plain_names import refuse_unplain_name
-from rllib_calql.search_spaces import find_spaces
+from rllib_calql.experiments.errors import ExperimentError, refuse_unknown
+from rllib_calql.experiments.experiment import Experiment, load_yaml, parse_experiment
+from rllib_calql.experiments.search_spaces import find_spaces
+from rllib_calql.experiments.typed_settings import settings_by_method
 from rllib_calql.study.folder import TRIALS_FOLDER
-from rllib_calql.typed_settings import settings_by_method
+from rllib_calql.system.plain_names import refuse_unplain_name
 
 _STUDY_KEYS = ("name", "seeds", "tasks", "algorithms")
 _TASK_KEYS = (

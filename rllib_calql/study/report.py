@@ -90,7 +90,7 @@ def write_report(results: Sequence[Path], folder: Path) -> Path:
         ValueError: If a folder holds no results.
         FileExistsError: If files would be replaced that are no report's.
     """
-    from rllib_calql.datasets.plots import require_matplotlib
+    from rllib_calql.datasets.report.plots import require_matplotlib
 
     require_matplotlib()
     read = [read_results(path) for path in results]

@@ -16,12 +16,12 @@ from ray import tune
 
 import rllib_calql
 from rllib_calql.algorithm import CalQL
-from rllib_calql.experiment_errors import ExperimentError
-from rllib_calql.stop_signals import StopSignals
+from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
 from rllib_calql.study.trial import checkpoints, finished_evaluations, run_trial
+from rllib_calql.system.stop_signals import StopSignals
 
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench")
 _STOP_FILE = "rllib_calql_stop"  # In Tune's folder: asks the trials to stop.

@@ -14,12 +14,12 @@ from typing import Any
 
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, LEARNER_RESULTS
 
-from rllib_calql import metrics as keys
 from rllib_calql.algorithm import CalQL
-from rllib_calql.checkpoint import damage_of
-from rllib_calql.file_lock import held_lock
+from rllib_calql.checkpoints.reading import damage_of
+from rllib_calql.common import metrics as keys
 from rllib_calql.study.evaluations import Evaluation, evaluation_of, read_json, write_json
 from rllib_calql.study.plan import Trial
+from rllib_calql.system.file_lock import held_lock
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from tiny import line_config
 

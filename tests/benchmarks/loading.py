@@ -22,13 +22,13 @@ import numpy as np
 from updates import ACTION_DIM, OBS_DIM, stock_config, write_rows
 
 from rllib_calql import CalQLConfig
-from rllib_calql.connectors import AddReturnsToGo
-from rllib_calql.datasets.episodes import EpisodeBlock
-from rllib_calql.datasets.file_formats import DatasetMetadata
-from rllib_calql.datasets.writers import write_blocks
-from rllib_calql.offline_data import CalQLOfflineData
-from rllib_calql.replay import TransitionStore
-from rllib_calql.returns import RewardSettings
+from rllib_calql.common.returns import RewardSettings
+from rllib_calql.datasets.episodes.reader import EpisodeBlock
+from rllib_calql.datasets.writers.file_formats import DatasetMetadata
+from rllib_calql.datasets.writers.writers import write_blocks
+from rllib_calql.store.offline_data import CalQLOfflineData
+from rllib_calql.store.replay import TransitionStore
+from rllib_calql.store.returns_connector import AddReturnsToGo
 
 EPISODE_LENGTH = 1000
 OBS_SPACE = gym.spaces.Box(-10.0, 10.0, (OBS_DIM,), np.float32)

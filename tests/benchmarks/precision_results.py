@@ -29,8 +29,10 @@ from learner_curves import EXAMPLE, ONLINE_ENV_STEPS, finished_runs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rllib_calql import CalQLConfig, learner, precision
-from rllib_calql import metrics as keys
+from rllib_calql import CalQLConfig
+from rllib_calql.common import metrics as keys
+from rllib_calql.learning import learner
+from rllib_calql.networks import precision
 
 PRECISIONS = ("fp32", "medium", "bf16")
 STATISTICS_AFTER = 5_000

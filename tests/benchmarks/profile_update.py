@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from updates import ACTION_DIM, BATCH_SIZE, OBS_DIM
 
 from rllib_calql import CalQLConfig
-from rllib_calql.precision import float32_products
-from rllib_calql.replay import TransitionStore
+from rllib_calql.networks.precision import float32_products
+from rllib_calql.store.replay import TransitionStore
 
 NUM_WARM_UP = 5
 

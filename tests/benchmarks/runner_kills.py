@@ -30,7 +30,7 @@ import ray
 import torch
 
 from rllib_calql import CalQL, CalQLConfig
-from rllib_calql.datasets.pointmaze import evaluation_env_config, evaluation_env_id
+from rllib_calql.datasets.generated.pointmaze import evaluation_env_config, evaluation_env_id
 
 EXAMPLE = Path(__file__).parents[2] / "tuned_examples" / "pointmaze_umaze.py"
 NUM_RUNNERS = 2

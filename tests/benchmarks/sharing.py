@@ -20,8 +20,8 @@ from ray import tune
 from updates import ACTION_DIM, OBS_DIM
 
 from rllib_calql import CalQLConfig
-from rllib_calql.datasets.file_formats import DatasetMetadata
-from rllib_calql.datasets.writers import write_blocks
+from rllib_calql.datasets.writers.file_formats import DatasetMetadata
+from rllib_calql.datasets.writers.writers import write_blocks
 
 _MIB = 2**20
 

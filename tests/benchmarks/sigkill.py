@@ -34,11 +34,11 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from rllib_calql import run_state
+from rllib_calql.experiments import run_state
 
 # As in a terminal, whatever the process that runs this ignores. Before the handlers stand, a signal ends Python.
 RESET = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGTERM, signal.SIG_DFL); "
-COMMAND = [sys.executable, "-c", f"{RESET}from rllib_calql.cli import main; main(prog_name='rllib')"]
+COMMAND = [sys.executable, "-c", f"{RESET}from rllib_calql.commands.main import main; main(prog_name='rllib')"]
 MOMENTS = ("start", "training", "checkpoint")
 SIGNALS = ("KILL", "TERM", "HUP")
 BARE_PYTHON_S = 12.0  # On a busy machine.

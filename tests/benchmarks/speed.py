@@ -35,7 +35,7 @@ from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBu
 from updates import ACTION_DIM, BATCH_SIZE, OBS_DIM
 
 from rllib_calql import CalQLConfig
-from rllib_calql.collection import collect
+from rllib_calql.collection.requests import collect
 
 ROUNDS = 5
 EPISODE_LENGTH = 200

@@ -28,7 +28,7 @@ from bare_torch import BareCalQL
 from ray.rllib.algorithms.cql import CQLConfig
 
 from rllib_calql import CalQLConfig
-from rllib_calql.precision import float32_products
+from rllib_calql.networks.precision import float32_products
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE = 29, 8, 256
 PRECISIONS = ("fp32", "medium", "bf16")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import minari
 import numpy as np
 
+from rllib_calql.common.returns import RewardSettings, returns_to_go
 from rllib_calql.datasets import ensure_dataset
-from rllib_calql.returns import RewardSettings, returns_to_go
 
 DATASET = "rllib-calql/pointmaze-umaze-demos-v0"
 FILE = "pointmaze_umaze_demos_references.npz"

@@ -1,0 +1,1 @@
+"""Checkpoints: folders, checksums, manifest, saving and restoring."""

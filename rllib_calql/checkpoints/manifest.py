@@ -1,0 +1,181 @@
+"""The manifest of a checkpoint, `calql.json`: what a person wants to know of it, and what must fit before it is read.
+
+All functions take plain dictionaries as `manifest_of` makes them, which survive JSON unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rllib_calql.checkpoints.versions import versions_here
+from rllib_calql.common import metrics as keys
+from rllib_calql.common.spaces import description_of, difference_of, is_flattening
+from rllib_calql.store.transitions import flat_size
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+    from rllib_calql.config import CalQLConfig
+    from rllib_calql.store.replay import TransitionStore
+
+# Settings of the module that decide on the shape, or on the meaning, of its parameters.
+_NETWORK_SETTINGS = (
+    "actor_hiddens",
+    "critic_hiddens",
+    "activation",
+    "layer_norm",
+    "num_critics",
+    "normalize_observations",
+    "conv_filters",
+    "image_features",
+)
+_REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
+_SETTING_OF = {"reference_column": "reference_value"}
+
+Manifest = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+def manifest_of(
+    config: CalQLConfig,
+    store: TransitionStore,
+    counters: Mapping[str, int],
+    *,
+    observation_space: gym.Space[Any],
+    action_space: gym.spaces.Box,
+) -> dict[str, Any]:
+    """The manifest of a run as it stands.
+
+    Args:
+        config: Its config.
+        store: Its data.
+        counters: Its lifetime counters.
+        observation_space: The environment's, before flattening.
+        action_space: The environment's.
+    """
+    is_offline = counters[keys.NUM_OFFLINE_UPDATES_LIFETIME] < config.num_offline_updates
+    networks = {name: config.model_config[name] for name in _NETWORK_SETTINGS}
+    return {
+        keys.PHASE: keys.OFFLINE if is_offline else keys.ONLINE,
+        **counters,
+        "online_data": {
+            "transitions": store.num_online,
+            "mebibytes": round(store.online_nbytes / 2**20, 3),
+            "in_checkpoint": config.store_buffer_in_checkpoints,
+        },
+        "offline_data": {
+            "transitions": store.num_offline,
+            "fingerprint": store.offline.fingerprint() if store.offline is not None else None,
+        },
+        "rewards": {name: getattr(config, name) for name in _REWARD_SETTINGS},
+        "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
+        "lagrangian": config.lagrangian,
+        "spaces": {
+            "observation_space": {
+                "size": flat_size(observation_space),
+                "structure": description_of(observation_space),
+                "space": str(observation_space),
+            },
+            "action_space": {
+                "size": flat_size(action_space),
+                "low": np.asarray(action_space.low, dtype=float).reshape(-1).tolist(),
+                "high": np.asarray(action_space.high, dtype=float).reshape(-1).tolist(),
+                "space": str(action_space),
+            },
+        },
+        "versions": versions_here(),
+    }
+
+
+def check_networks(stored: Manifest, own: Manifest) -> None:
+    """Refuses parameters that do not fit the networks or spaces of this run.
+
+    Raises:
+        ValueError: Naming the setting or space, both values and the remedy.
+    """
+    for name, value in stored["networks"].items():
+        if own["networks"][name] != value:
+            raise ValueError(
+                f"The checkpoint was made with `{name}` {value!r}, this run has {own['networks'][name]!r}, so its "
+                f"networks do not fit; set `{name}={value!r}`."
+            )
+    for name, space in stored["spaces"].items():
+        other = own["spaces"][name]
+        if space["size"] != other["size"] or not all(
+            np.allclose(space[bound], other[bound]) for bound in ("low", "high") if bound in space
+        ):
+            raise ValueError(
+                f"The checkpoint was made with the {name.replace('_', ' ')} {space['space']}, the environment has "
+                f"{other['space']}; use an environment with the spaces of the checkpoint."
+            )
+        if "structure" in space:  # Manifests of earlier versions have none.
+            _check_structure(space, other)
+
+
+def _check_structure(stored: Manifest, own: Manifest) -> None:
+    """Refuses observations of as many numbers that mean something else."""
+    difference = difference_of(stored["structure"], own["structure"])
+    if difference is None:
+        return
+    if not is_flattening(stored["structure"], own["structure"]):
+        raise ValueError(
+            f"The checkpoint was made with the observation space {stored['space']}, the environment has "
+            f"{own['space']}: the former {difference}; use an environment with the spaces of the checkpoint."
+        )
+    logger.warning(
+        "The checkpoint was made with the observation space %s, the environment has %s; one is taken for the other "
+        "flattened, parts of a Dict in the order of their keys.",
+        stored["space"],
+        own["space"],
+    )
+
+
+def check_resumable(stored: Manifest, own: Manifest) -> None:
+    """Refuses to go on with a run on other networks, data or rewards than those of its checkpoint.
+
+    Raises:
+        ValueError: Naming what differs, both values and the remedy.
+    """
+    check_networks(stored, own)
+    if stored["lagrangian"] and not own["lagrangian"]:
+        raise ValueError(
+            "The checkpoint was made with `lagrangian=True`, this run has False; restore with True, or begin a new run "
+            "from it by `pretrained`."
+        )
+    for name, before, now in _changed_rewards(stored, own):
+        raise ValueError(
+            f"The checkpoint was made with `{name}` {before!r}, this run has {now!r}: its online data and Q values are "
+            f"in the units of the former; restore with `{name}={before!r}`, or begin a new run from it by `pretrained`."
+        )
+    before, now = stored["offline_data"], own["offline_data"]
+    if before == now:
+        return
+    if before["transitions"] != now["transitions"]:
+        difference = f"`input_` now has {now['transitions']}"
+    else:
+        difference = (
+            f"`input_` now has as many with other content (fingerprint {now['fingerprint']}, was "
+            f"{before['fingerprint']})"
+        )
+    raise ValueError(
+        f"The checkpoint was made with {before['transitions']} offline transitions, {difference}; restore with the "
+        "same data, read by the same settings, or begin a new run from it by `pretrained`."
+    )
+
+
+def changes_of_units(stored: Manifest, own: Manifest) -> list[str]:
+    """What makes Q values of this run mean something else than those of the checkpoint, as readable parts."""
+    return [f"`{name}` was {before!r} and is {now!r}" for name, before, now in _changed_rewards(stored, own)]
+
+
+def _changed_rewards(stored: Manifest, own: Manifest) -> list[tuple[str, Any, Any]]:
+    return [
+        (_SETTING_OF.get(name, name), value, own["rewards"][name])
+        for name, value in stored["rewards"].items()
+        if own["rewards"][name] != value
+    ]

@@ -1,0 +1,1 @@
+"""Whole episodes from env runners: requests, connectors, callbacks."""

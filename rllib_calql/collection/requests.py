@@ -1,0 +1,202 @@
+"""Collection of whole episodes from env runners: what runs inside a runner, and the joining of episode pieces."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import tree
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
+
+from rllib_calql.collection.env_errors import described
+
+_WORKER_SEED_STRIDE = 10_007
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights for env runners, on their way through the object store.
+
+    Attributes:
+        version: Grows with every change.
+        reference: Reference to the state for the runner's `set_state`.
+    """
+
+    version: int
+    reference: Any
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one request to an env runner brought.
+
+    Attributes:
+        pieces: Episodes, or pieces of them, in NumPy form.
+        metrics: The runner's metrics.
+        num_env_steps: Env steps made.
+        seconds: Time they took.
+    """
+
+    pieces: list[SingleAgentEpisode]
+    metrics: dict[str, Any]
+    num_env_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong inside an env runner, as text: the exception's class may not be known outside."""
+
+    cause: str
+
+
+def collect(
+    runner: Any,
+    *,
+    seed: int,
+    num_env_steps: int | None,
+    random_actions: bool,
+    weights: Weights | None = None,
+    generation: int = 0,
+) -> Collected:
+    """Runs inside an env runner: samples one episode or a number of steps.
+
+    One whole episode is begun by a seeded reset. By steps, environments are never reset between calls, because RLlib's
+    whole-episode mode would throw unfinished episodes of several sub-environments away and so favour short ones; it
+    returns pieces that `EpisodeJoiner` joins.
+
+    Args:
+        runner: RLlib's `SingleAgentEnvRunner`.
+        seed: Seed of this request. The same seed gives the same episode, which makes resumed runs exact.
+        num_env_steps: Steps over all sub-environments; None for one whole episode.
+        random_actions: Whether actions are drawn uniformly instead of from the policy. RLlib's own option of that name
+            would record environment actions where module actions belong.
+        weights: Weights to take first unless the runner has them; None keeps the runner's.
+        generation: Where it grows, all sub-environments begin anew: their unfinished episodes are of no use after a
+            restore.
+
+    Returns:
+        Episodes or pieces, and the runner's metrics.
+    """
+    if weights is not None and getattr(runner, "_calql_weights_version", None) != weights.version:
+        # Without a sequence number runners always take the weights, also older ones out of a checkpoint.
+        runner.set_state(ray.get(weights.reference))
+        runner._calql_weights_version = weights.version
+    runner_seed = (seed + _WORKER_SEED_STRIDE * (runner.worker_index or 0)) % 2**31
+    runner.module.explores_randomly = random_actions
+    is_stale = getattr(runner, "_calql_generation", generation) != generation
+    runner._calql_generation = generation
+    begin = time.perf_counter()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(runner_seed)
+            if num_env_steps is None or is_stale or getattr(runner, "_needs_initial_reset", False):
+                runner._seed = runner_seed
+                runner._needs_initial_reset = True  # RLlib seeds a reset only where this is set.
+            if num_env_steps is None:
+                pieces = runner.sample(num_episodes=1, explore=True)
+            else:
+                pieces = runner.sample(num_timesteps=num_env_steps, explore=True)
+    finally:
+        runner.module.explores_randomly = False
+    seconds = time.perf_counter() - begin
+    return Collected(pieces, runner.get_metrics(), sum(len(piece) for piece in pieces), seconds)
+
+
+def collect_or_tell(runner: Any, **arguments: Any) -> Collected | Failure:
+    """The same as `collect` for a remote runner: what goes wrong is returned.
+
+    RLlib would end the runner's process, and its cause would be in that process's log alone.
+    """
+    try:
+        return collect(runner, **arguments)
+    except Exception as error:
+        return Failure(described(error))
+
+
+def evaluate_or_tell(runner: Any) -> Failure | None:
+    """Runs inside a remote env runner of evaluations that gave nothing: what one episode raises, if it does."""
+    try:
+        runner.sample(num_episodes=1, explore=False)
+    except Exception as error:
+        return Failure(described(error))
+    return None
+
+
+class EpisodeJoiner:
+    """Joins pieces of one episode by id and hands out episodes once they have ended."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[SingleAgentEpisode]] = {}
+        self._runner_of: dict[str, int | None] = {}
+
+    @property
+    def num_env_steps(self) -> int:
+        """Env steps of unfinished episodes."""
+        return sum(len(piece) for pieces in self._pieces.values() for piece in pieces)
+
+    def add(self, pieces: list[SingleAgentEpisode], runner: int | None = None) -> list[SingleAgentEpisode]:
+        """Takes new pieces, those of one episode in order of time.
+
+        Args:
+            pieces: Pieces.
+            runner: Index of the env runner they come from.
+
+        Returns:
+            The episodes that are complete now.
+        """
+        finished = []
+        for piece in pieces:
+            begun = self._pieces.setdefault(piece.id_, [])
+            begun.append(piece)
+            self._runner_of[piece.id_] = runner
+            if piece.is_done:
+                del self._pieces[piece.id_], self._runner_of[piece.id_]
+                if begun[0].t_started == 0:  # Otherwise its beginning was lost with a restored run or a dead runner.
+                    finished.append(join_pieces(begun))
+        return finished
+
+    def forget(self, runner: int) -> int:
+        """Forgets the unfinished episodes of an env runner that is lost, and returns their number."""
+        lost = [id_ for id_, index in self._runner_of.items() if index == runner]
+        for id_ in lost:
+            del self._pieces[id_], self._runner_of[id_]
+        return len(lost)
+
+    def clear(self) -> None:
+        """Forgets all unfinished episodes, whose environments are gone."""
+        self._pieces.clear()
+        self._runner_of.clear()
+
+
+def join_pieces(pieces: list[SingleAgentEpisode]) -> SingleAgentEpisode:
+    """One episode out of its pieces, in order of time.
+
+    RLlib's `concat_episode` insists on equal extra columns, which differ between a random and a policy's piece.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    observations = [piece.get_observations(slice(0, len(piece))) for piece in pieces]
+    observations.append(pieces[-1].get_observations(slice(len(pieces[-1]), len(pieces[-1]) + 1)))
+    last = pieces[-1]
+    return SingleAgentEpisode(
+        last.id_,
+        observations=_buffer(observations),
+        actions=_buffer([piece.get_actions() for piece in pieces]),
+        rewards=_buffer([piece.get_rewards() for piece in pieces]),
+        infos=[{} for _ in range(sum(len(piece) for piece in pieces) + 1)],
+        terminated=last.is_terminated,
+        truncated=last.is_truncated,
+        t_started=0,
+        len_lookback_buffer=0,
+    )
+
+
+def _buffer(parts: list[Any]) -> InfiniteLookbackBuffer:
+    joined = tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+    return InfiniteLookbackBuffer(joined, lookback=0)

@@ -1,0 +1,146 @@
+"""What all commands that run Ray share: quiet logs, Ray's start, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import click
+
+from rllib_calql.system import ray_processes
+from rllib_calql.system.stop_signals import StopSignals
+
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # `ProgressCallback` reports instead.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C writes a checkpoint first, see `CheckpointOnInterrupt`.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # Not every result has an evaluation for the scheduler to judge.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # After an interrupt, do not wait for the iteration that follows the checkpoint.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Errors are printed at the end, without Ray's traceback around them.
+}
+_PRELOADED = "RAY_preload_python_modules"
+_OUT_OF_TUNE_LOG = "Trials did not complete"
+
+
+grace_option = click.option(
+    "--grace",
+    type=click.FloatRange(min=0.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds from SIGTERM or SIGHUP within which checkpoints are written.",
+)
+
+
+class UsageError(click.ClickException):
+    """Wrong usage."""
+
+    exit_code = 2
+
+
+def prepare(verbose: bool) -> None:
+    """Sets what Ray reads when it is imported, imports it, and quiets it unless `verbose`."""
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
+
+    if not verbose:
+        for logger in ("ray", "ray.rllib", "ray.tune"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics)\b")
+        # Tune's copy of its state in the background fails where files change meanwhile; `KeepResumable` has its own.
+        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+        # Said better by our own messages at the end.
+        logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
+
+
+def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
+    """Starts Ray here with at least the `needed` CPUs, or joins the cluster at `address`; `stop_ray` ends it.
+
+    Raises:
+        UsageError: If there is no such cluster, or `num_cpus` is too small.
+    """
+    import ray
+
+    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if address is not None:
+        if num_cpus is not None:
+            raise UsageError("`--num-cpus` sizes a Ray that is started here; drop it or `--address`.")
+        try:
+            with stop.while_starting_ray():
+                ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"There is no Ray cluster at '{address}': {error}") from error
+        return
+    if num_cpus is not None and num_cpus < needed:
+        raise UsageError(
+            f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
+            "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
+        )
+    ray_processes.mark()
+    stop.before_end = ray_processes.end_marked
+    os.environ[_PRELOADED] = "rllib_calql.system.worker_signals"
+    try:
+        with stop.while_starting_ray():
+            num_cpus = num_cpus or max(needed, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    except KeyboardInterrupt:
+        stop_ray()
+        raise
+
+
+def stop_ray() -> None:
+    """Leaves Ray, and ends the processes that `start_ray` started."""
+    import ray
+
+    started = ray_processes.marked()
+    node = ray._private.worker._global_node
+    for infos in node.all_processes.values() if node is not None and started else ():
+        for info in infos:
+            # They do not hear SIGTERM, for which Ray would wait a second each; there is nothing left for them to do.
+            info.process.terminate = info.process.kill
+    try:
+        ray.shutdown()
+    finally:
+        ray_processes.end_marked(started)
+
+
+def exit_interrupted(stop: StopSignals, message: str) -> NoReturn:
+    """Says how to go on, and ends the process with the exit code of the signal."""
+    with suppress(OSError):
+        click.echo(message, err=True)
+    raise click.exceptions.Exit(stop.exit_code)
+
+
+class StoppableGroup(click.Group):
+    """Commands that Ctrl-C, SIGTERM and SIGHUP end in order; they find the `StopSignals` in the context's `obj`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        with StopSignals() as stop:
+            ctx.obj = stop
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                exit_interrupted(stop, f"{stop.name}. {stop.saved}".strip())
+
+
+@contextmanager
+def errors_in_one_line(
+    kinds: tuple[type[Exception], ...] = (ImportError, OSError, ValueError),
+) -> Iterator[None]:
+    """Prints what is wrong with data, files and installation without a traceback, for exit code 1."""
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The message of the error that was raised in the trial, without the tracebacks that Ray puts around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    starts = [i for i, line in enumerate(lines) if re.match(r"(\w+\.)*\w*(Error|Exception)\b(:|$)", line)]
+    return "\n".join(lines[starts[-1] :]) if starts else lines[-1]

@@ -1,0 +1,1 @@
+"""Reading packed data without running them."""

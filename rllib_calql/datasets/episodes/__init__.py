@@ -1,0 +1,1 @@
+"""What a whole episode is, and what all readers share."""

@@ -1,0 +1,1 @@
+"""Readers of offline data, one file per format."""

@@ -1,0 +1,1 @@
+"""What data hold: collected, said, drawn."""

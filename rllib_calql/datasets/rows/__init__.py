@@ -1,0 +1,1 @@
+"""From rows in columns, NumPy's or Arrow's, to whole episodes."""

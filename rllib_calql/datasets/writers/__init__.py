@@ -1,0 +1,1 @@
+"""Writers of offline data, recording and conversion."""

@@ -1,0 +1,1 @@
+"""Experiment files and the Ray Tune runs made of them."""

@@ -1,0 +1,287 @@
+"""Strict experiment files: YAML or Python in, validated experiments out.
+
+The YAML format is the one of RLlib's former `rllib train file`: `name: {run, env, stop, config}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import runpy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.rllib.algorithms import registry
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.tune.schedulers import TrialScheduler
+
+from rllib_calql.common import metrics as keys
+from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
+from rllib_calql.experiments.schedulers import mutations, parse_scheduler
+from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choices, substitute
+from rllib_calql.experiments.typed_settings import build_config, settings_by_method
+from rllib_calql.registration import register
+from rllib_calql.system.plain_names import refuse_unplain_name
+
+_MAX_DEPTH = 50  # Of collections in collections, in a file.
+_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler", "max_failures")
+_CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
+_STOP_KEYS = (
+    "training_iteration",
+    "time_total_s",
+    "num_env_steps_sampled_lifetime",
+    "num_env_steps_trained_lifetime",
+    keys.NUM_OFFLINE_UPDATES_LIFETIME,
+    keys.NUM_ONLINE_UPDATES_LIFETIME,
+    keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
+    keys.NUM_ONLINE_EPISODES_LIFETIME,
+    keys.Q_OUT_OF_RANGE,
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment, checked and ready for `tune.Tuner`.
+
+    Attributes:
+        name: Name of the experiment and of its folder.
+        algorithm: Algorithm class.
+        config: Its config. Values may be Tune search spaces.
+        stop: Metric path ("/" between levels) -> value at which a trial ends.
+        num_samples: Trials per point of the grid.
+        scheduler: Tune's scheduler, or None for all trials to the end.
+        checkpoint_config: Arguments of `tune.CheckpointConfig`.
+        max_failures: How often a trial that died is restarted from its last checkpoint; -1 for always.
+        examples: Configs with every search space replaced by a value, each foreseeable value in at least one.
+    """
+
+    name: str
+    algorithm: type
+    config: AlgorithmConfig
+    stop: dict[str, float] = field(default_factory=dict)
+    num_samples: int = 1
+    scheduler: TrialScheduler | None = None
+    checkpoint_config: dict[str, Any] = field(default_factory=dict)
+    max_failures: int = 0
+    examples: tuple[AlgorithmConfig, ...] = ()
+
+    @property
+    def num_cpus_per_trial(self) -> int:
+        """CPUs that the largest trial asks Ray for."""
+        requests = [self.algorithm.default_resource_request(config) for config in self.examples]  # type: ignore[attr-defined]
+        return max((math.ceil(request.required_resources.get("CPU", 0)) for request in requests), default=1)
+
+    def with_seed(self, seed: int) -> Experiment:
+        """The same experiment with the config's seed set."""
+        config = self.config.copy(copy_frozen=False)
+        return replace(self, config=config.debugging(seed=seed))
+
+
+def read_experiments(path: str | Path) -> list[Experiment]:
+    """Reads and checks all experiments of a file.
+
+    Args:
+        path: A `.yaml`, `.yml` or `.py` file.
+
+    Returns:
+        The experiments in the order of the file.
+
+    Raises:
+        ExperimentError: Naming the file or experiment, the setting, and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ExperimentError(f"The experiment file '{path}' {what}; give a .yaml or .py file.")
+    if path.suffix == ".py":
+        return _with_plain_names([_read_python(path)], path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ExperimentError(f"The experiment file '{path}' must end in .yaml, .yml or .py.")
+    content = load_yaml(path)
+    if not isinstance(content, dict) or not content:
+        raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
+    return _with_plain_names([parse_experiment(str(name), entry) for name, entry in content.items()], path)
+
+
+def _with_plain_names(experiments: list[Experiment], path: Path) -> list[Experiment]:
+    """The same experiments; their names become folders."""
+    names = [experiment.name for experiment in experiments]
+    try:
+        for name in names:
+            refuse_unplain_name(name, f"The name of an experiment in '{path}'")
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"Two experiments in '{path}' have the same name; there are {', '.join(names)}.")
+    return experiments
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2 floats (PyYAML reads `3e-4` as a string), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            name = str(key_node.value)
+            if name in seen and name != "<<":
+                problem = f"the key '{name}' is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML tries resolvers in the order of registration, so integers stay integers.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        ExperimentError: If it is not valid YAML, has a key twice, or holds what cannot be a setting: whole numbers of
+            more than 64 bits, and collections that are nested too deep or hold themselves.
+    """
+    with reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
+        content = yaml.load(file, Loader=_StrictLoader)
+    with reported(f"'{path}' cannot be read"):
+        _refuse_boundless(content, _MAX_DEPTH)
+    return content
+
+
+def _refuse_boundless(content: Any, depth: int) -> None:
+    """Refuses what ends in errors of Python wherever it is copied, compared or printed."""
+    if depth == 0:
+        raise ValueError(f"its collections are nested deeper than {_MAX_DEPTH} levels, or hold themselves; drop that.")
+    if isinstance(content, int) and abs(content) >> 64:
+        raise ValueError(f"a whole number has {content.bit_length()} bits, at most 64 can be used; set a smaller one.")
+    if isinstance(content, (dict, list, set)):
+        for inner in (*content, *content.values()) if isinstance(content, dict) else content:
+            _refuse_boundless(inner, depth - 1)
+
+
+def _read_python(path: Path) -> Experiment:
+    with reported(f"'{path}' could not be run"):
+        module = runpy.run_path(str(path), run_name="rllib_experiment")
+    config = module.get("config")
+    if not isinstance(config, AlgorithmConfig) or config.algo_class is None:
+        raise ExperimentError(
+            f"'{path}' must define `config`, an algorithm's config like `CalQLConfig()`, got {type(config).__name__}."
+        )
+    name = str(module.get("name", path.stem))
+    return Experiment(
+        name=name,
+        algorithm=config.algo_class,
+        config=config,
+        stop=_parse_stop(module.get("stop"), name),
+        examples=_examples_of(config, name),
+    )
+
+
+def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, ...]:
+    """What trials may get: one value for each space, every foreseeable value once. Bad ones show before training."""
+    spaces = dict(find_spaces(vars(config)))
+    examples = []
+    for chosen in foreseeable_choices(spaces):
+        example = config.copy(copy_frozen=False)
+        for attribute in {path[0] for path in spaces}:
+            setattr(example, attribute, substitute(getattr(config, attribute), chosen, (attribute,)))
+        with reported(f"Experiment '{name}'"):
+            example.validate()
+            _check_places(example)
+        examples.append(example)
+    return tuple(examples)
+
+
+def _check_places(config: AlgorithmConfig) -> None:
+    """Ray Tune reserves a place for every worker of a trial, and Ray refuses one of no size."""
+    assert config.algo_class is not None
+    if not all(config.algo_class.default_resource_request(config).bundles):
+        raise ValueError(
+            "`num_cpus_per_env_runner` must be above 0, since Ray Tune reserves a place for every worker, and so must "
+            "`num_cpus_per_learner`; set 0.01 to run more of them than there are CPUs."
+        )
+
+
+def parse_experiment(name: str, entry: Any) -> Experiment:
+    """Checks one entry of an experiment file, `{run, env, stop, config, ...}`.
+
+    Raises:
+        ExperimentError: Naming the setting, and what to do.
+    """
+    refuse_unknown(entry, _EXPERIMENT_KEYS, f"experiment '{name}'")
+    if "run" not in entry:
+        raise ExperimentError(f"Experiment '{name}' has no `run`; set it to an algorithm, for example `run: CalQL`.")
+    algorithm, default_config = _find_algorithm(entry["run"], name)
+    settings = entry.get("config") or {}
+    if not isinstance(settings, dict):
+        raise ExperimentError(f"`config` of experiment '{name}' must be a mapping, got {settings!r}.")
+    if "env" in entry:
+        if "env" in settings:
+            raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")
+        settings = {"env": entry["env"], **settings}
+    config = build_config(default_config, settings, name)
+    num_samples = entry.get("num_samples", 1)
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+        raise ExperimentError(f"`num_samples` of experiment '{name}' must be a whole number >= 1, got {num_samples!r}.")
+    max_failures = entry.get("max_failures", 0)
+    if not isinstance(max_failures, int) or isinstance(max_failures, bool) or max_failures < -1:
+        raise ExperimentError(
+            f"`max_failures` of experiment '{name}' must be a whole number >= 0, or -1 to restart a trial however "
+            f"often it fails; got {max_failures!r}."
+        )
+    checkpoint_config = entry.get("checkpoint_config") or {}
+    refuse_unknown(checkpoint_config, _CHECKPOINT_KEYS, f"`checkpoint_config` of experiment '{name}'")
+    settable = {s for accepted in settings_by_method(type(config)).values() for s in accepted} & config.to_dict().keys()
+    scheduler = parse_scheduler(entry.get("scheduler"), config, name, settings=settable)
+    mutated = config.copy(copy_frozen=False)
+    for setting, space in mutations(scheduler).items():
+        setattr(mutated, setting, space)
+    return Experiment(
+        name=name,
+        algorithm=algorithm,
+        config=config,
+        stop=_parse_stop(entry.get("stop"), name),
+        num_samples=num_samples,
+        scheduler=scheduler,
+        checkpoint_config=checkpoint_config,
+        max_failures=max_failures,
+        examples=_examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ()),
+    )
+
+
+def _find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
+    """Class and default config of "CalQL" or of an algorithm that RLlib registers."""
+    register()
+    if not isinstance(run, str) or run not in registry.ALGORITHMS:
+        raise ExperimentError(
+            f"Unknown algorithm {run!r} in experiment '{name}'{did_you_mean(str(run), registry.ALGORITHMS)} "
+            f"There are {', '.join(sorted(registry.ALGORITHMS))}."
+        )
+    algorithm, config = registry.ALGORITHMS[run]()
+    return algorithm, config
+
+
+def _parse_stop(stop: Any, name: str) -> dict[str, float]:
+    if stop is None:
+        return {}
+    if not isinstance(stop, dict):
+        raise ExperimentError(f"`stop` of experiment '{name}' must map metrics to numbers, got {stop!r}.")
+    flat: dict[str, float] = {}
+    for key, value in stop.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": number for inner, number in _parse_stop(value, name).items()}
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ExperimentError(f"`stop` of experiment '{name}': `{key}` must be a number, got {value!r}.")
+        elif key not in _STOP_KEYS and difflib.get_close_matches(str(key), _STOP_KEYS, cutoff=0.85):
+            # A metric that never appears would let the run go on for ever.
+            raise ExperimentError(f"Unknown metric `{key}` in `stop` of '{name}'{did_you_mean(str(key), _STOP_KEYS)}")
+        else:
+            flat[str(key)] = value
+    return flat

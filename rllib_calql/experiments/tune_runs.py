@@ -1,0 +1,101 @@
+"""Runs an experiment through Ray Tune, from the beginning or from where an earlier run of it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+
+from rllib_calql.experiments.experiment import Experiment
+from rllib_calql.experiments.resuming import prepare_resume
+from rllib_calql.experiments.run_state import KeepResumable
+from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs, ProgressCallback
+from rllib_calql.system.stop_signals import StopSignals
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        errors: Why trials failed.
+        is_interrupted: Whether Ctrl-C or a signal ended it.
+        is_at_once: Whether an interrupt did not wait for checkpoints.
+        has_checkpoints: Whether a trial has one.
+    """
+
+    errors: tuple[Exception, ...] = ()
+    is_interrupted: bool = False
+    is_at_once: bool = False
+    has_checkpoints: bool = True
+
+
+def run_experiment(
+    experiment: Experiment,
+    storage_path: str,
+    *,
+    resume: bool,
+    announce: Callable[[str], None],
+    stop: StopSignals | None = None,
+) -> Outcome:
+    """Runs all trials to their end. Ray must have been started.
+
+    Args:
+        experiment: What to run.
+        storage_path: Folder or URI of all runs.
+        resume: Whether to continue the run of this name, if it has got as far as a first state.
+        announce: Called with what the user should know at once.
+        stop: Signals that end the run with a checkpoint. Default: Ctrl-C does.
+
+    Raises:
+        ResumeError: If `resume` is set and the run cannot be continued.
+    """
+    progress = ProgressCallback(experiment.stop, Console())
+    interrupt = CheckpointOnInterrupt(announce, stop)
+    run_config = tune.RunConfig(
+        name=experiment.name,
+        storage_path=storage_path,
+        stop=experiment.stop,
+        callbacks=[KeepResumable(), KeepLogs(), progress, interrupt],
+        checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
+        failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
+        verbose=0,
+    )
+    if resume and prepare_resume(experiment, storage_path, announce):
+        tuner = _restored(experiment, run_config, f"{storage_path}/{experiment.name}", announce)
+    else:
+        tuner = tune.Tuner(
+            experiment.algorithm,
+            param_space=experiment.config.to_dict(),
+            tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
+            run_config=run_config,
+        )
+    with interrupt:
+        try:
+            results = tuner.fit()
+        except KeyboardInterrupt:
+            return Outcome(is_interrupted=True, is_at_once=True)
+        finally:
+            progress.close()
+    return Outcome(
+        errors=tuple(results.errors),
+        is_interrupted=interrupt.interrupted,
+        has_checkpoints=any(result.checkpoint is not None for result in results),
+    )
+
+
+def _restored(
+    experiment: Experiment, run_config: tune.RunConfig, folder: str, announce: Callable[[str], None]
+) -> tune.Tuner:
+    tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
+    # Tune restores callbacks, scheduler and stop criteria of the first run. It keeps no state of a scheduler.
+    internal: Any = tuner._local_tuner
+    internal._run_config = run_config
+    internal._tune_config.scheduler = experiment.scheduler
+    num_samples = internal._tune_config.num_samples
+    if num_samples != experiment.num_samples:
+        announce(f"Not applied on --resume: `num_samples`; the run has {num_samples}, now {experiment.num_samples}.")
+    return tuner

@@ -1,0 +1,1 @@
+"""The learner: losses, optimisers, diagnostics, and how learners are fed."""

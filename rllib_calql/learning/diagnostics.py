@@ -1,0 +1,97 @@
+"""Diagnostics of one gradient step as tensors, and their mean over the steps of an update call. No host syncs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from rllib_calql.common import metrics as keys
+from rllib_calql.learning.losses import CriticLoss, SampledValues
+
+_MAY_BE_EMPTY = (keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE)
+
+
+def critic_diagnostics(
+    q_data: Tensor,
+    values: SampledValues,
+    terms: CriticLoss,
+    reference_value: Tensor,
+    is_offline: Tensor,
+) -> dict[str, Tensor]:
+    """Per-critic statistics and the calibration gap; see `metrics.py` for each key.
+
+    Args:
+        q_data: Q of the data actions, shape (C, B).
+        values: Q of the sampled actions before calibration.
+        terms: The unreduced critic loss.
+        reference_value: V(s), shape (B,).
+        is_offline: 1.0 for offline rows, shape (B,).
+
+    Returns:
+        Scalars by metric key. A part of the batch that is empty gives NaN.
+    """
+    with torch.no_grad():
+        sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=1)
+        per_critic = {
+            keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=1),
+            keys.GAP_OF_CRITIC: terms.gap.mean(dim=1),
+            keys.Q_DATA_OF_CRITIC: q_data.mean(dim=1),
+            keys.Q_UNIFORM_OF_CRITIC: values.q_uniform.mean(dim=(1, 2)),
+            keys.Q_CURRENT_OF_CRITIC: values.q_current.mean(dim=(1, 2)),
+            keys.Q_NEXT_OF_CRITIC: values.q_next.mean(dim=(1, 2)),
+            keys.Q_STD_OF_CRITIC: sampled.std(dim=1, correction=0).mean(dim=1),
+            keys.BOUND_RATE_CURRENT_OF_CRITIC: terms.bound_current.float().mean(dim=(1, 2)),
+            keys.BOUND_RATE_NEXT_OF_CRITIC: terms.bound_next.float().mean(dim=(1, 2)),
+        }
+        scalars = {
+            template.format(c=c + 1): value
+            for template, stacked in per_critic.items()
+            for c, value in enumerate(stacked.unbind())
+        }
+        difference = q_data.mean(dim=0) - reference_value
+        scalars[keys.CALIBRATION_GAP] = difference.mean()
+        scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum() / is_offline.sum()
+        scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
+        scalars[keys.REFERENCE_VALUE_MEAN] = reference_value.mean()
+        return scalars
+
+
+class MeanAccumulator:
+    """Running sums of scalar tensors on their device, read once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Adds one step's scalars. The same names come together at every step, and are summed as one vector.
+
+        In place, and the count of steps beside the sums, so that a recorded step adds to them as well.
+        """
+        names = tuple(scalars)
+        values = torch.stack(list(scalars.values()))
+        if names not in self._sums:
+            self._sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=values.device)
+        sums = self._sums[names]
+        sums[:-1].add_(values)
+        sums[-1].add_(1.0)
+
+    def pop(self) -> dict[str, float]:
+        """Returns the means since the last call and starts anew; the gap of a part that was empty is left out."""
+        if not self._sums:
+            return {}
+        flat = iter(torch.cat(list(self._sums.values())).tolist())
+        totals: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        for names, sums in self._sums.items():
+            of_names = {name: next(flat) for name in names}
+            count = next(flat)
+            for name, total in of_names.items():
+                totals[name] += total
+                counts[name] += count
+            sums.zero_()
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
+        return {name: mean for name, mean in means.items() if not (name in _MAY_BE_EMPTY and math.isnan(mean))}

@@ -1,0 +1,397 @@
+"""The torch learner of Cal-QL: loss, one backward pass, one all-reduce, optimisers, targets after every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
+from ray.rllib.utils.numpy import convert_to_numpy
+from torch import Tensor
+
+from rllib_calql.common import metrics as keys
+from rllib_calql.common.spaces import fixed_dimensions
+from rllib_calql.config import CalQLConfig
+from rllib_calql.learning import losses
+from rllib_calql.learning.allocator import keep_freed_memory
+from rllib_calql.learning.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.learning.graphed_steps import graphed_steps
+from rllib_calql.learning.optimisers import OptimisingLearner
+from rllib_calql.learning.skipped_updates import SkippedUpdates
+from rllib_calql.networks import rl_module as outputs
+from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
+from rllib_calql.store.replay import IS_OFFLINE
+from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
+
+ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
+
+_STATE = "calql"
+logger = logging.getLogger(__name__)
+
+
+class CalQLTorchLearner(OptimisingLearner):
+    """Performs K gradient steps per `update` call on K batches laid end to end.
+
+    Departures from RLlib's CQL learner: targets move after every gradient step instead of once per call; the four
+    losses have disjoint parameters and share one backward pass; no DDP wrapper but one flat all-reduce; a NaN, infinite
+    or too large gradient skips the step of every optimiser and learner; temperature, Lagrange multiplier and random
+    state are part of the checkpoint; behaviour cloning ends after `bc_updates`.
+    """
+
+    @override(CQLTorchLearner)
+    def build(self) -> None:
+        """Creates the module, the dual variable, the optimisers and this rank's random generator."""
+        self.log_alpha_prime = torch.ones(1, dtype=torch.float32)
+        self._num_updates = 0
+        self._online = False
+        self._accumulator = MeanAccumulator()
+        self.resident_store: ResidentStore | None = None  # Set by the algorithm where data fit on the device.
+        keep_freed_memory()
+        # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        super().build()
+        self._skipped = SkippedUpdates(self._device)
+        self._seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
+        self._generator = torch.Generator(device=self._device)
+        self._generator.manual_seed(self._seed)
+        self._seed_noise_of_other_ranks()
+        self._calql_module.generator = self._generator
+        self._set_precision()
+        has_graphs = self.config.num_learners <= 1  # The all-reduce of several is not recorded.
+        self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
+
+    @override(CQLTorchLearner)
+    def _get_target_entropy(self, module_id: str) -> float:
+        """RLlib's, of the dimensions that leave a choice alone."""
+        entropy: float = super()._get_target_entropy(module_id)
+        space = self._module_spec.module_specs[module_id].action_space
+        is_auto = self.config.target_entropy == "auto"
+        return entropy + float(fixed_dimensions(space).sum()) if is_auto else entropy
+
+    def _step_of_rows(self, rows: dict[str, Tensor]) -> None:
+        self._make_step({DEFAULT_MODULE_ID: rows})
+
+    def _set_precision(self) -> None:
+        self._calql_module.set_product_dtype(product_dtype(self.config.precision))
+        reason = check_precision(self.config.precision, torch.device(self._device))
+        if reason is not None and not self._learner_index:
+            logger.warning("`precision` is %r, but %s.", self.config.precision, reason)
+
+    def _seed_noise_of_other_ranks(self) -> None:
+        """Seeds the noise of the ranks above 0 by seed, rank and update count.
+
+        RLlib gives every learner the same seed, and a checkpoint holds rank 0's random state only. The same noise on
+        every rank would correlate their gradients. Seeded at every update call, a resumed run draws what an
+        uninterrupted one would have drawn.
+        """
+        if self._learner_index:
+            entropy = np.random.SeedSequence((self._seed, self._learner_index, self._num_updates))
+            self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    # --- One update call -------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def update(
+        self,
+        batch: MultiAgentBatch | None = None,
+        *,
+        batch_refs: list[Any] | None = None,
+        training_data: TrainingData | None = None,
+        timesteps: dict[str, Any] | None = None,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Makes one gradient step per mini-batch of `minibatch_size` consecutive rows.
+
+        Bookkeeping happens once per call and not once per step, and env steps are not counted K-fold as RLlib's cyclic
+        mini-batch iterator does.
+
+        Args:
+            batch: Columns of K * `minibatch_size` rows for the default module, or their `ROW_NUMBERS` alone if there
+                is a `resident_store`.
+            batch_refs: The same as an object reference, for remote learners.
+            training_data: The same as RLlib's container.
+            timesteps: RLlib's lifetime counters, and `ONLINE`.
+            minibatch_size: Rows per gradient step; all rows if None.
+            **kwargs: Accepted for RLlib's calling convention.
+
+        Returns:
+            The reduced metrics.
+        """
+        self._check_is_built()
+        timesteps = timesteps or {}
+        self.before_gradient_based_update(timesteps=timesteps)
+        self._online = bool(timesteps.get(ONLINE, False))
+        self._seed_noise_of_other_ranks()
+        self._move_learning_rates(timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0))
+        data = training_data if training_data is not None else TrainingData(batch=batch, batch_refs=batch_refs)
+        data.validate()
+        data.solve_refs()
+        self._weights_seq_no += 1
+        columns = self._columns_on_device(data.batch)
+        num_rows = len(next(iter(columns.values())))
+        rows_per_step = minibatch_size or num_rows
+        if num_rows % rows_per_step:
+            raise ValueError(f"An update needs whole mini-batches of {rows_per_step} rows, got {num_rows} rows.")
+        with float32_products(self.config.precision):
+            if self._graphed is not None:
+                kinds = self._kinds_of_steps(num_rows // rows_per_step)
+                self._graphed.run(columns, rows_per_step, kinds)
+            else:
+                for start in range(0, num_rows, rows_per_step):
+                    rows = {key: column[start : start + rows_per_step] for key, column in columns.items()}
+                    self._update({DEFAULT_MODULE_ID: rows})
+        self._log_update(num_rows, rows_per_step)
+        self.after_gradient_based_update(timesteps=timesteps)
+        return dict(self.metrics.reduce())
+
+    def _columns_on_device(self, batch: MultiAgentBatch | SampleBatch) -> dict[str, Tensor]:
+        columns = batch.policy_batches[DEFAULT_MODULE_ID] if isinstance(batch, MultiAgentBatch) else batch
+        # Arrays out of the object store are read-only, which torch warns about though nothing here writes to them.
+        writable = {k: v if v.flags.writeable else v.copy() for k, v in columns.items()}
+        return {key: torch.from_numpy(value).to(self._device) for key, value in writable.items()}
+
+    @override(TorchLearner)
+    def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        """One gradient step: all gradients at the same parameters, then every optimiser, then the targets.
+
+        With a gradient that is NaN, infinite or too large for Adam it changes nothing, but counts as an update, so that
+        the counters of algorithm and learners agree. The decision stays on the device and is the same on every rank: it
+        falls on the averages.
+        """
+        fwd_out, loss_per_module = self._make_step(batch)
+        self._num_updates += 1
+        return fwd_out, loss_per_module, {}
+
+    def _make_step(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        """What an update launches. Nothing is read back, nor counted by Python, so that a graph can replay it."""
+        if self.resident_store is not None and ROW_NUMBERS in batch[DEFAULT_MODULE_ID]:
+            batch = {DEFAULT_MODULE_ID: self.resident_store.look_up(batch[DEFAULT_MODULE_ID][ROW_NUMBERS])}
+        fwd_out = self.module.forward_train(batch)
+        loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
+        gradients = self.compute_gradients(loss_per_module)
+        # Before RLlib's clipping, which would turn infinities into finite numbers.
+        self._skipped.judge(list(gradients.values()))
+        applied = self.postprocess_gradients(gradients)
+        self._skipped.judge_squares(list(applied.values()))
+        self._skipped.count()
+        self.apply_gradients(applied)
+        if (self._num_updates + 1) % self.config.target_update_period == 0:
+            self._update_targets()
+        return fwd_out, loss_per_module
+
+    def _kinds_of_steps(self, num_steps: int) -> Iterator[tuple[bool, bool, bool]]:
+        """What Python decides in each step; counts the steps as they are made."""
+        for _ in range(num_steps):
+            clones = self._num_updates < self.config.bc_updates
+            yield self._online, clones, (self._num_updates + 1) % self.config.target_update_period == 0
+            self._num_updates += 1
+
+    @override(CQLTorchLearner)
+    def compute_loss_for_module(
+        self,
+        *,
+        module_id: str,
+        config: CalQLConfig,
+        batch: dict[str, Tensor],
+        fwd_out: dict[str, Tensor],
+    ) -> Tensor:
+        """Sum of critic, actor, temperature and (with `lagrangian`) dual loss; their parameters are disjoint."""
+        log_alpha = self.curr_log_alpha[module_id]
+        alpha = log_alpha.exp().detach().squeeze(0)
+        qf_loss, prime_loss = self._critic_losses(config, batch, fwd_out, alpha)
+        log_prob = fwd_out[outputs.ACTOR_LOG_PROB]
+        if self._num_updates < config.bc_updates:
+            policy_loss = losses.behaviour_cloning_loss(log_prob, fwd_out[outputs.DATA_LOG_PROB], alpha).mean()
+        else:
+            policy_loss = losses.actor_loss(log_prob, fwd_out[outputs.ACTOR_Q], alpha).mean()
+        alpha_loss = losses.temperature_loss(log_alpha, log_prob, self.target_entropy[module_id])
+        self._accumulator.add(
+            {
+                keys.QF_LOSS: qf_loss,
+                keys.POLICY_LOSS: policy_loss,
+                keys.ALPHA_LOSS: alpha_loss,
+                keys.ALPHA_VALUE: alpha,
+                keys.LOG_PROB: log_prob.mean(),
+            }
+        )
+        total = qf_loss + policy_loss + alpha_loss
+        return total if prime_loss is None else total + prime_loss
+
+    def _critic_losses(
+        self, config: CalQLConfig, batch: dict[str, Tensor], fwd_out: dict[str, Tensor], alpha: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Critic loss summed over critics, and the dual variable's loss."""
+        reference_value = batch[Columns.RETURNS_TO_GO]
+        values = losses.SampledValues(
+            q_uniform=fwd_out[outputs.Q_UNIFORM],
+            q_current=fwd_out[outputs.Q_CURRENT],
+            q_next=fwd_out[outputs.Q_NEXT],
+            log_prob_current=fwd_out[outputs.LOG_PROB_CURRENT],
+            log_prob_next=fwd_out[outputs.LOG_PROB_NEXT],
+            action_dim=self._calql_module.num_free_actions,
+        )
+        target = losses.td_target(
+            batch[Columns.REWARDS],
+            batch[Columns.TERMINATEDS],
+            fwd_out[outputs.TARGET_NEXT_Q],
+            fwd_out[outputs.TARGET_NEXT_LOG_PROB],
+            gamma=config.gamma,
+            entropy_alpha=None if config.deterministic_backup else alpha,
+        )
+        terms = losses.critic_loss(
+            fwd_out[outputs.Q_DATA],
+            target,
+            values,
+            reference_value if config.calibrates(online=self._online) else None,
+            temperature=config.temperature,
+            importance_sampling=config.importance_sampling,
+            gap_clip=config.conservative_gap_clip,
+        )
+        mean_gap = terms.gap.mean(dim=1)
+        weight = config.conservative_weight(online=self._online)
+        prime_loss = None
+        if not config.is_conservative(online=self._online):
+            conservative = torch.zeros_like(mean_gap)
+        elif config.lagrangian:
+            multiplier = losses.lagrange_multiplier(self.log_alpha_prime)
+            conservative = multiplier.detach() * weight * (mean_gap - config.lagrangian_thresh)
+            prime_loss = losses.lagrange_loss(
+                self.log_alpha_prime, mean_gap, min_q_weight=weight, lagrangian_thresh=config.lagrangian_thresh
+            )
+            self._accumulator.add({keys.ALPHA_PRIME: multiplier.squeeze(0), keys.ALPHA_PRIME_LOSS: prime_loss})
+        else:
+            conservative = weight * mean_gap
+        self._accumulator.add(
+            {
+                keys.CQL_LOSS: conservative.sum(),
+                keys.TARGET_Q: target.mean(),
+                **critic_diagnostics(fwd_out[outputs.Q_DATA], values, terms, reference_value, batch[IS_OFFLINE]),
+            }
+        )
+        return (terms.td.mean(dim=1) + conservative).sum(), prime_loss
+
+    @override(CQLTorchLearner)
+    def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:
+        """Gradients of all losses by one backward pass, averaged over the learners by one all-reduce."""
+        computed = TorchLearner.compute_gradients(self, loss_per_module, **kwargs)
+        # The dual variable has no gradient while the conservative term is off; Adam then leaves it alone.
+        gradients = {param: gradient for param, gradient in computed.items() if gradient is not None}
+        if self.config.num_learners > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+            torch.distributed.all_reduce(flat)
+            flat /= self.config.num_learners
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients.values()])
+            for gradient, part in zip(gradients.values(), parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return gradients
+
+    @override(CQLTorchLearner)
+    def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
+        """Steps every optimiser. With `found_inf` fused Adam leaves parameters, moments and step count as they are."""
+        for param, gradient in gradients_dict.items():
+            param.grad = gradient
+        for optimizer in self._named_optimizers.values():
+            optimizer.found_inf = self._skipped.found_inf
+            optimizer.step()
+
+    def _update_targets(self) -> None:
+        with torch.no_grad():
+            for main, target in self._calql_module.get_target_network_pairs():
+                targets = list(target.parameters())
+                weight = self.config.tau * (1.0 - self._skipped.found_inf.to(targets[0].dtype))
+                torch._foreach_lerp_(targets, list(main.parameters()), [weight] * len(targets))
+
+    @override(TorchLearner)
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Starts all learners from rank 0's parameters; no DDP wrapper, see `compute_gradients`."""
+        if self.config.num_learners > 1:
+            for tensor in self._calql_module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    @override(CQLTorchLearner)
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        """Moves learning-rate schedules. Targets have moved already; the parents' once-per-call update is skipped."""
+        TorchLearner.after_gradient_based_update(self, timesteps=timesteps)
+
+    def _log_update(self, num_rows: int, rows_per_step: int) -> None:
+        """Hands the accumulated tensors to RLlib's logger: the only host synchronisations of an update call."""
+        means, skipped = self._accumulator.pop(), self._skipped.read()
+        for name, value in (means | {keys.NUM_SKIPPED_UPDATES_IN_A_ROW: skipped.in_a_row}).items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
+        for name, count in (
+            (keys.NUM_UPDATES_LIFETIME, self._num_updates),
+            (keys.NUM_SKIPPED_UPDATES_LIFETIME, skipped.lifetime),
+        ):
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), count, reduce="max")
+        if skipped.new and self._learner_index == 0:
+            logger.warning(
+                "%d of %d gradient updates were skipped because a gradient was NaN or infinite, or its square (%d so "
+                "far). Not finite on the first learner: %s. Look for extreme rewards or observations in the data, then "
+                "lower the learning rates or set `grad_clip`.",
+                skipped.new,
+                num_rows // rows_per_step,
+                skipped.lifetime,
+                ", ".join(name for name, mean in means.items() if not math.isfinite(mean)) or "no term",
+            )
+        rows = MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch({"rows": np.empty(num_rows, np.int8)})}, num_rows)
+        self._log_steps_trained_metrics(rows)
+
+    # --- State -----------------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state and what it leaves out: temperature, dual variable, random state, counts of updates."""
+        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(_STATE, components, not_components):
+            state[_STATE] = {
+                "log_alpha": convert_to_numpy(self.curr_log_alpha[DEFAULT_MODULE_ID]),
+                "log_alpha_prime": convert_to_numpy(self.log_alpha_prime),
+                "generator": self._generator.get_state().numpy(),
+                "seed": self._seed,
+                "num_updates": self._num_updates,
+                "num_skipped_updates": self._skipped.get_state(),
+            }
+        return state
+
+    @override(Learner)
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores in place, so that the optimisers keep referring to the same tensors."""
+        self._weights_seq_no = 0  # RLlib would silently ignore an older checkpoint's weights.
+        super().set_state(state)
+        if self._graphed is not None:
+            self._graphed.forget()
+        if _STATE not in state:
+            return
+        own = state[_STATE]
+        with torch.no_grad():
+            self.curr_log_alpha[DEFAULT_MODULE_ID].copy_(torch.as_tensor(own["log_alpha"]))
+            self.log_alpha_prime.copy_(torch.as_tensor(own["log_alpha_prime"]))
+        self._num_updates = own["num_updates"]
+        self._skipped.set_state(own["num_skipped_updates"])
+        self._generator.set_state(torch.as_tensor(own["generator"]))
+        self._seed = own["seed"]
+        self._seed_noise_of_other_ranks()
+        self._set_constant_rates()
+
+    def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Sets mean and standard deviation of observations, each of shape (obs_dim,), in the module."""
+        self._calql_module.set_observation_statistics(torch.as_tensor(mean), torch.as_tensor(std))
+
+    def estimate_values(self, obs: np.ndarray) -> np.ndarray:
+        """Value of the greedy policy by the target critics; obs (B, obs_dim) gives (B,)."""
+        values = self._calql_module.estimate_values(torch.as_tensor(obs).to(self._device))
+        return np.asarray(convert_to_numpy(values))

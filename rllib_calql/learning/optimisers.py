@@ -1,0 +1,95 @@
+"""Optimisers of Cal-QL's learner: one Adam per network, their rates, their state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.utils.annotations import override
+from torch import Tensor
+
+from rllib_calql.config import CalQLConfig
+from rllib_calql.networks.rl_module import CalQLTorchRLModule
+
+
+class OptimisingLearner(CQLTorchLearner):
+    """The part of the learner that concerns optimisers."""
+
+    log_alpha_prime: Tensor  # The dual variable.
+
+    @property
+    def _calql_module(self) -> CalQLTorchRLModule:
+        module: CalQLTorchRLModule = self.module[DEFAULT_MODULE_ID].unwrapped()
+        return module
+
+    @override(CQLTorchLearner)
+    def configure_optimizers_for_module(self, module_id: str, config: CalQLConfig | None = None) -> None:
+        """Registers Adam optimisers for critics, policy, temperature and (with `lagrangian`) the dual variable."""
+        assert config is not None
+        module = self._calql_module
+        self.log_alpha_prime = self.log_alpha_prime.to(self._device).requires_grad_(config.lagrangian)
+        groups: list[tuple[str, Sequence[Tensor], Any]] = [
+            ("critic", module.critic_parameters(), config.critic_lr),
+            ("policy", module.policy_parameters(), config.actor_lr),
+            ("alpha", [self.curr_log_alpha[module_id]], config.alpha_lr),
+        ]
+        if config.lagrangian:
+            groups.append(("alpha_prime", [self.log_alpha_prime], config.critic_lr))
+        for name, params, lr in groups:
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=self._adam(params),
+                params=list(params),
+                lr_or_lr_schedule=lr,
+            )
+
+    def _adam(self, params: Sequence[Tensor]) -> torch.optim.Adam:
+        """Adam. On a GPU its rate lies there, so that a recorded step follows a schedule."""
+        if torch.device(self._device).type == "cuda":
+            return torch.optim.Adam(params, lr=torch.zeros((), device=self._device), fused=True, capturable=True)
+        return torch.optim.Adam(params, fused=True)
+
+    @staticmethod
+    @override(TorchLearner)
+    def _get_optimizer_lr(optimizer: torch.optim.Optimizer) -> float:
+        return float(optimizer.param_groups[0]["lr"])
+
+    @staticmethod
+    @override(TorchLearner)
+    def _set_optimizer_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _move_learning_rates(self, env_steps: int) -> None:
+        """Sets the rates of schedules before the call's updates; RLlib does so after them, one call late."""
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            if schedule.use_schedule:
+                self._set_optimizer_lr(optimizer, lr=schedule.update(timestep=env_steps))
+
+    def _set_constant_rates(self) -> None:
+        """Sets the config's rates, where they are no schedules, in place of those of a checkpoint."""
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            if not schedule.use_schedule:
+                # The restored optimiser holds the old learning rate; the config's, perhaps changed by PBT, must win.
+                self._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
+
+    @override(TorchLearner)
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restores copies: RLlib's tensors lie in the object store, where all learners of a node would change them."""
+        super()._set_optimizer_state(state)
+        is_cuda = torch.device(self._device).type == "cuda"
+        for optimizer in self._named_optimizers.values():
+            for buffers in optimizer.state.values():
+                buffers.update({name: value.clone() for name, value in buffers.items()})
+            for group in optimizer.param_groups:  # Perhaps written on another kind of device.
+                rate = float(group["lr"])
+                group["lr"] = torch.tensor(rate, device=self._device) if is_cuda else rate
+                group["capturable"] = is_cuda

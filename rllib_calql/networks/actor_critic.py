@@ -1,0 +1,270 @@
+"""Networks of Cal-QL: a tanh-Gaussian policy and an ensemble of critics with a leading critic axis.
+
+Axes: `C` critics, `M` sampled actions, `B` batch, `A` action dimension, `H` hidden width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rllib_calql.networks.critic_kernel import evaluate_by_kernel
+
+LOG_STD_BOUNDS = (-20.0, 2.0)  # Authors' code and Haarnoja et al. 2018.
+DATA_ACTION_LIMIT = 0.99999  # Data actions are clipped to +-this before arctanh (authors' code).
+_HIDDEN_GAIN = math.sqrt(2.0)  # Orthogonal init, authors' code.
+_OUTPUT_GAIN = 1e-2
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "leaky_relu": functional.leaky_relu,
+}
+
+
+def _initialise(weight: Tensor, bias: Tensor, *, orthogonal: bool, is_output: bool) -> None:
+    """Fills one layer, weight of shape (in, out): orthogonal as the authors do, else as torch does."""
+    if orthogonal:
+        nn.init.orthogonal_(weight, gain=_OUTPUT_GAIN if is_output else _HIDDEN_GAIN)
+        nn.init.zeros_(bias)
+    else:
+        bound = 1.0 / math.sqrt(weight.shape[0])
+        nn.init.uniform_(weight, -bound, bound)
+        nn.init.uniform_(bias, -bound, bound)
+
+
+class TanhGaussianPolicy(nn.Module):
+    """Tanh-squashed diagonal Gaussian over [-1, 1]^A.
+
+    The standard deviation is exp(multiplier * output + offset), multiplier and offset being learned scalars that start
+    at 1 and -1 (authors' code), clipped to exp([-20, 2]).
+
+    Args:
+        obs_dim: Size of an observation.
+        action_dim: Size of an action.
+        hiddens: Widths of the hidden layers.
+        activation: A key of `ACTIVATIONS`.
+        layer_norm: Whether every hidden layer is normalised before its activation.
+        orthogonal_init: Whether weights start orthogonal, biases zero.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hiddens: Sequence[int],
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        orthogonal_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self._activation = ACTIVATIONS[activation]
+        self.product_dtype: torch.dtype | None = None  # Of hidden layers; None is that of the parameters.
+        widths = [obs_dim, *hiddens]
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) for n in hiddens) if layer_norm else None
+        self.head = nn.Linear(widths[-1], 2 * action_dim)
+        self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+        for layer in [*self.layers, self.head]:
+            _initialise(layer.weight.data.T, layer.bias.data, orthogonal=orthogonal_init, is_output=layer is self.head)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and log standard deviation before squashing, each of shape (B, A)."""
+        hidden = obs
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            hidden = layer(hidden) if index == 0 else _linear(layer, hidden, self.product_dtype)
+            if self.norms is not None:
+                hidden = self.norms[index](hidden)
+            hidden = self._activation(hidden)
+        mean, raw_log_std = _linear(self.head, hidden, obs.dtype).chunk(2, dim=-1)
+        log_std = self.log_std_multiplier * raw_log_std + self.log_std_offset
+        return mean, log_std.clamp(*LOG_STD_BOUNDS)
+
+
+def _linear(layer: nn.Linear, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A layer whose product and result are of another type than its parameters."""
+    if dtype is None or dtype == inputs.dtype == layer.weight.dtype:
+        return functional.linear(inputs, layer.weight, layer.bias)
+    return functional.linear(inputs.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Reparameterised sample of the tanh-Gaussian and its log-density.
+
+    Args:
+        mean: Shape (B, A).
+        log_std: Shape (B, A).
+        noise: Standard normal, shape (..., B, A).
+
+    Returns:
+        Actions in (-1, 1), shape (..., B, A), and their log-densities, shape (..., B).
+    """
+    unsquashed = mean + log_std.exp() * noise
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - _log_tanh_slope(unsquashed)
+    return torch.tanh(unsquashed), log_prob.sum(dim=-1)
+
+
+def log_prob_of(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of given actions of [-1, 1]^A, clipped away from the ends, shape (..., B)."""
+    unsquashed = torch.atanh(actions.clamp(-DATA_ACTION_LIMIT, DATA_ACTION_LIMIT))
+    noise = (unsquashed - mean) * (-log_std).exp()
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - _log_tanh_slope(unsquashed)
+    return log_prob.sum(dim=-1)
+
+
+def _log_tanh_slope(unsquashed: Tensor) -> Tensor:
+    """log(1 - tanh(z)^2) without cancellation for large |z| (Haarnoja et al. 2018, arXiv:1801.01290, appendix C)."""
+    return 2.0 * (math.log(2.0) - unsquashed - functional.softplus(-2.0 * unsquashed))
+
+
+class EnsembleCritic(nn.Module):
+    """C independent Q networks, their parameters stacked on a leading critic axis.
+
+    The first layer is split, W [s, a] = W_s s + W_a a, so that the observation part is computed once per state however
+    many actions are judged there.
+
+    Args:
+        num_critics: C.
+        obs_dim: Size of an observation.
+        action_dim: Size of an action.
+        hiddens: Widths of the hidden layers, at least one.
+        activation: A key of `ACTIVATIONS`.
+        layer_norm: Whether every hidden layer is normalised before its activation.
+        orthogonal_init: Whether weights start orthogonal, biases zero.
+    """
+
+    def __init__(
+        self,
+        num_critics: int,
+        obs_dim: int,
+        action_dim: int,
+        hiddens: Sequence[int],
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        orthogonal_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_critics = num_critics
+        self._activation = ACTIVATIONS[activation]
+        self._is_plain = self._activation is ACTIVATIONS["relu"] and not layer_norm
+        self.product_dtype: torch.dtype | None = None  # Of hidden layers; None is that of the parameters.
+        widths = [obs_dim + action_dim, *hiddens, 1]
+        sizes = list(itertools.pairwise(widths))
+        joint = torch.empty(num_critics, *sizes[0])
+        self.weights = nn.ParameterList(torch.empty(num_critics, n_in, n_out) for n_in, n_out in sizes[1:])
+        self.biases = nn.ParameterList(torch.empty(num_critics, n_out) for _, n_out in sizes)
+        for index, weight in enumerate([joint, *self.weights]):
+            for c in range(num_critics):
+                is_output = index == len(sizes) - 1
+                _initialise(weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output)
+        # Two parameters rather than one sliced in `forward`: the optimiser sees leaves, and no gradient is assembled.
+        self.obs_weight = nn.Parameter(joint[:, :obs_dim].clone())
+        self.action_weight = nn.Parameter(joint[:, obs_dim:].clone())
+        norms = hiddens if layer_norm else []
+        self.norm_scales = nn.ParameterList(torch.ones(num_critics, n) for n in norms)
+        self.norm_shifts = nn.ParameterList(torch.zeros(num_critics, n) for n in norms)
+
+    def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False) -> Tensor:
+        """Q of M actions at each of B states.
+
+        Args:
+            obs: Shape (B, obs_dim).
+            actions: Shape (M, B, A).
+            frozen: Whether the parameters are constants, so that only `actions` receives gradient.
+
+        Returns:
+            Q values, shape (C, M, B).
+        """
+        if actions.dim() != 3 or obs.dim() != 2 or actions.shape[1] != obs.shape[0]:
+            raise ValueError(
+                f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
+            )
+        parameters = [self.obs_weight, self.biases[0], self.action_weight]
+        for weight, bias in zip(self.weights, list(self.biases)[1:], strict=True):
+            parameters += [weight, bias]
+        norms = list(zip(self.norm_scales, self.norm_shifts, strict=True))
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+            norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
+        dtype = self.product_dtype or obs.dtype
+        if self._are_batched(obs.device):
+            return self._evaluate_together(obs, actions, dtype, parameters, norms)
+        has_kernel = self._is_plain and not actions.requires_grad
+        q = []
+        for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
+            obs_part = torch.addmm(bias, obs, obs_weight)
+            if has_kernel:
+                q.append(evaluate_by_kernel(obs_part, actions, dtype, *others))
+            else:
+                own_norms = [(scale[c], shift[c]) for scale, shift in norms]
+                q.append(self._evaluate(obs_part, actions, dtype, others, own_norms))
+        return torch.stack(q)
+
+    @staticmethod
+    def _are_batched(device: torch.device) -> bool:
+        """Whether one batched product for all critics is faster than a product for each."""
+        return device.type != "cpu"
+
+    def _evaluate(
+        self,
+        obs_part: Tensor,
+        actions: Tensor,
+        dtype: torch.dtype,
+        parameters: Sequence[Tensor],
+        norms: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Q of one critic, shape (M, B); the kernel's arguments, scale and shift of every layer norm."""
+        action_weight, *layers = parameters
+        last = len(layers) - 2
+        hidden = torch.matmul(actions.to(dtype), action_weight.to(dtype)) + obs_part.to(dtype)
+        hidden = hidden.flatten(0, 1)
+        for index in range(0, len(layers), 2):
+            if norms:
+                scale, shift = norms[index // 2]
+                hidden = functional.layer_norm(hidden, scale.shape, scale.to(dtype), shift.to(dtype))
+            hidden = self._activation(hidden)
+            of_layer = obs_part.dtype if index == last else dtype
+            weight, bias = layers[index].to(of_layer), layers[index + 1].to(of_layer)
+            hidden = torch.addmm(bias, hidden.to(of_layer), weight)
+        return hidden.view(actions.shape[:2])
+
+    def _evaluate_together(
+        self,
+        obs: Tensor,
+        actions: Tensor,
+        dtype: torch.dtype,
+        parameters: Sequence[Tensor],
+        norms: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Q of all critics by batched products, which on a GPU takes a C-th of the kernels.
+
+        Shapes and types are those of `forward` and `_evaluate`, parameters with their critic axis.
+        """
+        obs_weight, bias, action_weight, *layers = parameters
+        last = len(layers) - 2
+        obs_part = torch.baddbmm(bias.unsqueeze(1), obs.expand(self.num_critics, -1, -1), obs_weight).to(dtype)
+        hidden = torch.matmul(actions.flatten(0, 1).to(dtype), action_weight.to(dtype))
+        shape = (self.num_critics, *actions.shape[:2])
+        hidden = (hidden.view(*shape, -1) + obs_part.unsqueeze(1)).flatten(1, 2)
+        for index in range(0, len(layers), 2):
+            if norms:
+                scale, shift = norms[index // 2]
+                normal = functional.layer_norm(hidden, hidden.shape[-1:])
+                hidden = normal * scale.to(dtype).unsqueeze(1) + shift.to(dtype).unsqueeze(1)
+            hidden = self._activation(hidden)
+            of_layer = dtype if index < last else obs.dtype
+            weight, bias = layers[index].to(of_layer), layers[index + 1].to(of_layer)
+            hidden = torch.baddbmm(bias.unsqueeze(1), hidden.to(of_layer), weight)
+        return hidden.view(shape)

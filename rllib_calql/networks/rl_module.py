@@ -1,0 +1,330 @@
+"""The RLModule of Cal-QL: policy, critic ensemble, target ensemble, observation statistics.
+
+Module actions live in [-1, 1]^A whatever the bounds of the environment's Box are; RLlib maps them on the way to the
+environment, and `offline_data.py` maps recorded environment actions back.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.utils.annotations import override
+from torch import Tensor, nn
+
+from rllib_calql.common.spaces import (
+    check_action_space,
+    check_observation_space,
+    fixed_dimensions,
+    is_flat_or_image,
+    is_image,
+)
+from rllib_calql.networks.actor_critic import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
+from rllib_calql.networks.image_encoder import ImageEncoder, Trunk, random_shifts
+from rllib_calql.networks.model_settings import check_image_settings_are_used
+from rllib_calql.store.resolution import MIN_STD
+
+# Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
+Q_DATA = "q_data"  # (C, B)
+Q_UNIFORM = "q_uniform"  # (C, N, B)
+Q_CURRENT = "q_current"  # (C, N, B)
+Q_NEXT = "q_next"  # (C, N, B), next-state proposals judged at s
+LOG_PROB_CURRENT = "log_prob_current"  # (N, B)
+LOG_PROB_NEXT = "log_prob_next"  # (N, B)
+TARGET_NEXT_Q = "target_next_q"  # (N or 1, B), minimum over the target critics at s'
+TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
+ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
+ACTOR_Q = "actor_q"  # (B,), minimum over frozen critics
+DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
+
+
+class Noise(NamedTuple):
+    """All random numbers of one gradient step.
+
+    Attributes:
+        actor: Standard normal, shape (B, A).
+        target: Standard normal, shape (N or 1, B, A).
+        uniform: Uniform in [-1, 1], shape (N, B, A).
+        current: Standard normal, shape (N, B, A).
+        following: Standard normal for the actions proposed at s', shape (N, B, A).
+    """
+
+    actor: Tensor
+    target: Tensor
+    uniform: Tensor
+    current: Tensor
+    following: Tensor
+
+
+class Inputs(NamedTuple):
+    """What the networks see of one batch, each of shape (B, n). For vectors all of s, and all of s', are the same.
+
+    Attributes:
+        critic: Of s, with gradient into the image encoder.
+        policy: Of s, without.
+        next_policy: Of s', without gradient.
+        target: Of s' for the target critics.
+    """
+
+    critic: Tensor
+    policy: Tensor
+    next_policy: Tensor
+    target: Tensor
+
+
+class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):
+    """Policy pi(a|s) and critics Q_c(s, a) of Cal-QL, with the forward passes that its loss needs.
+
+    RLlib's own CQL module is not reused: it repeats observations before every network and judges next-state proposals
+    at the next state, which is another regulariser than the one of Kumar et al. 2020.
+
+    Dimensions of the action space whose bounds are one number take no part: networks and densities know the others.
+
+    Images, Box(H, W, C) of uint8, pass an encoder first: once per state, for all actions and critics. The critics' loss
+    trains it, the actor's does not.
+
+    `model_config` keys: those of `model_settings.DEFAULT_MODEL_CONFIG`, and those that `CalQLConfig` adds
+    (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`).
+    """
+
+    policy: TanhGaussianPolicy
+    critic: EnsembleCritic
+    target_critic: EnsembleCritic
+
+    @override(RLModule)
+    def setup(self) -> None:
+        """Builds the networks from `model_config` and the spaces."""
+        settings = self.model_config
+        if not is_flat_or_image(self.observation_space):
+            raise ValueError(
+                f"The module needs flat observations, Box(n,), or images, Box(H, W, C) of uint8, got "
+                f"{self.observation_space}; leave `env_to_module_connector` unset so that other spaces are flattened."
+            )
+        check_observation_space(self.observation_space, "The observation space")
+        self._sees_images = is_image(self.observation_space)
+        check_image_settings_are_used(settings, sees_images=self._sees_images)
+        check_action_space(self.action_space, "The action space")
+        free = ~fixed_dimensions(self.action_space)
+        # None where every dimension is free: most spaces, for which nothing is to be taken out or put back.
+        self._free: Tensor | None
+        self.register_buffer("_free", None if free.all() else torch.from_numpy(np.flatnonzero(free)), persistent=False)
+        self.num_free_actions = action_dim = int(free.sum())
+        network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
+        self.obs_mean: Tensor
+        self.obs_std: Tensor
+        num_numbers = 0 if self._sees_images else self.observation_space.shape[0]
+        self.register_buffer("obs_mean", torch.zeros(num_numbers))
+        self.register_buffer("obs_std", torch.ones(num_numbers))
+        obs_dim = settings["image_features"] if self._sees_images else num_numbers
+        if self._sees_images:
+            self.encoder = ImageEncoder(
+                self.observation_space.shape, settings["conv_filters"], orthogonal_init=settings["orthogonal_init"]
+            )
+            self.policy_trunk = Trunk(self.encoder.size, obs_dim)
+            if not self.inference_only:
+                self.critic_trunk = Trunk(self.encoder.size, obs_dim)
+        self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
+        self.explores_randomly = False  # Set by `collection.collect` during a random warm-up.
+        self.generator: torch.Generator | None = None  # Set by the learner; None draws from torch's global generator.
+        self.action_dist_cls = TorchSquashedGaussian.get_partial_dist_cls(low=-1.0, high=1.0)
+        if not self.inference_only:
+            self.critic = EnsembleCritic(
+                settings["num_critics"], obs_dim, action_dim, settings["critic_hiddens"], **network_kwargs
+            )
+
+    @override(TargetNetworkAPI)
+    def make_target_networks(self) -> None:
+        """Copies the critics and what stands before them. The targets never receive gradient."""
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        if self._sees_images:
+            self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.target_trunk = copy.deepcopy(self.critic_trunk).requires_grad_(False)
+
+    @override(TargetNetworkAPI)
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of a network and its target."""
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.target_critic)]
+        if self._sees_images:
+            pairs += [(self.encoder, self.target_encoder), (self.critic_trunk, self.target_trunk)]
+        return pairs
+
+    @override(InferenceOnlyAPI)
+    def get_non_inference_attributes(self) -> list[str]:
+        """Parts that env runners do not hold."""
+        of_images = ["critic_trunk", "target_encoder", "target_trunk"] if self._sees_images else []
+        return ["critic", "target_critic", *of_images]
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the actor's loss trains."""
+        return [*self.policy.parameters(), *(self.policy_trunk.parameters() if self._sees_images else ())]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critics' loss trains, the image encoder included."""
+        of_images = (self.encoder, self.critic_trunk) if self._sees_images else ()
+        return [parameter for network in (self.critic, *of_images) for parameter in network.parameters()]
+
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Sets the type of hidden layers' activations and products; None is that of the parameters."""
+        for network in (self.policy, self.critic, self.target_critic):
+            network.product_dtype = dtype
+        if self._sees_images:
+            self.encoder.product_dtype = self.target_encoder.product_dtype = dtype
+
+    def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std.clamp_min(MIN_STD))
+
+    def _free_actions(self, actions: Tensor) -> Tensor:
+        """Of actions (..., A) the dimensions that leave a choice: those that networks and densities know."""
+        return actions if self._free is None else actions[..., self._free]
+
+    def _whole_actions(self, free_actions: Tensor) -> Tensor:
+        """The inverse; 0 stands in dimensions whose bounds are one number, which is what the environment gets there."""
+        if self._free is None:
+            return free_actions
+        actions = free_actions.new_zeros(*free_actions.shape[:-1], self.action_space.shape[0])
+        actions[..., self._free] = free_actions
+        return actions
+
+    def _normalise(self, obs: Tensor) -> Tensor:
+        numbers = obs.to(self.obs_mean.dtype)
+        return (numbers - self.obs_mean) / self.obs_std if self.model_config["normalize_observations"] else numbers
+
+    def _policy_input(self, obs: Tensor) -> Tensor:
+        return self.policy_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
+
+    def _training_inputs(self, obs: Tensor, next_obs: Tensor) -> Inputs:
+        """Inputs of all networks; images of s and s' are shifted at random, each by itself."""
+        if not self._sees_images:
+            obs, next_obs = self._normalise(obs), self._normalise(next_obs)
+            return Inputs(obs, obs, next_obs, next_obs)
+        shape = self.encoder.image_shape
+        images = torch.cat([obs.view(-1, *shape), next_obs.view(-1, *shape)])
+        shifted = random_shifts(images, self.model_config["random_shift"], self.generator)
+        here, following = shifted.chunk(2)
+        code = self.encoder(here)
+        with torch.no_grad():
+            next_policy = self.policy_trunk(self.encoder(following))
+            target = self.target_trunk(self.target_encoder(following))
+        return Inputs(self.critic_trunk(code), self.policy_trunk(code.detach()), next_policy, target)
+
+    @override(TorchRLModule)
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        mean, log_std = self.policy(self._policy_input(batch[Columns.OBS]))
+        return {Columns.ACTION_DIST_INPUTS: torch.cat([mean, log_std], dim=-1)}
+
+    @override(TorchRLModule)
+    def forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Greedy actions. RLlib changes the mode of all layers at every env step, which changes nothing in these."""
+        outputs: dict[str, Any] = self._forward_inference(batch, **kwargs)
+        return outputs
+
+    @override(TorchRLModule)
+    def forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Sampled actions, without a change of mode as in `forward_inference`."""
+        outputs: dict[str, Any] = self._forward_exploration(batch, **kwargs)
+        return outputs
+
+    @override(TorchRLModule)
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Greedy actions tanh(mean). RLlib's deterministic squashed Gaussian would return the mean before squashing."""
+        with torch.no_grad():
+            outputs: dict[str, Any] = self._forward(batch)
+            mean, _ = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
+            return {Columns.ACTIONS: self._whole_actions(torch.tanh(mean)), **outputs}
+
+    @override(TorchRLModule)
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Sampled actions. RLlib's distribution would clip the standard deviation more tightly than the loss does."""
+        with torch.no_grad():
+            outputs: dict[str, Any] = self._forward(batch)
+            mean, log_std = outputs[Columns.ACTION_DIST_INPUTS].chunk(2, dim=-1)
+            if self.explores_randomly:
+                return {Columns.ACTIONS: self._whole_actions(torch.rand_like(mean) * 2.0 - 1.0)}
+            actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
+            return {Columns.ACTIONS: self._whole_actions(actions), Columns.ACTION_LOGP: log_prob, **outputs}
+
+    @override(QNetAPI)
+    def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Q of the batch's (module) actions: {"qf_preds": shape (C, B)}."""
+        obs = batch[Columns.OBS]
+        seen = self.critic_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
+        return {"qf_preds": self.critic(seen, self._free_actions(batch[Columns.ACTIONS]).unsqueeze(0))[:, 0]}
+
+    @override(TargetNetworkAPI)
+    def forward_target(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Minimum over the target critics of the batch's (module) actions: {"qf_target": shape (B,)}."""
+        obs = batch[Columns.OBS]
+        seen = self.target_trunk(self.target_encoder(obs)) if self._sees_images else self._normalise(obs)
+        q = self.target_critic(seen, self._free_actions(batch[Columns.ACTIONS]).unsqueeze(0))
+        return {"qf_target": q[:, 0].amin(dim=0)}
+
+    @torch.no_grad()
+    def estimate_values(self, obs: Tensor) -> Tensor:
+        """V(s) of the greedy policy, min_c of the target critics at tanh(mean), shape (B,)."""
+        mean, _ = self.policy(self._policy_input(obs))
+        outputs: dict[str, Tensor] = self.forward_target(
+            {Columns.OBS: obs, Columns.ACTIONS: self._whole_actions(torch.tanh(mean))}
+        )
+        return outputs["qf_target"]
+
+    def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
+        """Draws all random numbers of one gradient step from the learner's generator."""
+        action_dim = self.num_free_actions
+        num_actions = self.model_config["num_actions"]
+        num_targets = num_actions if self.model_config["max_target_backup"] else 1
+        # One draw of each kind and slices of it: fewer kernel launches.
+        normal = torch.randn(
+            1 + num_targets + 2 * num_actions, batch_size, action_dim, generator=self.generator, device=device
+        )
+        uniform = torch.rand(num_actions, batch_size, action_dim, generator=self.generator, device=device)
+        actor, target, current, following = torch.split(normal, [1, num_targets, num_actions, num_actions])
+        return Noise(actor[0], target, uniform * 2.0 - 1.0, current, following)
+
+    @override(TorchRLModule)
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """All values that the loss needs, each network evaluated once per distinct input.
+
+        Gradient flows from `Q_*` into the critics and the image encoder only, from `ACTOR_*` and `DATA_LOG_PROB` into
+        the policy only.
+        """
+        inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS])
+        data_actions = self._free_actions(batch[Columns.ACTIONS])
+        noise = self.draw_noise(data_actions.shape[0], data_actions.device)
+        num_actions = noise.current.shape[0]
+
+        mean, log_std = self.policy(inputs.policy)
+        actor_actions, actor_log_prob = squash(mean, log_std, noise.actor)
+        with torch.no_grad():
+            current, log_prob_current = squash(mean, log_std, noise.current)
+            next_mean, next_log_std = self.policy(inputs.next_policy)
+            num_targets = noise.target.shape[0]
+            at_next, log_prob_at_next = squash(next_mean, next_log_std, torch.cat([noise.target, noise.following]))
+            target_actions, target_log_prob = at_next[:num_targets], log_prob_at_next[:num_targets]
+            following, log_prob_next = at_next[num_targets:], log_prob_at_next[num_targets:]
+            target_next_q = self.target_critic(inputs.target, target_actions).amin(dim=0)
+            # Every action is judged at s; only the proposal of `following` comes from s'.
+            judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
+        q = self.critic(inputs.critic, judged)
+        q_data, q_uniform, q_current, q_next = torch.split(q, [1, num_actions, num_actions, num_actions], dim=1)
+        return {
+            Q_DATA: q_data[:, 0],
+            Q_UNIFORM: q_uniform,
+            Q_CURRENT: q_current,
+            Q_NEXT: q_next,
+            LOG_PROB_CURRENT: log_prob_current,
+            LOG_PROB_NEXT: log_prob_next,
+            TARGET_NEXT_Q: target_next_q,
+            TARGET_NEXT_LOG_PROB: target_log_prob,
+            ACTOR_LOG_PROB: actor_log_prob,
+            ACTOR_Q: self.critic(inputs.critic.detach(), actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
+            DATA_LOG_PROB: log_prob_of(mean, log_std, data_actions),
+        }

@@ -1,0 +1,1 @@
+"""Every setting of `CalQLConfig`: what it is, its checks, what is refused."""

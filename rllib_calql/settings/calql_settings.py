@@ -1,0 +1,347 @@
+"""`CalQLSettings`: every setting of Cal-QL with its default's provenance, and the typed methods that set them.
+
+"Authors" below means the authors' released code (nakamotoo/Cal-QL), "paper" Nakamoto et al. 2023, arXiv:2303.05479.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.algorithms.cql.cql import CQLConfig
+from ray.rllib.utils.annotations import override
+
+from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
+from rllib_calql.settings.input_settings import checked_input
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PathLike = str | os.PathLike[str]
+
+
+class CalQLSettings(CQLConfig):
+    """Holds the settings; `CalQLConfig` adds what they mean for RLlib."""
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class)
+
+        # .training()
+        self.calibrate = True
+        self.reference_value = "returns_to_go"
+        self.min_q_weight = 5.0  # Paper, AntMaze; 1.0 for Adroit.
+        self.num_actions = 10  # Authors.
+        self.temperature = 1.0  # Authors.
+        self.importance_sampling = True  # Authors.
+        self.lagrangian = False
+        self.lagrangian_thresh = 0.8  # Paper, AntMaze.
+        self.max_target_backup = True  # Authors; RLlib's CQL has no such option.
+        self.deterministic_backup = True  # Authors (`backup_entropy=False`).
+        self.conservative_gap_clip: tuple[float, float] = (float("-inf"), float("inf"))
+        self.num_critics = 2
+        self.actor_lr = 1e-4  # Authors.
+        self.critic_lr = 3e-4  # Authors; RLlib's CQL 1e-3.
+        self.alpha_lr = 1e-4  # Authors: the policy's rate.
+        self.tau = 5e-3
+        self.target_update_period = 1
+        self.bc_updates = 0
+        self.precision = "fp32"
+        self.store_buffer_in_checkpoints = True  # RLlib: False, which loses what was collected.
+        self.gamma = 0.99
+        self.grad_clip = None
+        self.train_batch_size_per_learner = 256
+
+        # .offline_data()
+        self.reward_scale = 1.0
+        self.reward_bias = 0.0
+        self.failure_reward: float | None = None
+        self.truncation = "none"  # Authors.
+        self.action_space_of_data = "environment"
+        self.normalize_observations = False  # Authors.
+        self.use_recorded_returns = False
+        self.unfinished_episodes = "error"
+        self.missing_final_observation = "drop_step"
+        self.max_episode_steps_in_data: int | None = None
+        self.observation_jump_tolerance = 1e-6  # CORL's, there an absolute norm.
+        self.store_memory_limit: int | None = None
+        self.cache_dir: str | None = None
+        self.share_offline_data = True
+
+        # .fine_tuning()
+        self.offline_updates: int | None = None
+        self.updates_per_iteration = 1_000
+        self.mixing_ratio: float | str = 0.5  # Authors.
+        self.updates_per_env_step: float = 1  # Authors' UTD ratio.
+        self.min_q_weight_online: float | None = None
+        self.conservative_online = True
+        self.calibrate_online = True  # Authors; CORL switches it off.
+        self.warmup_env_steps: int | None = None
+        self.online_capacity = 1_000_000
+        self.sample_async = True
+        self.max_staleness_env_steps: int | None = None
+        self.max_episode_env_steps = 10_000
+        self.pretrained: str | None = None
+
+        # .rl_module()
+        self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
+
+    @override(CQLConfig)
+    def training(
+        self,
+        *,
+        calibrate: bool = NotProvided,
+        reference_value: str = NotProvided,
+        min_q_weight: float = NotProvided,
+        num_actions: int = NotProvided,
+        temperature: float = NotProvided,
+        importance_sampling: bool = NotProvided,
+        lagrangian: bool = NotProvided,
+        lagrangian_thresh: float = NotProvided,
+        max_target_backup: bool = NotProvided,
+        deterministic_backup: bool = NotProvided,
+        conservative_gap_clip: Sequence[float] = NotProvided,
+        num_critics: int = NotProvided,
+        actor_lr: Any = NotProvided,
+        critic_lr: Any = NotProvided,
+        alpha_lr: Any = NotProvided,
+        tau: float = NotProvided,
+        target_update_period: int = NotProvided,
+        bc_updates: int = NotProvided,
+        precision: Literal["fp32", "medium", "bf16"] = NotProvided,
+        store_buffer_in_checkpoints: bool = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Sets loss, critics, learning rates and targets.
+
+        Args:
+            calibrate: Whether the push-down of Q stops at the reference value. False is CQL(H).
+            reference_value: What Q is bounded by: "returns_to_go", the Monte-Carlo return of the data's policy, or the
+                name of a numeric column of the offline data that holds another policy's value, in units of training
+                rewards. Online episodes have no such column; they are bounded by their returns in any case.
+            min_q_weight: Weight w of the conservative term, at least 0.
+            num_actions: Actions drawn per source (uniform, current, next) and state, N.
+            temperature: T of the soft maximum, positive.
+            importance_sampling: Whether each action's Q is divided by its proposal density.
+            lagrangian: Whether w is multiplied by a dual variable that holds the gap at `lagrangian_thresh`.
+            lagrangian_thresh: That gap, in units of Q.
+            max_target_backup: Whether the target takes the best of `num_actions` next actions.
+            deterministic_backup: Whether the target leaves out the entropy term.
+            conservative_gap_clip: Bounds of the gap of each transition.
+            num_critics: Size of the critic ensemble; targets and actor use its minimum.
+            actor_lr: Learning rate of the policy, or RLlib's schedule [[env_steps, value], ...].
+            critic_lr: Learning rate of critics and dual variable, or a schedule.
+            alpha_lr: Learning rate of the entropy temperature, or a schedule.
+            tau: Step of the target networks towards the critics, in (0, 1].
+            target_update_period: Gradient updates between two steps of the targets.
+            bc_updates: First gradient updates in which the actor clones the data's actions.
+            precision: Arithmetic of the learners' matrix products. "fp32"; "medium", the factors rounded to TF32 on
+                GPUs and to bfloat16 on CPUs that can; or "bf16", hidden layers in bfloat16. First layers see
+                observations in float32, and last layers, targets, losses, gradients of parameters and optimisers are in
+                float32 always.
+            store_buffer_in_checkpoints: Whether checkpoints hold the online transitions. Without them a restored run
+                goes on with offline data alone until new episodes are there.
+            **kwargs: RLlib's own settings (`gamma`, `train_batch_size_per_learner`, `grad_clip`, `initial_alpha`,
+                `target_entropy`, ...).
+
+        Returns:
+            This config.
+        """
+        super().training(**kwargs)
+        if isinstance(conservative_gap_clip, list):
+            conservative_gap_clip = tuple(conservative_gap_clip)
+        self._set_provided(
+            calibrate=calibrate,
+            reference_value=reference_value,
+            min_q_weight=min_q_weight,
+            num_actions=num_actions,
+            temperature=temperature,
+            importance_sampling=importance_sampling,
+            lagrangian=lagrangian,
+            lagrangian_thresh=lagrangian_thresh,
+            max_target_backup=max_target_backup,
+            deterministic_backup=deterministic_backup,
+            conservative_gap_clip=conservative_gap_clip,
+            num_critics=num_critics,
+            actor_lr=actor_lr,
+            critic_lr=critic_lr,
+            alpha_lr=alpha_lr,
+            tau=tau,
+            target_update_period=target_update_period,
+            bc_updates=bc_updates,
+            precision=precision,
+            store_buffer_in_checkpoints=store_buffer_in_checkpoints,
+        )
+        return self
+
+    @override(CQLConfig)
+    def offline_data(
+        self,
+        *,
+        input_: PathLike | Sequence[PathLike] | Any = NotProvided,
+        reward_scale: float = NotProvided,
+        reward_bias: float = NotProvided,
+        failure_reward: float | None = NotProvided,
+        truncation: Literal["none", "steady", "bootstrap"] = NotProvided,
+        action_space_of_data: Literal["environment", "module"] = NotProvided,
+        normalize_observations: bool = NotProvided,
+        use_recorded_returns: bool = NotProvided,
+        unfinished_episodes: Literal["error", "truncate", "drop"] = NotProvided,
+        missing_final_observation: Literal["drop_step", "repeat"] = NotProvided,
+        max_episode_steps_in_data: int | None = NotProvided,
+        observation_jump_tolerance: float = NotProvided,
+        store_memory_limit: int | None = NotProvided,
+        cache_dir: PathLike | None = NotProvided,
+        share_offline_data: bool = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Sets where the data come from and how rewards and returns are computed.
+
+        Args:
+            input_: One or more of: "minari:<dataset id>"; a file, folder or URI ("s3://...", "gs://...") of Parquet
+                rows, D4RL-style HDF5, NumPy .npz, or what RLlib recorded; a `ray.data.Dataset` of rows; a list of
+                `SingleAgentEpisode`.
+            reward_scale: Factor on every reward, offline and online.
+            reward_bias: Added after scaling. Reported returns stay in the environment's units.
+            failure_reward: In a sparse-reward task, the reward (environment units) of every step of a failed episode;
+                such an episode counts as failing for ever.
+            truncation: What follows the last step of an episode that was cut: nothing ("none"), its last reward for
+                ever ("steady"), or the learner's value estimate of the last observation ("bootstrap").
+            action_space_of_data: Whether actions in data without metadata are in the environment's units or in the
+                module's [-1, 1].
+            normalize_observations: Whether observations are normalised by the offline data's mean and deviation.
+            use_recorded_returns: Whether the data's own column `returns_to_go`, in units of training rewards, is used
+                as it is instead of computing returns.
+            unfinished_episodes: What becomes of an episode that ends neither terminated nor truncated: "error",
+                "truncate" (it counts as cut at its last row) or "drop".
+            missing_final_observation: Where a format stores no observation after an episode's last step and the
+                episode was cut: "drop_step" (the last row only gives that observation) or "repeat" the last one.
+            max_episode_steps_in_data: In rows without episode ids, the steps after which an episode ends at the latest.
+            observation_jump_tolerance: In rows without episode ids, an episode ends where an observation differs by
+                more than this, relative to max(1, |obs|), from the next observation of the row before.
+            store_memory_limit: Bytes of memory for offline transitions; more of them go to memory-mapped files in
+                `cache_dir`. None: half of the machine's memory.
+            cache_dir: Folder of these files. None: `rllib_calql` in the user's cache folder.
+            share_offline_data: Whether the trials of Ray Tune share one copy of the offline transitions per node, in
+                Ray's object store.
+            **kwargs: RLlib's own settings (`input_filesystem`, `input_filesystem_kwargs`, `output`, ...).
+
+        Returns:
+            This config.
+        """
+        if input_ is not NotProvided:
+            filesystem = kwargs.get("input_filesystem", self.input_filesystem)
+            kwargs["input_"] = checked_input(input_, is_local=filesystem is None)
+        if cache_dir is not NotProvided and cache_dir is not None:
+            cache_dir = os.fspath(cache_dir)
+            # Tune runs each trial in a folder of its own, where a relative one would never be found again.
+            cache_dir = os.path.abspath(cache_dir) if cache_dir and not cache_dir.startswith("~") else cache_dir
+        super().offline_data(**kwargs)
+        self._set_provided(
+            reward_scale=reward_scale,
+            reward_bias=reward_bias,
+            failure_reward=failure_reward,
+            truncation=truncation,
+            action_space_of_data=action_space_of_data,
+            normalize_observations=normalize_observations,
+            use_recorded_returns=use_recorded_returns,
+            unfinished_episodes=unfinished_episodes,
+            missing_final_observation=missing_final_observation,
+            max_episode_steps_in_data=max_episode_steps_in_data,
+            observation_jump_tolerance=observation_jump_tolerance,
+            store_memory_limit=store_memory_limit,
+            cache_dir=cache_dir,
+            share_offline_data=share_offline_data,
+        )
+        return self
+
+    def fine_tuning(
+        self,
+        *,
+        offline_updates: int = NotProvided,
+        updates_per_iteration: int = NotProvided,
+        mixing_ratio: float | Literal["proportional"] = NotProvided,
+        updates_per_env_step: float = NotProvided,
+        min_q_weight_online: float | None = NotProvided,
+        conservative_online: bool = NotProvided,
+        calibrate_online: bool = NotProvided,
+        warmup_env_steps: int | None = NotProvided,
+        online_capacity: int = NotProvided,
+        sample_async: bool = NotProvided,
+        max_staleness_env_steps: int | None = NotProvided,
+        max_episode_env_steps: int = NotProvided,
+        pretrained: PathLike | None = NotProvided,
+    ) -> Self:
+        """Sets the two phases and the switch between them.
+
+        Args:
+            offline_updates: Gradient updates before the switch. Required with offline data, unless `pretrained` is
+                set; 0 starts online at once.
+            updates_per_iteration: Gradient updates of one `train()` call in the offline phase.
+            mixing_ratio: Share of offline rows in every online batch, exactly `round(B * mixing_ratio)` rows, or
+                "proportional" to the two amounts of data.
+            updates_per_env_step: Gradient updates per env step collected, the update-to-data ratio.
+            min_q_weight_online: `min_q_weight` after the switch; None keeps the offline one.
+            conservative_online: Whether the conservative term stays on after the switch. False is SAC.
+            calibrate_online: Whether calibration stays on after the switch.
+            warmup_env_steps: Env steps collected after the switch before the first online update: by the pre-trained
+                policy, or by random actions if there was no pre-training. None: 0 with offline data, 1,000 without.
+            online_capacity: Transitions of online data kept; the oldest give way.
+            sample_async: Whether remote env runners go on collecting while learners update. False: an episode of
+                every runner, then its updates, which is reproducible. Without remote runners it is always so.
+            max_staleness_env_steps: With `sample_async`, the env steps stored and not yet trained on above which env
+                runners wait for the learners. None: the mean length of an episode for every environment.
+            max_episode_env_steps: Steps after which an online episode is cut by the truncation rule and stored, at most
+                `online_capacity`. The environment is not reset there.
+            pretrained: Checkpoint of another run that this one starts from: its networks, optimisers and temperature,
+                and its count of offline updates. `offline_updates` may then be left out, for no more of them. It is
+                code, as every checkpoint: name only one that you would run as a program.
+
+        Returns:
+            This config.
+        """
+        if pretrained is not NotProvided and pretrained:
+            pretrained = os.fspath(pretrained)
+            # As with `cache_dir`.
+            pretrained = os.path.abspath(os.path.expanduser(pretrained)) if "://" not in pretrained else pretrained
+        self._set_provided(
+            offline_updates=offline_updates,
+            updates_per_iteration=updates_per_iteration,
+            mixing_ratio=mixing_ratio,
+            updates_per_env_step=updates_per_env_step,
+            min_q_weight_online=min_q_weight_online,
+            conservative_online=conservative_online,
+            calibrate_online=calibrate_online,
+            warmup_env_steps=warmup_env_steps,
+            online_capacity=online_capacity,
+            sample_async=sample_async,
+            max_staleness_env_steps=max_staleness_env_steps,
+            max_episode_env_steps=max_episode_env_steps,
+            pretrained=pretrained,
+        )
+        return self
+
+    @override(AlgorithmConfig)
+    def rl_module(self, *, model_config: Any = NotProvided, **kwargs: Any) -> Self:
+        """Sets the networks.
+
+        Args:
+            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and
+                for images `conv_filters`, a list of [channels, kernel, stride], `image_features`, the width between
+                encoder and networks, and `random_shift` in pixels; the others keep their defaults.
+            **kwargs: RLlib's own settings.
+
+        Returns:
+            This config.
+        """
+        if model_config is not NotProvided and isinstance(model_config, dict):
+            model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG | model_config)
+        super().rl_module(model_config=model_config, **kwargs)
+        return self
+
+    def _set_provided(self, **settings: Any) -> None:
+        for name, value in settings.items():
+            if value is not NotProvided:
+                setattr(self, name, value)

@@ -1,0 +1,294 @@
+"""The checks behind `CalQLConfig.validate`: ranges, choices, and what must fit together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rllib_calql.common.returns import TRUNCATION_RULES, is_endless, reward_settings
+from rllib_calql.common.spaces import check_action_space, check_observation_space
+from rllib_calql.networks.model_settings import check_model_config, check_module_spec, check_names
+from rllib_calql.networks.precision import PRECISIONS
+from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.settings.refused import check_unused
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
+
+_POSITIVE = ("temperature", "tau", "updates_per_env_step", "initial_alpha")
+_NOT_NEGATIVE = ("min_q_weight",)
+_IN_FLOAT32 = (
+    *("temperature", "tau", "initial_alpha", "min_q_weight", "min_q_weight_online", "lagrangian_thresh"),
+    *("target_entropy", "actor_lr", "critic_lr", "alpha_lr", "reward_scale", "reward_bias", "failure_reward"),
+)
+_POSITIVE_INTEGERS = (
+    "num_actions",
+    "num_critics",
+    "target_update_period",
+    "updates_per_iteration",
+    "online_capacity",
+    "max_episode_env_steps",
+    "train_batch_size_per_learner",
+)
+_BOOLEANS = (
+    "calibrate",
+    "importance_sampling",
+    "lagrangian",
+    "max_target_backup",
+    "deterministic_backup",
+    "normalize_observations",
+    "conservative_online",
+    "calibrate_online",
+    "use_recorded_returns",
+    "store_buffer_in_checkpoints",
+    "share_offline_data",
+    "sample_async",
+)
+
+
+def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) -> None:
+    """Runs RLlib's checks and ours.
+
+    Raises:
+        ValueError: At the first setting that is wrong.
+    """
+    check_unused(config)
+    check_names(config._model_config)
+    check_module_spec(config._rl_module_spec, config.get_default_rl_module_spec().module_class)
+    _check_host(config)
+    with _without_new_stack_banners():
+        parent_validate()
+    _check_ranges(config)
+    _check_choices(config)
+    _check_float32(config)
+    _check_data(config)
+    check_model_config(config.model_config)
+    _check_collection(config)
+    _check_phases(config)
+
+
+def _check_host(config: CalQLConfig) -> None:
+    if config.framework_str != "torch":
+        raise ValueError(f'`framework` must be "torch", got {config.framework_str!r}.')
+    if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
+        raise ValueError("CalQL runs on RLlib's new API stack only; drop the `.api_stack(...)` call.")
+    if config.is_multi_agent:
+        raise ValueError("CalQL trains one agent; drop the `.multi_agent(...)` call.")
+    if not config.normalize_actions:
+        raise ValueError(
+            "`normalize_actions` must be True: module actions lie in [-1, 1] and RLlib maps them to the bounds."
+        )
+    if config.action_space is not None:
+        check_action_space(config.action_space, "`action_space`")
+    if config.observation_space is not None and config._env_to_module_connector is None:
+        check_observation_space(config.observation_space, "`observation_space`")
+
+
+@contextmanager
+def _without_new_stack_banners() -> Iterator[None]:
+    """RLlib warns at each validation that the new API stack is in use, which is the only one here."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "on the new API stack!" not in record.getMessage()
+
+    names = ("ray.rllib.algorithms.sac.sac", "ray.rllib.algorithms.algorithm_config")
+    for name in names:
+        logging.getLogger(name).addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(is_wanted)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_integer(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_rate_or_schedule(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return _is_real(value) and 0 < value < math.inf
+    return (
+        len(value) >= 2
+        and all(isinstance(point, (list, tuple)) and len(point) == 2 for point in value)
+        and all(_is_real(number) and 0 <= number < math.inf for point in value for number in point)
+        and value[0][0] == 0
+    )
+
+
+def _check_float32(config: CalQLConfig) -> None:
+    """Refuses what would be 0 or infinite where training computes with it."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    for name in _IN_FLOAT32:
+        value = getattr(config, name)
+        if _is_real(value) and value != 0 and not smallest <= abs(value) <= largest:
+            raise ValueError(
+                f"`{name}` must be 0 or between {smallest:.2g} and {largest:.2g} in size, since training computes in "
+                f"float32; got {value!r}."
+            )
+    if config.failure_reward is not None:
+        value = reward_settings(config).endless_return(config.failure_reward)
+        if not abs(value) <= largest:
+            raise ValueError(
+                f"`failure_reward` {config.failure_reward!r} for ever is a return of {value:.3g} by "
+                f"{reward_settings(config)}, but training stores float32, at most {largest:.2g}; lower one of them."
+            )
+
+
+def _check_ranges(config: CalQLConfig) -> None:
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not (_is_real(value) and 0 < value < math.inf):
+            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not (_is_real(value) and 0 <= value < math.inf):
+            raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+    for name in _POSITIVE_INTEGERS:
+        value = getattr(config, name)
+        if not _is_integer(value, 1):
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
+    for name in ("actor_lr", "critic_lr", "alpha_lr"):
+        if not _is_rate_or_schedule(getattr(config, name)):
+            raise ValueError(
+                f"`{name}` must be a positive number or a schedule [[0, value], [env_steps, value], ...] of at least "
+                f"two points, got {getattr(config, name)!r}."
+            )
+    entropy = config.target_entropy
+    if entropy != "auto" and not (_is_real(entropy) and math.isfinite(entropy)):
+        raise ValueError(f'`target_entropy` must be "auto" or a finite number, got {entropy!r}.')
+    if config.tau > 1:
+        raise ValueError(f"`tau` must be in (0, 1], got {config.tau!r}.")
+    if not (_is_real(config.gamma) and 0 <= config.gamma <= 1):
+        raise ValueError(f"`gamma` must be in [0, 1], got {config.gamma!r}.")
+    if not _is_integer(config.bc_updates, 0):
+        raise ValueError(f"`bc_updates` must be an integer of at least 0, got {config.bc_updates!r}.")
+    weight = config.min_q_weight_online
+    if weight is not None and not (_is_real(weight) and 0 <= weight < math.inf):
+        raise ValueError(f"`min_q_weight_online` must be None or a number of at least 0, got {weight!r}.")
+    if config.warmup_env_steps is not None and not _is_integer(config.warmup_env_steps, 0):
+        raise ValueError(
+            f"`warmup_env_steps` must be None or an integer of at least 0, got {config.warmup_env_steps!r}."
+        )
+    for name in ("reward_scale", "reward_bias", "lagrangian_thresh"):
+        if not (_is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
+            raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
+    clip: Any = config.conservative_gap_clip
+    if (
+        not isinstance(clip, (tuple, list))  # Tune restores a tuple as a list.
+        or len(clip) != 2
+        or not all(_is_real(bound) for bound in clip)
+        or clip[0] >= clip[1]
+    ):
+        raise ValueError(f"`conservative_gap_clip` must be a pair (low, high) with low < high, got {clip!r}.")
+
+
+def _check_choices(config: CalQLConfig) -> None:
+    if not isinstance(config.reference_value, str) or not config.reference_value:
+        raise ValueError(
+            '`reference_value` must be "returns_to_go" or the name of a column of the offline data, got '
+            f"{config.reference_value!r}."
+        )
+    if config.reference_value != "returns_to_go" and config.use_recorded_returns:
+        raise ValueError(
+            f"`use_recorded_returns` is True and `reference_value` is {config.reference_value!r}; use one of them."
+        )
+    if config.reference_column is not None and not config.is_offline:
+        raise ValueError(
+            "`reference_value` and `use_recorded_returns` name columns of offline data, and there are none; set "
+            "`input_` or drop them."
+        )
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {config.precision!r}.")
+    if config.truncation not in TRUNCATION_RULES:
+        raise ValueError(f"`truncation` must be one of {TRUNCATION_RULES}, got {config.truncation!r}.")
+    if config.action_space_of_data not in ("environment", "module"):
+        raise ValueError(
+            f'`action_space_of_data` must be "environment" or "module", got {config.action_space_of_data!r}.'
+        )
+    ratio = config.mixing_ratio
+    if ratio != "proportional" and not (_is_real(ratio) and 0 <= float(ratio) <= 1):
+        raise ValueError(f'`mixing_ratio` must be in [0, 1] or "proportional", got {ratio!r}.')
+    if is_endless(config.gamma) and (config.truncation == "steady" or config.failure_reward is not None):
+        raise ValueError(
+            '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1; '
+            f"got {config.gamma!r}."
+        )
+    failure = config.failure_reward
+    if failure is not None and not (_is_real(failure) and math.isfinite(failure)):
+        raise ValueError(f"`failure_reward` must be None or a finite number, got {failure!r}.")
+    threshold_was_set = config.lagrangian_thresh != type(config)().lagrangian_thresh
+    if threshold_was_set and not config.lagrangian:
+        raise ValueError(
+            "`lagrangian_thresh` is set but `lagrangian` is False; set `lagrangian=True` or drop the threshold."
+        )
+
+
+def _check_data(config: CalQLConfig) -> None:
+    for name, allowed in (
+        ("unfinished_episodes", ("error", "truncate", "drop")),
+        ("missing_final_observation", ("drop_step", "repeat")),
+    ):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(config, name)!r}.")
+    for name in ("max_episode_steps_in_data", "store_memory_limit"):
+        value = getattr(config, name)
+        if value is not None and not _is_integer(value, 1):
+            raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
+    tolerance = config.observation_jump_tolerance
+    if not (_is_real(tolerance) and 0 <= tolerance < math.inf):
+        raise ValueError(f"`observation_jump_tolerance` must be a number of at least 0, got {tolerance!r}.")
+    if config.cache_dir is not None and not (isinstance(config.cache_dir, str) and config.cache_dir):
+        raise ValueError(f"`cache_dir` must be None or the path of a folder, got {config.cache_dir!r}.")
+    if config.input_filesystem is None and config.input_filesystem_kwargs:
+        raise ValueError("`input_filesystem_kwargs` is set but `input_filesystem` is not; set it or drop them.")
+    filesystem_of(config.input_filesystem, config.input_filesystem_kwargs)
+
+
+def _check_collection(config: CalQLConfig) -> None:
+    staleness = config.max_staleness_env_steps
+    if staleness is not None and not _is_integer(staleness, 0):
+        raise ValueError(f"`max_staleness_env_steps` must be None or an integer of at least 0, got {staleness!r}.")
+    for name in ("num_env_runners", "num_learners"):
+        if not _is_integer(getattr(config, name), 0):
+            raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(config, name)!r}.")
+    if not _is_integer(config.num_envs_per_env_runner, 1):
+        raise ValueError(
+            f"`num_envs_per_env_runner` must be a positive integer, got {config.num_envs_per_env_runner!r}."
+        )
+
+
+def _check_phases(config: CalQLConfig) -> None:
+    if config.input_ != "sampler" and not config.is_offline:
+        raise ValueError(f"`input_` must be a string, a path or a non-empty list of them, got {config.input_!r}.")
+    if config.pretrained is not None and not (isinstance(config.pretrained, str) and config.pretrained):
+        raise ValueError(f"`pretrained` must be None or the folder of a checkpoint, got {config.pretrained!r}.")
+    updates = config.offline_updates
+    if updates is not None and not _is_integer(updates, 0):
+        raise ValueError(f"`offline_updates` must be an integer of at least 0, got {updates!r}.")
+    if config.is_offline and updates is None and config.pretrained is None:
+        raise ValueError("`offline_updates` must be set when `input_` is: `.fine_tuning(offline_updates=...)`.")
+    if updates and not config.is_offline:
+        raise ValueError(f"`offline_updates` is {updates} but `input_` is not set; set `.offline_data(input_=...)`.")
+    if config.is_offline and config._env_to_module_connector is not None:
+        raise ValueError(
+            "`env_to_module_connector` would change online observations only, the offline data do not pass through it; "
+            "put the change into the environment and the data."
+        )
+    if config.env is None and config.is_offline:
+        if updates == 0:
+            raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
+        if config.evaluation_interval and not config.in_evaluation:
+            raise ValueError("`evaluation_interval` needs an environment; set `.environment(...)` or drop it.")

@@ -1,0 +1,1 @@
+"""Where transitions live: the offline table, the online ring, and how data get there."""

@@ -1,0 +1,1 @@
+"""What concerns the operating system: locks, names of files, signals."""

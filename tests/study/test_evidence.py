@@ -1,0 +1,60 @@
+"""What the README says about other algorithms, against the raw results in `evidence/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rllib_calql.commands.main import main
+from rllib_calql.study.evaluations import read_results
+from rllib_calql.study.plan import read_study
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = Path(__file__).parents[1] / "evidence"
+FOLDERS = sorted(path.parent for path in EVIDENCE.glob("*/study.json"))
+STUDIES = sorted((ROOT / "tuned_examples" / "studies").glob("*.yaml"))
+MAX_BYTES = 2_000_000
+
+studies = pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+
+
+@studies
+def test_one_command_makes_the_report_and_the_tables_of_the_readme(folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    readme = (ROOT / "README.md").read_text().splitlines()
+    table = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("|")]
+    assert [line for line in table if line not in readme] == []
+    page = (tmp_path / "report.html").read_text()
+    assert "Learning curves" in page
+    assert "Cumulative regret online" in page
+
+
+@studies
+def test_the_results_are_whole_and_of_the_settings_that_the_study_file_has(folder: Path) -> None:
+    rows, description = read_results(folder)
+    study = read_study(ROOT / "tuned_examples" / "studies" / f"{folder.name}.yaml")
+    assert {key: description[key] for key in study.description} == study.description
+    assert len(study.description["seeds"]) >= 5
+    assert {(row.task, row.algorithm, row.seed) for row in rows} == {
+        (trial.task, trial.algorithm, trial.seed) for trial in study.trials
+    }
+    for trial in study.trials:
+        its = [row for row in rows if (row.task, row.algorithm, row.seed) == (trial.task, trial.algorithm, trial.seed)]
+        assert max(row.num_online_env_steps for row in its) >= trial.schedule.num_env_steps
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=[file.stem for file in STUDIES])
+def test_every_study_file_is_right_and_has_five_seeds(file: Path) -> None:
+    study = read_study(file)
+    seeds_of: dict[tuple[str, str], set[int]] = {}
+    for trial in study.trials:
+        seeds_of.setdefault((trial.task, trial.algorithm), set()).add(trial.seed)
+    assert len(seeds_of) > 1
+    assert all(len(seeds) >= 5 for seeds in seeds_of.values())
+
+
+def test_the_raw_results_are_small() -> None:
+    assert sum(file.stat().st_size for file in EVIDENCE.rglob("*") if file.is_file()) < MAX_BYTES
