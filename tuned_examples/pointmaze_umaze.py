@@ -5,7 +5,7 @@
 """
 
 from rllib_calql import CalQLConfig
-from rllib_calql.datasets.generated.pointmaze import evaluation_env_config
+from rllib_calql.datasets.pointmaze import evaluation_env_config
 
 stop = {"num_online_env_steps_lifetime": 2_000}
 
