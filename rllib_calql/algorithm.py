@@ -22,6 +22,7 @@ from rllib_calql.collection.collection import CollectingCQL
 from rllib_calql.collection.env_errors import start_failures_told, told
 from rllib_calql.collection.requests import evaluate_or_tell
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.encoding import encoded_space, flat_size, observation_dtype
 from rllib_calql.common.held_data import with_handles
 from rllib_calql.common.returns import reward_settings
 from rllib_calql.config import CalQLConfig
@@ -31,7 +32,6 @@ from rllib_calql.store.offline_data import with_spaces_of_data
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.resolution import remark_on_deviations
 from rllib_calql.store.returns_connector import AddReturnsToGo
-from rllib_calql.store.transitions import encoded_space, flat_size, observation_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.annotations import override
 
 from rllib_calql.collection.connectors import ActionsForEnv, EncodedEpisodes, FlatObservations, LatestObservations
+from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.spaces import check_observation_space, is_flat_or_image
 from rllib_calql.datasets.episodes.reader import ReadOptions
 from rllib_calql.settings.calql_settings import CalQLSettings
 from rllib_calql.settings.checks import validate_config
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.store.table_cache import default_memory_limit
-from rllib_calql.store.transitions import encoded_space
 
 if TYPE_CHECKING:
     from ray.rllib.connectors.connector_v2 import ConnectorV2

@@ -13,8 +13,8 @@ from tiny import TINY_NETWORKS, LineEnv, line_config, write_line_data
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.store.replay import IS_OFFLINE
-from rllib_calql.store.transitions import flatten_observations
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

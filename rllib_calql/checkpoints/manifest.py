@@ -13,8 +13,8 @@ import numpy as np
 
 from rllib_calql.checkpoints.versions import versions_here
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.encoding import flat_size
 from rllib_calql.common.spaces import description_of, difference_of, is_flattening
-from rllib_calql.store.transitions import flat_size
 
 if TYPE_CHECKING:
     import gymnasium as gym

@@ -20,7 +20,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
-from rllib_calql.store.transitions import encoded_space, flatten_observations
+from rllib_calql.common.encoding import encoded_space, flatten_observations
 
 
 class LatestObservations(ConnectorV2):

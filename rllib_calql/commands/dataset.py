@@ -23,8 +23,7 @@ from rich.progress import Progress
 from rllib_calql.commands.setup import errors_in_one_line
 
 if TYPE_CHECKING:
-    from rllib_calql.datasets import EpisodeReader
-    from rllib_calql.datasets.episodes.reader import ReadOptions
+    from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
     from rllib_calql.datasets.report.summary import DatasetReport
 
 _DEFAULT_PLOT = Path("dataset_report.png")
@@ -201,7 +200,7 @@ def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
 def _report_on(
     inputs: Iterable[str], options: ReadOptions, failure_reward: float | None, *, keep_distributions: bool
 ) -> DatasetReport:
-    from rllib_calql.datasets import open_input
+    from rllib_calql.datasets.readers.opening import open_input
     from rllib_calql.datasets.report.report import ReportBuilder
 
     builder = ReportBuilder(failure_reward, keep_distributions=keep_distributions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.spaces import fixed_dimensions
-from rllib_calql.config import CalQLConfig
 from rllib_calql.learning import losses
 from rllib_calql.learning.allocator import keep_freed_memory
 from rllib_calql.learning.diagnostics import MeanAccumulator, critic_diagnostics
@@ -35,6 +34,9 @@ from rllib_calql.networks import rl_module as outputs
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
 from rllib_calql.store.replay import IS_OFFLINE
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
@@ -12,8 +12,10 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.utils.annotations import override
 from torch import Tensor
 
-from rllib_calql.config import CalQLConfig
 from rllib_calql.networks.rl_module import CalQLTorchRLModule
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
 
 
 class OptimisingLearner(CQLTorchLearner):

@@ -29,7 +29,8 @@ from rllib_calql.common.spaces import (
 from rllib_calql.networks.actor_critic import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
 from rllib_calql.networks.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.networks.model_settings import check_image_settings_are_used
-from rllib_calql.store.resolution import MIN_STD
+
+MIN_STD = 1e-3  # An observation that never varies in the data must not blow up when it does vary online.
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
 Q_DATA = "q_data"  # (C, B)

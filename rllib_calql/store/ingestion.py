@@ -12,18 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.common.encoding import flat_size, flatten_observations
 from rllib_calql.common.returns import possible_returns
 from rllib_calql.common.spaces import fixed_dimensions
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
 from rllib_calql.store.offline_table import EpisodeColumns
 from rllib_calql.store.returns_connector import AddReturnsToGo
-from rllib_calql.store.transitions import (
-    check_module_actions,
-    clipped_actions,
-    flat_size,
-    flatten_observations,
-    to_module_actions,
-)
+from rllib_calql.store.transitions import check_module_actions, clipped_actions, to_module_actions
 
 Array = npt.NDArray[Any]
 _FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,7 @@ from ray.rllib.offline.offline_data import OfflineData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.annotations import override
 
+from rllib_calql.common.encoding import flat_size
 from rllib_calql.common.spaces import (
     check_action_space,
     description_of,
@@ -22,9 +23,8 @@ from rllib_calql.common.spaces import (
     is_flat,
     reordering,
 )
-from rllib_calql.config import CalQLConfig
-from rllib_calql.datasets import DatasetInfo, EpisodeReader, open_input
-from rllib_calql.datasets.episodes.reader import REPEATED, ReadOptions
+from rllib_calql.datasets.episodes.reader import REPEATED, DatasetInfo, EpisodeReader, ReadOptions
+from rllib_calql.datasets.readers.opening import open_input
 from rllib_calql.datasets.report.report import DatasetReport
 from rllib_calql.store.ingestion import Conversion
 from rllib_calql.store.loading import Sharing, StorageSettings, load_parts, load_table
@@ -33,7 +33,9 @@ from rllib_calql.store.resolution import check_resolution, remark_on_rewards
 from rllib_calql.store.returns_connector import AddReturnsToGo
 from rllib_calql.store.shared_data import SharedTables, SharingSettings, is_in_actor
 from rllib_calql.store.table_cache import default_cache_dir
-from rllib_calql.store.transitions import flat_size
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
 
 logger = logging.getLogger(__name__)
 

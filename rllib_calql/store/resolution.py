@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from rllib_calql.common.spaces import leaves_of
 from rllib_calql.datasets.report.summary import DatasetReport, is_wide
+from rllib_calql.networks.rl_module import MIN_STD
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,6 @@ _LOSSY = 0.01  # Of a standard deviation: rounding that is more than this is a l
 _NOISE_OF_DOUBLES = 1e-12  # A spread below it, relative, comes from computing a constant in different ways.
 # Numbers of about 1 that hardly move are joints at their stops and norms of quaternions: nothing is lost with them.
 _ORDINARY, _HARDLY = 10.0, 1e-5
-
-MIN_STD = 1e-3  # An observation that never varies in the data must not blow up when it does vary online.
 
 REMEDY = (
     "subtract a fixed offset, and scale what is left to about 1, in the environment (for example with "

@@ -16,10 +16,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.checkpoints.manifest import check_networks
+from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.common.spaces import description_of, difference_of, is_flat, is_flattening, reordering
 from rllib_calql.datasets.episodes.reader import DatasetInfo
 from rllib_calql.store.offline_data import _check_spaces
-from rllib_calql.store.transitions import flatten_observations
 
 ACTIONS = Box(-1.0, 1.0, (1,))
 

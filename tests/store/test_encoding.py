@@ -21,6 +21,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.collection.requests import EpisodeJoiner
+from rllib_calql.common.encoding import encoded_space, flat_size, flatten_observations, observation_dtype
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.datasets.episodes.reader import DatasetInfo, EpisodeBlock
 from rllib_calql.datasets.writers.recording import record
@@ -28,13 +29,7 @@ from rllib_calql.store.ingestion import Conversion
 from rllib_calql.store.offline_table import OfflineTableBuilder
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.returns_connector import AddReturnsToGo
-from rllib_calql.store.transitions import (
-    encoded_observations,
-    encoded_space,
-    flat_size,
-    flatten_observations,
-    observation_dtype,
-)
+from rllib_calql.store.transitions import encoded_observations
 
 ACTIONS = Box(-1.0, 1.0, (1,))
 LENGTH = 3

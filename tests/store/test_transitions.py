@@ -16,16 +16,10 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
+from rllib_calql.common.encoding import flat_size, flatten_observations, observation_dtype
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.store.returns_connector import TAIL_DISCOUNT, AddReturnsToGo
-from rllib_calql.store.transitions import (
-    check_module_actions,
-    flat_size,
-    flatten_observations,
-    observation_dtype,
-    to_module_actions,
-    transitions_from_episode,
-)
+from rllib_calql.store.transitions import check_module_actions, to_module_actions, transitions_from_episode
 
 # Observations
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllib_calql.common.spaces import check_bounds
-from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader, ReadOptions
+from rllib_calql.datasets.readers.opening import open_input
 from rllib_calql.datasets.writers.writers import DatasetMetadata, WriteSummary, write_blocks
 
 

@@ -29,6 +29,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils import compression
 
 from rllib_calql import CalQLConfig
+from rllib_calql.common.encoding import flat_size, observation_dtype
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes import chunks
@@ -37,7 +38,6 @@ from rllib_calql.datasets.rows import arrow_rows, flat
 from rllib_calql.store.offline_data import CalQLOfflineData
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.returns_connector import AddReturnsToGo
-from rllib_calql.store.transitions import flat_size, observation_dtype
 
 pytestmark = pytest.mark.usefixtures("ray_session", "_episode_by_episode")
 

@@ -1,0 +1,160 @@
+"""`open_input`: from what `input_` names to the readers that read it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pyarrow import fs
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from rllib_calql.common.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
+from rllib_calql.datasets.episodes.files import DataFile, find_files
+from rllib_calql.datasets.episodes.other_tools import what_it_is
+from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
+from rllib_calql.datasets.readers import parquet
+from rllib_calql.datasets.readers.in_memory import DatasetReader, EpisodesReader
+from rllib_calql.datasets.readers.minari import SCHEME, MinariReader
+from rllib_calql.datasets.readers.rllib_recorded import (
+    RecordedEpisodesReader,
+    RecordedRowsReader,
+    holds_episodes,
+    holds_recorded_rows,
+)
+
+if TYPE_CHECKING:
+    import ray.data
+
+_FORMATS = {
+    **dict.fromkeys(parquet.SUFFIXES, "Parquet"),
+    ".hdf5": "HDF5",
+    ".h5": "HDF5",
+    ".npz": "NumPy",
+}
+_MAGIC_BYTES = {b"PAR1": "Parquet", b"\x89HDF": "HDF5", b"PK\x03\x04": "NumPy"}
+_READABLE = (
+    f"`{SCHEME}<dataset id>`, Parquet, HDF5 or NumPy (`.npz`) files, folders of one of these, folders recorded by "
+    "RLlib, a `ray.data.Dataset`, `SingleAgentEpisode`s"
+)
+
+InputPart: TypeAlias = (
+    "str | os.PathLike[str] | SingleAgentEpisode | InMemoryEpisodes | InMemoryDataset | ray.data.Dataset"
+)
+
+
+def open_input(input_: InputPart | Sequence[InputPart], options: ReadOptions | None = None) -> list[EpisodeReader]:
+    """Opens every part of `input_` and checks all that can be known without reading the rows.
+
+    Args:
+        input_: `minari:<dataset id>`; a file of Parquet, HDF5 or NumPy rows, a folder of such files of one format, or
+            what RLlib recorded, each as a path or URI; a `ray.data.Dataset` of rows; an RLlib episode; or a sequence of
+            these. The episodes of a sequence are one part.
+        options: How incomplete data are read, and on which file system.
+
+    Returns:
+        One reader per part, in the order given.
+
+    Raises:
+        TypeError: If a part is none of these.
+        FileNotFoundError: If a file, folder or data set is missing; the message names what resembles it.
+        ValueError: If a part is empty, broken, lacks a column, or is of an unknown format.
+        ImportError: If the format needs a package that is not installed.
+    """
+    options = options or ReadOptions()
+    parts = list(input_) if isinstance(input_, (list, tuple)) else [input_]
+    if not parts:
+        raise ValueError("`input_` is an empty list; name at least one data set, file or folder.")
+    return [_open(part, options) for part in _with_episodes_joined(parts)]
+
+
+def _with_episodes_joined(parts: Sequence[Any]) -> list[Any]:
+    """The parts, with all episodes among them as one part in the place of the first."""
+    episodes = [part for part in parts if isinstance(part, SingleAgentEpisode)]
+    joined: list[Any] = []
+    for part in parts:
+        if not isinstance(part, SingleAgentEpisode):
+            joined.append(part)
+        elif part is episodes[0]:
+            joined.append(InMemoryEpisodes(episodes))
+    return joined
+
+
+def _open(part: Any, options: ReadOptions) -> EpisodeReader:
+    if isinstance(part, DataHandle):
+        part = part.resolve()
+    if isinstance(part, InMemoryEpisodes):
+        return EpisodesReader(part, options)
+    if isinstance(part, InMemoryDataset):
+        return DatasetReader(part, options)
+    if _is_ray_dataset(part):
+        return DatasetReader(InMemoryDataset(part), options)
+    if not isinstance(part, (str, os.PathLike)):
+        raise TypeError(f"`input_` must be one of {_READABLE}, or a list of these, got {type(part).__name__}.")
+    name = os.fspath(part)
+    if name.startswith(SCHEME):
+        return MinariReader(name[len(SCHEME) :], options)
+    files = find_files(name, tuple(_FORMATS), _arrow_filesystem(options.filesystem))
+    format_ = _format_of(name, files)
+    if format_ == "HDF5":
+        from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
+
+        return Hdf5Reader(name, files, options)
+    if format_ == "NumPy":
+        from rllib_calql.datasets.readers.npz import NpzReader
+
+        return NpzReader(name, files, options)
+    with parquet.open_parquet(files[0]) as parquet_file, parquet.readable(files[0]):
+        schema = parquet_file.schema_arrow
+    if holds_episodes(schema):
+        return RecordedEpisodesReader(name, files, options)
+    if holds_recorded_rows(schema):
+        return RecordedRowsReader(name, files, options)
+    return parquet.ParquetReader(name, files, options)
+
+
+def _is_ray_dataset(part: Any) -> bool:
+    # By name, since `ray.data` takes a second to import, and whoever holds a data set has done so.
+    return any(f"{cls.__module__}.{cls.__name__}" == "ray.data.dataset.Dataset" for cls in type(part).__mro__)
+
+
+def _arrow_filesystem(filesystem: Any) -> Any:
+    """The file system as PyArrow's: its own, or one that follows fsspec."""
+    if filesystem is None or isinstance(filesystem, fs.FileSystem):
+        return filesystem
+    if not all(hasattr(filesystem, name) for name in ("open", "info", "find", "protocol")):
+        raise TypeError(
+            "`input_filesystem` must be a `pyarrow.fs.FileSystem` or an fsspec file system, got "
+            f"{type(filesystem).__name__}."
+        )
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem))
+
+
+def _format_of(name: str, files: Sequence[DataFile]) -> str:
+    """The format that all files have.
+
+    Raises:
+        ValueError: If they have several, or one that cannot be read.
+    """
+    first_of: dict[str, DataFile] = {}
+    for file in files:
+        first_of.setdefault(_FORMATS.get(file.suffix) or _format_by_content(file), file)
+    if len(first_of) > 1:
+        examples = ", ".join(f"{format_} ({str(file)!r})" for format_, file in first_of.items())
+        raise ValueError(
+            f"Folder {name!r} holds files of several formats: {examples}; name those to read one by one, as a list, or "
+            "put each format into a folder of its own."
+        )
+    return next(iter(first_of))
+
+
+def _format_by_content(file: DataFile) -> str:
+    with file.open() as opened:
+        start = opened.read(4)
+    known = _MAGIC_BYTES.get(start)
+    kind = what_it_is(file.name)
+    # Of the files that are zip archives, many are no NumPy archives.
+    if known is None or (known == "NumPy" and kind is not None):
+        described = f" The file is {kind}." if kind is not None else ""
+        raise ValueError(f"{str(file)!r} is of no format that can be read; `input_` takes {_READABLE}.{described}")
+    return known
