@@ -1,59 +1,66 @@
-"""`CalQL`: the two phases, offline pre-training and online fine-tuning, as one RLlib algorithm."""
+"""`CalQL`: the two phases, offline pre-training and online fine-tuning, as one RLlib algorithm.
+
+It overrides RLlib's hooks and hands on to its parts, see `parts.py`.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Mapping
+import pathlib
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
-from operator import methodcaller
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
+from ray.rllib.utils.checkpoints import Checkpointable
 
-from rllib_calql.collection.collection import CollectingCQL
+from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
 from rllib_calql.collection.env_errors import start_failures_told, told
-from rllib_calql.collection.requests import evaluate_or_tell
-from rllib_calql.common import metrics as keys
-from rllib_calql.common.encoding import encoded_space, flat_size, observation_dtype
+from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
-from rllib_calql.common.returns import reward_settings
+from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.config import CalQLConfig
-from rllib_calql.evaluation.history import EvaluationHistory
+from rllib_calql.evaluation.evaluating import completed_evaluation
+from rllib_calql.parts import Parts, Spaces, build_parts
 from rllib_calql.registration import register
+from rllib_calql.results import completed_result
 from rllib_calql.store.offline_data import with_spaces_of_data
 from rllib_calql.store.replay import TransitionStore
-from rllib_calql.store.resolution import remark_on_deviations
-from rllib_calql.store.returns_connector import AddReturnsToGo
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
 
-
-class CalQL(CollectingCQL):
+class CalQL(CQL):
     """Calibrated conservative Q-learning (Nakamoto et al. 2023, arXiv:2303.05479) on RLlib's new API stack.
 
     `train()` makes `updates_per_iteration` gradient updates on offline data until `offline_updates` is reached. From
     then on each call collects whole episodes with the env runners, stores them with their returns, and makes
     `updates_per_env_step` updates for every env step stored. The phase follows from the lifetime count of offline
     updates, so it survives checkpoints and does not depend on how often `train()` was called.
+
+    Attributes:
+        config: The frozen config.
     """
 
     config: CalQLConfig
+    _parts: Parts
 
     @classmethod
     @override(CQL)
     def get_default_config(cls) -> CalQLConfig:
         """The default settings."""
         return CalQLConfig()
+
+    # --- Setting up --------------------------------------------------------------------------------------------------
 
     @override(CQL)
     def setup(self, config: CalQLConfig) -> None:
@@ -65,12 +72,6 @@ class CalQL(CollectingCQL):
         """
         if config.env is None and not config.is_offline:
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
-        self.num_offline_updates = 0
-        self.num_online_updates = 0
-        self.num_online_env_steps = 0
-        self.num_online_episodes = 0
-        self._updates_owed = 0.0
-        self._set_up_updates()
         if config.env is None:
             config = with_spaces_of_data(config)
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
@@ -79,68 +80,42 @@ class CalQL(CollectingCQL):
         with start_failures_told(self.config):
             super().setup(self.config)
         self.config = config = _with_input(self.config, config.input_)
-        self._add_returns = AddReturnsToGo(reward_settings(config))
-        self._set_up_collection()
-        self._observation_space, self._action_space = self._environment_spaces()
-        self._stored_space = self._space_of_episodes()
-        self.store = TransitionStore(
-            obs_dim=flat_size(self._stored_space),
-            action_dim=flat_size(self._action_space),
-            online_capacity=config.online_capacity,
-            seed=config.seed,
-            track_tails=config.truncation == "bootstrap",
-            obs_dtype=observation_dtype(self._stored_space),
+        self._parts = build_parts(
+            config,
+            self._all_spaces(),
+            env_runner_group=self.env_runner_group,
+            learner_group=self.learner_group,
+            offline_data=self.offline_data,
+            metrics=self.metrics,
+            on_rebuilt=partial(setattr, self, "learner_group"),
         )
-        if self.offline_data is not None:
-            self.offline_data.load(
-                self.store,
-                self._add_returns,
-                observation_space=self._observation_space,
-                action_space=self._action_space,
-            )
-            assert self.store.offline is not None
-            self._divergence.include(*self.store.offline.possible_returns)
-        self._set_up_residence()
-        self._history = EvaluationHistory(self.offline_data.reference_scores if self.offline_data else None)
-        if config.normalize_observations and config.pretrained is None:
-            self._set_observation_statistics()
-        self._load_pretrained()
-        self._publish_weights()
-        self._sync_weights(self.env_runner_group)
-        if self.learner_group.is_remote:
-            self._take_snapshot()
+        # Ray Tune restores a trial only after this: the networks of `pretrained` may not be needed.
+        if self._storage is not None or not self._parts.pretrained.load_if_due():
+            self._parts.align()
 
-    def _environment_spaces(self) -> tuple[Any, Any]:
-        """Spaces of one sub-environment before any connector, or the configured ones without an environment."""
+    def _all_spaces(self) -> Spaces:
         if self.spaces is not None and INPUT_ENV_SINGLE_SPACES in self.spaces:
-            return self.spaces[INPUT_ENV_SINGLE_SPACES]  # type: ignore[no-any-return]
-        return self.config.observation_space, self.config.action_space
-
-    def _space_of_episodes(self) -> Any:
-        """Space of observations as the module sees them, episodes hold them and the store keeps them.
-
-        Connectors encode observations, once, and offline data are encoded by the same function. Connectors of the user
-        may make anything of them; there are no offline data then.
-        """
+            observation_space, action_space = self.spaces[INPUT_ENV_SINGLE_SPACES]
+        else:
+            observation_space, action_space = self.config.observation_space, self.config.action_space
+        # Connectors encode observations, once, and offline data are encoded by the same function. Connectors of the
+        # user may make anything of them; there are no offline data then.
         if self.config._env_to_module_connector is None or self.spaces is None:
-            return encoded_space(self._observation_space)
-        return self.spaces[DEFAULT_MODULE_ID][0]
-
-    def _set_observation_statistics(self) -> None:
-        if self.store.num_offline == 0:
-            raise ValueError(
-                "`normalize_observations` takes its statistics from offline data; set `input_` or drop it."
-            )
-        mean, std = self.store.observation_statistics()
-        if remark := remark_on_deviations(std):
-            logger.warning("%s", remark)
-        self._foreach_learner(methodcaller("set_observation_statistics", mean, std))
+            return Spaces(observation_space, action_space, encoded_space(observation_space))
+        return Spaces(observation_space, action_space, self.spaces[DEFAULT_MODULE_ID][0])
 
     @override(Algorithm)
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> None:
         """No RLlib buffer: transitions live in `self.store`."""
 
     # --- Training ----------------------------------------------------------------------------------------------------
+
+    @override(Algorithm)
+    def step(self) -> dict[str, Any]:
+        """One iteration, RLlib's; begins with the networks of `pretrained`, where they are still due."""
+        self._parts.pretrained.load_if_due()
+        results: dict[str, Any] = super().step()
+        return results
 
     @override(CQL)
     def training_step(self) -> None:
@@ -150,20 +125,28 @@ class CalQL(CollectingCQL):
             RuntimeError: If the offline phase is over and there is no environment to go on with.
         """
         self._phase_of_result = self.phase
-        if self.phase == keys.OFFLINE:
-            remaining = self.config.num_offline_updates - self.num_offline_updates
-            self._update(min(self.config.updates_per_iteration, remaining), online=False)
+        if num_left := self.lifetime.num_offline_updates_left:
+            self._parts.updater.update(min(self.config.updates_per_iteration, num_left), online=False)
         elif self.env_runner_group is None:
             raise RuntimeError(
                 f"The offline phase is over after {self.num_offline_updates} updates and there is no environment; set "
                 "`.environment(...)` to fine-tune, or raise `offline_updates`."
             )
         else:
-            self._online_step()
+            self._parts.collection.step(self._parts.updater)
 
-    @override(CollectingCQL)
+    @override(Algorithm)
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """Indices of env runners that came back. The collection brings back its own, without waiting for them."""
+        if self._parts.collection.collects_with(env_runner_group):
+            return self._parts.collection.take_recovered()
+        restored: list[int] = super().restore_env_runners(env_runner_group)
+        return restored
+
+    @override(Algorithm)
     def cleanup(self) -> None:
         """Ends all workers, and lets go of offline data that are shared with other trials."""
+        self._parts.collection.stop()
         super().cleanup()
         if self.offline_data is not None:
             self.offline_data.close()
@@ -180,86 +163,171 @@ class CalQL(CollectingCQL):
         if self.env_runner_group is None:
             raise RuntimeError("Evaluation needs an environment; set `.environment(...)`.")
         group = self.eval_env_runner_group or self.env_runner_group
-        self._sync_weights(group)
+        self._parts.updater.set_weights_on(group)
         with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
             results: dict[str, Any] = super().evaluate(parallel_train_future)
-        runner_results = results.get(ENV_RUNNER_RESULTS)
-        if not runner_results and group.num_remote_env_runners():
-            _check_evaluation_works(group)
-        if runner_results and EPISODE_RETURN_MEAN in runner_results:
-            runner_results = _known(runner_results)
-            results = {**results, ENV_RUNNER_RESULTS: runner_results}
-            score = self._history.normalized_score(runner_results[EPISODE_RETURN_MEAN])
-            if score is not None:
-                runner_results[keys.NORMALIZED_SCORE] = score
-        return results
+        return completed_evaluation(results, group, self._parts.history)
 
     @override(Algorithm)
     def _compile_iteration_results(self, *, train_results: Any, eval_results: Any) -> dict[str, Any]:
-        """RLlib's result, completed so that schedulers and loggers find the same keys in both phases."""
-        results: dict[str, Any] = super()._compile_iteration_results(
-            train_results=train_results, eval_results=eval_results
+        """RLlib's result, completed."""
+        return completed_result(
+            super()._compile_iteration_results(train_results=train_results, eval_results=eval_results),
+            eval_results,
+            self._parts,
+            phase=self._phase_of_result,
+            offline_data=self.offline_data,
         )
-        results[keys.PHASE] = self._phase_of_result
-        results.update(self._counters_of_phases())
-        results[keys.Q_OUT_OF_RANGE] = self._divergence.out_of_range
-        if self._divergence.warning is not None:
-            results[keys.Q_WARNING] = self._divergence.warning
-        results[keys.COLLECTION] = {
-            **results.get(keys.COLLECTION, {}),
-            keys.NUM_ENV_STEPS_BEHIND: self._num_env_steps_behind(),
-            keys.NUM_DISCARDED_EPISODES_LIFETIME: self._num_discarded,
-        }
-        if self._collector is not None:
-            results[keys.COLLECTION] |= {
-                keys.NUM_HEALTHY_ENV_RUNNERS: self._collector.num_healthy,
-                keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self._num_env_runner_failures,
-            }
-        results[keys.STORE] = {
-            keys.NUM_OFFLINE_TRANSITIONS: self.store.num_offline,
-            keys.NUM_ONLINE_TRANSITIONS: self.store.num_online,
-        }
-        if self.offline_data is not None:
-            results[keys.OFFLINE_DATA] = self.offline_data.report.headline
-        if self._seconds_timed:
-            results[keys.UPDATES_PER_S] = self._num_updates_timed / self._seconds_timed
-            self._num_updates_timed, self._seconds_timed = 0, 0.0
-        runner_results = _known(results.get(ENV_RUNNER_RESULTS) or {})
-        # Tune's schedulers stop a trial whose result lacks their metric.
-        runner_results.setdefault(EPISODE_RETURN_MEAN, float("nan"))
-        results[ENV_RUNNER_RESULTS] = runner_results
-        evaluation = (eval_results or {}).get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS)
-        if evaluation and EPISODE_RETURN_MEAN in evaluation:
-            self._history.add(evaluation, online=self._phase_of_result == keys.ONLINE)
-        if fine_tuning := self._history.summary():
-            results[keys.FINE_TUNING] = fine_tuning
-        return results
 
+    @property
+    def store(self) -> TransitionStore:
+        """Offline and online transitions."""
+        return self._parts.store
 
-def _known(runner_results: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the success rate where no episode said anything: RLlib reports NaN then, if one did earlier."""
-    rate = runner_results.get(keys.SUCCESS_RATE)
-    is_unknown = isinstance(rate, float) and math.isnan(rate)
-    return {name: value for name, value in runner_results.items() if not (is_unknown and name == keys.SUCCESS_RATE)}
+    @property
+    def lifetime(self) -> Lifetime:
+        """Counters over all processes that the run has gone on in."""
+        return self._parts.lifetime
 
+    @property
+    def phase(self) -> str:
+        """The phase of the next training step, "offline" or "online"."""
+        return self.lifetime.phase
 
-def _check_evaluation_works(group: Any) -> None:
-    """Asks remote env runners without results for what they raise, which RLlib leaves in their logs.
+    @property
+    def num_offline_updates(self) -> int:
+        """Gradient updates of the offline phase so far."""
+        return self.lifetime.num_offline_updates
 
-    RLlib ends a runner that raises, and Ray starts it anew meanwhile. One that died for another reason is fine again.
+    @property
+    def num_online_updates(self) -> int:
+        """Gradient updates of the online phase so far."""
+        return self.lifetime.num_online_updates
 
-    Raises:
-        RuntimeError: With that.
-    """
-    deadline = time.monotonic() + _SECONDS_FOR_RESTART
-    answers: list[Any] = []
-    while not answers and (seconds_left := deadline - time.monotonic()) > 0:
-        answers = group.foreach_env_runner(
-            evaluate_or_tell, local_env_runner=False, healthy_only=False, timeout_seconds=seconds_left
+    @property
+    def num_online_env_steps(self) -> int:
+        """Env steps stored so far."""
+        return self.lifetime.num_online_env_steps
+
+    @property
+    def num_online_episodes(self) -> int:
+        """Episodes stored so far."""
+        return self.lifetime.num_online_episodes
+
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
+
+    @override(Algorithm)
+    def save_to_path(
+        self,
+        path: str | pathlib.Path | None = None,
+        *,
+        state: dict[str, Any] | None = None,
+        filesystem: FileSystem | None = None,
+        use_msgpack: bool = False,
+    ) -> str:
+        """Writes a checkpoint that takes the place of an earlier one at `path` only once it is complete.
+
+        On a local file system an interruption at any moment leaves the earlier checkpoint or the new one, and one of
+        several writers is let in, see `replaced_folder`. Elsewhere nothing can be renamed or locked: the files are
+        written to a temporary folder and copied, and a checkpoint that was interrupted, or written by two at once, is
+        refused when read.
+
+        Args:
+            path: Folder, relative ones as well, or URI; by default a new folder for temporary files.
+            state: What to write instead of the present state.
+            filesystem: PyArrow file system of `path`; by default what the URI says.
+            use_msgpack: Refused.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: With `use_msgpack`.
+            RuntimeError: If somebody else is writing to the folder, or a remote learner could not write its part.
+        """
+        if use_msgpack:
+            raise ValueError("`use_msgpack` is True, but Cal-QL's checkpoints are pickled only; drop it.")
+        folder: str = self._parts.saving.save(
+            path,
+            state=state,
+            filesystem=filesystem,
+            write=super().save_to_path,
+            components=self.get_checkpointable_components,
         )
-    for failure in answers:
-        if failure is not None:
-            raise RuntimeError(f"Evaluating failed, {failure.cause}")
+        return folder
+
+    @override(Algorithm)
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state and ours: counters, debt of updates, online data, random state, evaluations."""
+        self._parts.pretrained.load_if_due()
+        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(STATE, components, not_components):
+            state[STATE] = self._parts.saving.get_state()
+        return state
+
+    @override(Algorithm)
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores what `get_state` returned.
+
+        Raises:
+            ValueError: If networks, spaces, data, rewards or the online capacity are not those of the state.
+        """
+        state = dict(state)
+        own = state.pop(STATE, None)
+        if own is not None:
+            self._parts.saving.check(own)
+        if self.env_runner_group is None and COMPONENT_LEARNER_GROUP in state:
+            self.learner_group.set_state(state.pop(COMPONENT_LEARNER_GROUP))
+        super().set_state(state)
+        if own is not None:
+            self._parts.saving.set_state(own)
+
+    @override(Algorithm)
+    def restore_from_path(
+        self, path: str | pathlib.Path, *, component: str | None = None, filesystem: Any = None, **kwargs: Any
+    ) -> None:
+        """Restores a checkpoint, also without env runners, and waits until runners have the weights.
+
+        Args:
+            path: Folder or URI.
+            component: Restores this part only; `path` is then that part's folder.
+            filesystem: PyArrow filesystem of `path`; by default what the URI says.
+            **kwargs: RLlib's own.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it is no checkpoint, a damaged one, or not one of this run; nothing has been changed then.
+        """
+        by_rllib = Checkpointable.restore_from_path if self.env_runner_group is None else Algorithm.restore_from_path
+        self._parts.saving.restore(
+            path, component=component, filesystem=filesystem, by_rllib=partial(by_rllib, self), **kwargs
+        )
+
+    @classmethod
+    @override(Algorithm)
+    def from_checkpoint(
+        cls, path: Any, filesystem: FileSystem | None = None, *, config: CalQLConfig | None = None, **kwargs: Any
+    ) -> Self:
+        """Builds an algorithm from what `save_to_path` or Tune wrote, and restores its state.
+
+        Args:
+            path: Folder (relative ones work as well), URI, or Ray Train `Checkpoint`.
+            filesystem: PyArrow filesystem of `path`; by default what the URI says.
+            config: Settings to go on with, for example with other numbers of env runners or learners, or other learning
+                rates; by default those of the checkpoint. Networks, spaces, data and rewards must be the same.
+            **kwargs: Refused; they belong to RLlib's old API stack.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or the data are not where the config says.
+            ValueError: If the folder is no checkpoint, or a damaged one, or the config does not fit it.
+            TypeError: If there are other arguments, or `config` is no `CalQLConfig`.
+        """
+        if kwargs:
+            names = ", ".join(f"`{name}`" for name in sorted(kwargs))
+            raise TypeError(f"`from_checkpoint` takes `path`, `filesystem` and `config`, got {names}; drop them.")
+        if config is not None and not isinstance(config, CalQLConfig):
+            raise TypeError(f"`config` must be a `CalQLConfig`, got {type(config).__name__}.")
+        return built_from_checkpoint(cls, path, filesystem, config=config)
 
 
 def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:

@@ -373,12 +373,12 @@ def test_bootstrapped_returns_follow_the_learners_value_estimate(tmp_path: Path)
     algo = config.build()
     algo.train()
     algo.train()  # Returns were renewed at its beginning, from the weights that the first iteration left.
-    algo.store.refresh_returns(algo._estimate_values)
+    algo.store.refresh_returns(algo._parts.updater._estimate_values)
     obs, next_obs = algo.store.offline_column(Columns.OBS), algo.store.offline_column(Columns.NEXT_OBS)
     returns = algo.store.offline_column(Columns.RETURNS_TO_GO)
     cut = np.flatnonzero((np.abs(next_obs[:-1, 0]) < LineEnv.GOAL) & (next_obs[:-1, 0] != obs[1:, 0]))
     assert len(cut) > 3
-    values = algo._estimate_values(next_obs[cut])
+    values = algo._parts.updater._estimate_values(next_obs[cut])
     np.testing.assert_allclose(
         returns[cut], algo.store.offline_column(Columns.REWARDS)[cut] + 0.99 * values, rtol=1e-4, atol=1e-4
     )

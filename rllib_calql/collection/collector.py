@@ -77,12 +77,21 @@ class Collector:
         self._num_failures_in_a_row = 0
         self._all_lost_since: float | None = None
         self._cause = ""
-        self.num_failures = 0
+        self._num_failures = 0
 
     @property
     def num_healthy(self) -> int:
         """Env runners that are not lost."""
         return sum(not runner.is_lost for runner in self._runners.values())
+
+    @property
+    def num_failures(self) -> int:
+        """How often runners failed, since the beginning or `forget_failures`."""
+        return self._num_failures
+
+    def forget_failures(self) -> None:
+        """Counts failures from 0 again."""
+        self._num_failures = 0
 
     @property
     def _tag(self) -> str:
@@ -246,7 +255,7 @@ class Collector:
             self._all_lost_since = now
         if not (was_lost and is_restarting):
             runner.num_failures += 1
-            self.num_failures += 1
+            self._num_failures += 1
             self._num_failures_in_a_row += 1
             self._cause = cause
         runner.next_attempt = now + min(2.0 ** (runner.num_failures - 1), _MAX_SECONDS_BETWEEN_ATTEMPTS)

@@ -14,21 +14,9 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
 from rllib_calql.collection.env_errors import described
+from rllib_calql.learning.weights import Weights
 
 _WORKER_SEED_STRIDE = 10_007
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights for env runners, on their way through the object store.
-
-    Attributes:
-        version: Grows with every change.
-        reference: Reference to the state for the runner's `set_state`.
-    """
-
-    version: int
-    reference: Any
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ OUT_OF_RANGE = 1.0
 _CALLS_IN_A_ROW = 2  # Critics that have hardly been trained may be anywhere.
 
 _MODULE = "default_policy"
+_POSSIBLE_RETURNS = "possible_returns"
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +53,14 @@ class DivergenceWatch:
     def include(self, low: float, high: float) -> None:
         """Widens the range to hold these returns."""
         self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
+
+    def get_state(self) -> dict[str, Any]:
+        """For the checkpoint: the range."""
+        return {_POSSIBLE_RETURNS: self.possible_returns}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """From the checkpoint; empty in one of an earlier version."""
+        self.include(*state.get(_POSSIBLE_RETURNS, (math.inf, -math.inf)))
 
     def observe(self, learner_results: Sequence[Mapping[str, Any]], *, online: bool, num_updates: int) -> None:
         """Takes in the results of an update call, and warns if it has to.

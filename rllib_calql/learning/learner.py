@@ -60,7 +60,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._num_updates = 0
         self._online = False
         self._accumulator = MeanAccumulator()
-        self.resident_store: ResidentStore | None = None  # Set by the algorithm where data fit on the device.
+        self._resident_store: ResidentStore | None = None
         keep_freed_memory()
         # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -74,6 +74,15 @@ class CalQLTorchLearner(OptimisingLearner):
         self._set_precision()
         has_graphs = self.config.num_learners <= 1  # The all-reduce of several is not recorded.
         self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
+
+    @property
+    def resident_store(self) -> ResidentStore | None:
+        """The copy of the store on this learner's device, if there is one."""
+        return self._resident_store
+
+    def draw_from(self, store: ResidentStore | None) -> None:
+        """Takes rows from a store on this learner's device; batches then hold their `ROW_NUMBERS` alone."""
+        self._resident_store = store
 
     @override(CQLTorchLearner)
     def _get_target_entropy(self, module_id: str) -> float:
@@ -180,8 +189,8 @@ class CalQLTorchLearner(OptimisingLearner):
 
     def _make_step(self, batch: dict[str, Any]) -> tuple[Any, Any]:
         """What an update launches. Nothing is read back, nor counted by Python, so that a graph can replay it."""
-        if self.resident_store is not None and ROW_NUMBERS in batch[DEFAULT_MODULE_ID]:
-            batch = {DEFAULT_MODULE_ID: self.resident_store.look_up(batch[DEFAULT_MODULE_ID][ROW_NUMBERS])}
+        if self._resident_store is not None and ROW_NUMBERS in batch[DEFAULT_MODULE_ID]:
+            batch = {DEFAULT_MODULE_ID: self._resident_store.look_up(batch[DEFAULT_MODULE_ID][ROW_NUMBERS])}
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)

@@ -1,11 +1,11 @@
-"""`UpdatingCQL`: how learners are fed, how env runners get weights, and what happens if a learner is lost."""
+"""`Updater`: how learners are fed, how env runners get their weights, and what happens if a learner is lost."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from operator import methodcaller
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -20,15 +20,19 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
-from rllib_calql.checkpoints.saving import ResumableCQL
-from rllib_calql.collection.requests import Weights
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.learning.divergence import DivergenceWatch
 from rllib_calql.learning.learner import ONLINE
 from rllib_calql.learning.recovery import LearnerRecovery, is_loss
 from rllib_calql.learning.skipped_updates import check_updates_are_applied
+from rllib_calql.learning.weights import WeightPublisher, set_weights
 from rllib_calql.store.offline_data import as_multi_agent_batch
+from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore, resident_store
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
 
 _MAX_BYTES_PER_UPDATE_CALL = 64 * 2**20  # Bounds the copies of a super-batch, whatever the observations' size.
 _MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper: progress and Ctrl-C stay responsive.
@@ -36,37 +40,61 @@ _MAX_UPDATES_BETWEEN_REFRESHES = 250
 _REBUILD_TIMEOUT_S = 300.0
 
 
-class UpdatingCQL(ResumableCQL):
-    """The part of `CalQL` that concerns learners."""
+class Updater:
+    """Makes gradient updates with batches from the store.
 
-    learner_group: Any
+    Args:
+        config: The algorithm's config.
+        learner_group: RLlib's `LearnerGroup`.
+        store: What batches are drawn from.
+        lifetime: Counts the updates.
+        divergence: Looks at mean Q after each call.
+        metrics: RLlib's `MetricsLogger`.
+        weights: Where env runners get their weights.
+        on_rebuilt: Called with the new group after lost learners have been replaced.
+    """
 
-    def _set_up_updates(self) -> None:
+    def __init__(
+        self,
+        config: CalQLConfig,
+        learner_group: Any,
+        *,
+        store: TransitionStore,
+        lifetime: Lifetime,
+        divergence: DivergenceWatch,
+        metrics: Any,
+        weights: WeightPublisher,
+        on_rebuilt: Callable[[Any], None],
+    ) -> None:
+        self._config = config
+        self._learner_group = learner_group
+        self._store = store
+        self._lifetime = lifetime
+        self._divergence = divergence
+        self._metrics = metrics
+        self._weights = weights
+        self._on_rebuilt = on_rebuilt
+        self._recovery = LearnerRecovery(timeout_s=_REBUILD_TIMEOUT_S)
+        self._resident_store: ResidentStore | None = None
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         self._seconds_per_update: float | None = None
-        self._recovery = LearnerRecovery(timeout_s=_REBUILD_TIMEOUT_S)
-        self._weights: Weights | None = None
         self._refreshed_at: tuple[int, int] | None = None  # Updates and episodes when returns were last refreshed.
-        self._resident_store: ResidentStore | None = None
-        self._divergence = DivergenceWatch(
-            gamma=self.config.gamma, has_entropy_term=not self.config.deterministic_backup
-        )
 
-    def _set_up_residence(self) -> None:
+    def make_store_resident(self) -> None:
         """Lets a learner on a GPU, in this process, draw its batches there."""
-        if not self.learner_group.is_remote:
-            learner = self.learner_group._learner
-            self._resident_store = learner.resident_store = resident_store(self.store, torch.device(learner._device))
-
-    @property
-    def phase(self) -> str:
-        """The phase of the next training step, "offline" or "online"."""
-        return keys.OFFLINE if self.num_offline_updates < self.config.num_offline_updates else keys.ONLINE
+        if not self._learner_group.is_remote:
+            learner = self._learner_group._learner
+            self._resident_store = resident_store(self._store, torch.device(learner._device))
+            learner.draw_from(self._resident_store)
 
     # --- Updates -----------------------------------------------------------------------------------------------------
 
-    def _update(self, num_updates: int, *, online: bool) -> None:
-        """Makes gradient updates, fewer if a learner is lost meanwhile, then hands the weights to the env runners."""
+    def update(self, num_updates: int, *, online: bool) -> None:
+        """Makes gradient updates, fewer if a learner is lost meanwhile, then hands the weights to the env runners.
+
+        Raises:
+            RuntimeError: If updates change nothing, or learners are lost again and again.
+        """
         begin = time.perf_counter()
         try:
             self._make_updates(num_updates, online=online)
@@ -74,131 +102,157 @@ class UpdatingCQL(ResumableCQL):
             self._num_updates_timed += num_updates
             self._seconds_timed += seconds
             self._seconds_per_update = seconds / num_updates
-            if self.phase == keys.ONLINE:  # Also after the last offline update: the next step collects.
-                with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-                    self._publish_weights()
-            is_switch = not online and self.phase == keys.ONLINE
-            if self.learner_group.is_remote and (is_switch or self._recovery.is_due()):
-                self._take_snapshot()
+            if self._lifetime.phase == keys.ONLINE:  # Also after the last offline update: the next step collects.
+                with self._metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+                    self.publish_weights()
+            is_switch = not online and self._lifetime.phase == keys.ONLINE
+            if is_switch or self._recovery.is_due():
+                self.take_snapshot()
         except RayError as error:
-            if not (self.learner_group.is_remote and is_loss(error, self.learner_group)):
+            if not (self._learner_group.is_remote and is_loss(error, self._learner_group)):
                 raise
             self._rebuild_learners(error)
 
+    def num_offline_rows(self, *, online: bool) -> int:
+        """Rows of a batch in the given phase that are offline data."""
+        batch_size: int = self._config.train_batch_size_per_learner
+        if not online:
+            return batch_size
+        return self._store.num_offline_rows(batch_size, self._config.mixing_ratio)
+
+    @property
+    def seconds_per_update(self) -> float | None:
+        """Of the latest call; None before the first."""
+        return self._seconds_per_update
+
+    @property
+    def seconds_timed(self) -> float:
+        """Seconds of all calls since `take_speed`."""
+        return self._seconds_timed
+
+    def take_speed(self) -> float | None:
+        """Updates per second since the last time; None without any."""
+        speed = self._num_updates_timed / self._seconds_timed if self._seconds_timed else None
+        self._num_updates_timed, self._seconds_timed = 0, 0.0
+        return speed
+
     def _make_updates(self, num_updates: int, *, online: bool) -> None:
         self._refresh_returns()
-        num_learners = max(1, self.config.num_learners)
-        bytes_per_update = self.store.row_nbytes * self.config.train_batch_size_per_learner * num_learners
+        num_learners = max(1, self._config.num_learners)
+        bytes_per_update = self._store.row_nbytes * self._config.train_batch_size_per_learner * num_learners
         per_call = max(1, min(_MAX_UPDATES_PER_CALL, _MAX_BYTES_PER_UPDATE_CALL // bytes_per_update))
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+        with self._metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             for start in range(0, num_updates, per_call):
                 self._update_once(min(per_call, num_updates - start), online=online)
 
     def _update_once(self, num_updates: int, *, online: bool) -> None:
-        batch_size = self.config.train_batch_size_per_learner
+        batch_size = self._config.train_batch_size_per_learner
         drawing = {
             "num_batches": num_updates,
             "batch_size": batch_size,
-            "num_offline_rows": self._num_offline_rows(online=online),
+            "num_offline_rows": self.num_offline_rows(online=online),
         }
         if self._resident_store is not None:
             self._resident_store.follow()
-            batches = [as_multi_agent_batch({ROW_NUMBERS: self.store.draw(**drawing).reshape(-1)})]
+            batches = [as_multi_agent_batch({ROW_NUMBERS: self._store.draw(**drawing).reshape(-1)})]
         else:
             batches = [
-                as_multi_agent_batch(self.store.sample(**drawing)) for _ in range(max(1, self.config.num_learners))
+                as_multi_agent_batch(self._store.sample(**drawing)) for _ in range(max(1, self._config.num_learners))
             ]
-        is_remote = self.learner_group.is_remote
+        is_remote = self._learner_group.is_remote
         data = {"batch_refs": [ray.put(batch) for batch in batches]} if is_remote else {"batch": batches[0]}
-        results = self.learner_group.update(
+        results = self._learner_group.update(
             **data,
             minibatch_size=batch_size,
-            timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_online_env_steps, ONLINE: online},
+            timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self._lifetime.num_online_env_steps, ONLINE: online},
         )
-        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        self._metrics.aggregate(results, key=LEARNER_RESULTS)
         check_updates_are_applied(results)
-        if online:
-            self.num_online_updates += num_updates
-            self._updates_owed -= num_updates
-        else:
-            self.num_offline_updates += num_updates
-        made = self.num_online_updates if online else self.num_offline_updates
+        self._lifetime.count_updates(num_updates, online=online)
+        made = self._lifetime.num_online_updates if online else self._lifetime.num_offline_updates
         self._divergence.observe(results, online=online, num_updates=made)
-
-    def _num_offline_rows(self, *, online: bool) -> int:
-        batch_size = self.config.train_batch_size_per_learner
-        if not online:
-            return batch_size
-        return self.store.num_offline_rows(batch_size, self.config.mixing_ratio)
 
     def _refresh_returns(self) -> None:
         """Renews bootstrapped returns if there are new episodes, or learners have moved on."""
-        if self.config.truncation != "bootstrap":
+        if self._config.truncation != "bootstrap":
             return
-        now = (self.num_offline_updates + self.num_online_updates, self.num_online_episodes)
+        now = (self._lifetime.num_updates, self._lifetime.num_online_episodes)
         if self._refreshed_at is not None:
             updates, episodes = self._refreshed_at
             if now[1] == episodes and now[0] - updates < _MAX_UPDATES_BETWEEN_REFRESHES:
                 return
-        self.store.refresh_returns(self._estimate_values)
+        self._store.refresh_returns(self._estimate_values)
         self._refreshed_at = now
 
     def _estimate_values(self, observations: np.ndarray) -> np.ndarray:
         chunks = np.array_split(observations, max(1, len(observations) // 4096))
-        values = [self._foreach_learner(methodcaller("estimate_values", chunk))[0] for chunk in chunks]
+        values = [self.foreach_learner(methodcaller("estimate_values", chunk))[0] for chunk in chunks]
         return np.concatenate(values)
 
     # --- Learners ----------------------------------------------------------------------------------------------------
 
-    def _foreach_learner(self, func: Callable[[Any], Any]) -> list[Any]:
+    @property
+    def has_remote_learners(self) -> bool:
+        """Whether learners are actors of their own."""
+        return bool(self._learner_group.is_remote)
+
+    def foreach_learner(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Calls `func` with every learner; an error of one is raised."""
         results = []
-        for result in self.learner_group.foreach_learner(func):
+        for result in self._learner_group.foreach_learner(func):
             if not result.ok:
                 raise result.get()
             results.append(result.get())
         return results
 
-    def _take_snapshot(self) -> None:
-        self._recovery.take_snapshot(self.learner_group, self._counters_of_phases())
+    def set_learner_state(self, func: Callable[[Any, dict[str, Any]], None], state: dict[str, Any]) -> None:
+        """Calls `func` with every learner and the state, which remote ones share."""
+        if self.has_remote_learners:
+            reference = ray.put(state)
+            self.foreach_learner(lambda learner: func(learner, ray.get(reference)))
+        else:
+            self.foreach_learner(lambda learner: func(learner, state))
+
+    def take_snapshot(self) -> None:
+        """Keeps the state of remote learners, for the case that one is lost."""
+        if self.has_remote_learners:
+            self._recovery.take_snapshot(self._learner_group, self._lifetime.counters())
 
     def _rebuild_learners(self, error: BaseException) -> None:
         """Replaces lost learners; updates made since the last snapshot are made again."""
-        old: Any = self.learner_group
-        self.learner_group, counters = self._recovery.rebuild(
+        old: Any = self._learner_group
+        self._learner_group, counters = self._recovery.rebuild(
             old, lambda: old.config.build_learner_group(rl_module_spec=old._module_spec), error
         )
-        self.num_offline_updates = counters[keys.NUM_OFFLINE_UPDATES_LIFETIME]
-        self._updates_owed += self.num_online_updates - counters[keys.NUM_ONLINE_UPDATES_LIFETIME]
-        self.num_online_updates = counters[keys.NUM_ONLINE_UPDATES_LIFETIME]
-        self._publish_weights()
+        self._on_rebuilt(self._learner_group)
+        self._lifetime.take_back_updates(counters)
+        self.publish_weights()
 
     # --- Weights -----------------------------------------------------------------------------------------------------
 
+    def publish_weights(self) -> None:
+        """Gives the local runner the learners' weights; remote ones get them with their next request."""
+        if self._weights.is_needed:
+            self._weights.publish(self._state_for_runners())
+
+    def set_weights_on(self, group: Any) -> None:
+        """Sets the learners' weights on every runner of a group, if there is one, and waits."""
+        if group is not None:
+            set_weights(group, self._state_for_runners())
+
+    def begin_anew(self, group: Any) -> None:
+        """Brings everything in line with learners whose state was set from outside.
+
+        Args:
+            group: Env runners that get the weights, or None.
+        """
+        self.publish_weights()
+        self.set_weights_on(group)
+        self._refreshed_at = None
+        self.take_snapshot()
+
     def _state_for_runners(self) -> dict[str, Any]:
-        state = self.learner_group.get_state(
+        state = self._learner_group.get_state(
             components=COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE, inference_only=True
         )[COMPONENT_LEARNER]
         return {COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE]}
-
-    def _publish_weights(self) -> None:
-        """Gives the local runner the learners' weights; remote ones get them with their next request."""
-        if self.env_runner_group is None:
-            return
-        state = self._state_for_runners()
-        if self.env_runner_group.local_env_runner is not None:
-            self.env_runner_group.local_env_runner.set_state(state)
-        if self.config.num_env_runners:
-            version = 0 if self._weights is None else self._weights.version + 1
-            self._weights = Weights(version, ray.put(state))
-
-    def _sync_weights(self, group: Any) -> None:
-        """Sets the learners' weights on every runner and waits.
-
-        RLlib's `sync_weights` does not wait and drops the call silently while an earlier one is under way, so that
-        restored runners kept their initial weights.
-        """
-        if group is None:
-            return
-        # Without a sequence number runners always take the weights, also older ones out of a checkpoint.
-        weights = ray.put(self._state_for_runners())
-        group.foreach_env_runner(lambda runner: runner.set_state(ray.get(weights)), timeout_seconds=60.0)

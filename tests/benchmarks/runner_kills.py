@@ -115,7 +115,7 @@ class Killer:
             if self._is_over.wait(max(0.0, begin + next_kill - time.perf_counter())):
                 return
             if pids := live_runners():
-                pid, num_healthy = self._rng.choice(pids), self._algo._collector.num_healthy
+                pid, num_healthy = self._rng.choice(pids), self._algo._parts.collection._collector.num_healthy
                 os.kill(pid, signal.SIGKILL)
                 self.kills.append((round(time.perf_counter() - begin, 1), pid, num_healthy))
             next_kill = self._interval * (len(self.kills) + 1) if pids else next_kill + 0.2
@@ -181,7 +181,8 @@ def wrong_with(algo: CalQL) -> list[str]:
         f"{len(obs) - distinct} observation-action rows are stored twice": distinct == len(obs),
         f"{episodes} episodes were counted, {len(ends)} are stored": episodes == len(ends),
         f"{int((~is_whole).sum())} stored episodes are not whole": bool(is_whole.all()),
-        f"{updates} updates were made for {steps} env steps": abs(owed - algo._updates_owed) < 1e-6 and owed >= 0,
+        f"{updates} updates were made for {steps} env steps": abs(owed - algo.lifetime.updates_owed) < 1e-6
+        and owed >= 0,
     }
     return [wrong for wrong, is_right in facts.items() if not is_right]
 

@@ -77,14 +77,14 @@ def build(path: Path, sizes: dict[str, int]) -> CalQL:
 
 def seconds_per_update(algo: CalQL, seconds: float) -> float:
     """Median over short calls."""
-    algo._update_once(3, online=True)
+    algo._parts.updater._update_once(3, online=True)
     begin = time.perf_counter()
-    algo._update_once(3, online=True)
+    algo._parts.updater._update_once(3, online=True)
     num_updates = max(1, round(seconds / 5 / ((time.perf_counter() - begin) / 3)))
     times = []
     for _ in range(5):
         begin = time.perf_counter()
-        algo._update_once(num_updates, online=True)
+        algo._parts.updater._update_once(num_updates, online=True)
         times.append((time.perf_counter() - begin) / num_updates)
     return statistics.median(times)
 

@@ -261,7 +261,7 @@ def test_on_a_file_system_without_renaming_damage_is_named_and_mixtures_are_refu
 def test_a_restore_during_saves_is_of_one_of_them(run: tuple[CalQL, Path, Any], tmp_path: Path) -> None:
     algo = run[0]
     path = Path(algo.save_to_path(tmp_path / "checkpoint"))
-    counters = algo._counters_of_phases()
+    counters = algo.lifetime.counters()
     later = tmp_path / "later"
     algo.train()
     algo.save_to_path(later)

@@ -215,7 +215,7 @@ def test_online_data_can_be_left_out_and_the_run_goes_on_without(
     (warning,) = [r for r in caplog.records if "store_buffer_in_checkpoints=False" in r.getMessage()]
     assert f"the {num_online} online transitions that the run had are missing" in warning.getMessage()
     assert restored.store.num_online == 0
-    assert restored._counters_of_phases() == counters
+    assert restored.lifetime.counters() == counters
     while restored.num_online_updates == counters[keys.NUM_ONLINE_UPDATES_LIFETIME]:
         restored.train()
     steps = restored.num_online_env_steps - counters[keys.NUM_ONLINE_ENV_STEPS_LIFETIME]
@@ -255,7 +255,7 @@ def test_pretrained_takes_over_networks_optimisers_and_the_count_of_updates(
     config = config_of().fine_tuning(pretrained=saved["online"], offline_updates=8).training(actor_lr=0.07)
     algo = config.debugging(seed=5).build()
     assert_identical(learner_states(algo), [saved["online_learner"]])
-    assert algo._counters_of_phases() == {
+    assert algo.lifetime.counters() == {
         keys.NUM_OFFLINE_UPDATES_LIFETIME: 6,
         keys.NUM_ONLINE_UPDATES_LIFETIME: 0,
         keys.NUM_ONLINE_ENV_STEPS_LIFETIME: 0,

@@ -66,7 +66,7 @@ def test_a_killed_runner_costs_its_last_requests_and_comes_back_with_current_wei
     num_stored = algo.num_online_episodes
     result = _train_until(algo, num_stored + 60)
     deadline = time.monotonic() + 60.0
-    while algo._collector.num_healthy < 2:
+    while algo._parts.collection._collector.num_healthy < 2:
         assert time.monotonic() < deadline
         result = algo.train()
     result = _train_until(algo, algo.num_online_episodes + 60)
@@ -76,7 +76,7 @@ def test_a_killed_runner_costs_its_last_requests_and_comes_back_with_current_wei
         lambda runner: (runner._calql_weights_version, runner.module.get_state()["policy.head.weight"]),
         local_env_runner=False,
     )
-    newest = algo._weights.version
+    newest = algo._parts.collection._weights.latest.version
     initial = logged_config(tmp_path / "other", num_env_runners=0).build().env_runner.module.get_state()
     for version, head in heads:
         assert newest - version < 100
@@ -147,7 +147,7 @@ def test_a_runner_collects_while_the_learner_updates(tmp_path: Path) -> None:
     config = logged_config(tmp_path / "log", num_env_runners=1, updates_per_env_step=2, step_s=0.01)
     algo = config.fine_tuning(max_staleness_env_steps=10_000).build()
     _train_until(algo, 4)
-    update = algo._make_updates
+    update = algo._parts.updater._make_updates
 
     def slow_update(num_updates: int, *, online: bool) -> None:
         before = sum(len(path.read_text().splitlines()) for path in (tmp_path / "log").glob("*.steps"))
@@ -157,7 +157,7 @@ def test_a_runner_collects_while_the_learner_updates(tmp_path: Path) -> None:
         made_meanwhile.append(after - before)
 
     made_meanwhile: list[int] = []
-    algo._make_updates = slow_update  # type: ignore[method-assign]
+    algo._parts.updater._make_updates = slow_update  # type: ignore[method-assign]
     result = _train_until(algo, 24)
     algo.stop()
     assert np.median(made_meanwhile) >= 10

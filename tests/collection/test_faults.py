@@ -49,7 +49,7 @@ def test_a_runner_whose_environment_fails_is_started_anew_and_the_cause_is_told(
     with caplog.at_level(logging.WARNING, logger="rllib_calql"):
         _train_until(algo, 10)
         deadline = time.monotonic() + 90.0
-        while algo._collector.num_failures == 0 or algo._collector.num_healthy < 2:
+        while algo._parts.collection._collector.num_failures == 0 or algo._parts.collection._collector.num_healthy < 2:
             assert time.monotonic() < deadline
             result = algo.train()
     result = algo.train()
@@ -112,7 +112,7 @@ def _learner_ids(algo: CalQL) -> list[int]:
 
 
 def _weights(algo: CalQL) -> list[np.ndarray]:
-    return algo._foreach_learner(
+    return algo._parts.updater.foreach_learner(
         lambda learner, *_: np.concatenate(
             [np.ravel(value) for value in learner.module.get_state()["default_policy"].values()]
         )
@@ -132,7 +132,7 @@ def test_a_lost_learner_is_rebuilt_from_the_last_snapshot_and_its_updates_are_ma
     config = line_config(tmp_path, offline_updates=40).learners(num_learners=num_learners, num_cpus_per_learner=0.5)
     algo = config.build()
     algo.train()
-    algo._take_snapshot()
+    algo._parts.updater.take_snapshot()
     at_snapshot = _weights(algo)
     algo.train()
     assert algo.num_offline_updates == 20

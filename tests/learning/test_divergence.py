@@ -110,7 +110,7 @@ def test_critics_that_diverge_are_told_by_result_and_log(tmp_path: Path, caplog:
     algo = line_config(tmp_path, offline_updates=40).training(gamma=0.9, critic_lr=1e-9).build()
     try:
         # -1 a step, cut after 20 steps: -1 for ever is -10.
-        assert algo._divergence.possible_returns == pytest.approx((-10.0, 0.0))
+        assert algo._parts.divergence.possible_returns == pytest.approx((-10.0, 0.0))
         assert algo.train()[keys.Q_OUT_OF_RANGE] < 0.1
         with torch.no_grad():
             for bias in algo.learner_group._learner._calql_module.critic.parameters():
@@ -135,15 +135,15 @@ def test_critics_that_diverge_are_told_by_result_and_log(tmp_path: Path, caplog:
 def test_returns_of_online_episodes_widen_the_range_and_last_over_a_restore(tmp_path: Path) -> None:
     algo = line_config(tmp_path, offline_updates=0).training(gamma=0.9).build()
     try:
-        algo._divergence.include(-3.0, 77.0)
+        algo._parts.divergence.include(-3.0, 77.0)
         algo.train()
-        low, high = algo._divergence.possible_returns
+        low, high = algo._parts.divergence.possible_returns
         path = algo.save_to_path(tmp_path / "checkpoint")
     finally:
         algo.stop()
     assert (low, high) == (pytest.approx(-10.0), 77.0)
     restored = CalQL.from_checkpoint(path)
-    assert restored._divergence.possible_returns == (low, high)
+    assert restored._parts.divergence.possible_returns == (low, high)
     restored.stop()
 
 

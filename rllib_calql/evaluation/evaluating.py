@@ -1,0 +1,65 @@
+"""What an evaluation by episodes gave: made complete, and asked for errors where it gave nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN
+
+from rllib_calql.collection.requests import evaluate_or_tell
+from rllib_calql.common import metrics as keys
+from rllib_calql.evaluation.history import EvaluationHistory
+
+_SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
+
+
+def completed_evaluation(results: dict[str, Any], group: Any, history: EvaluationHistory) -> dict[str, Any]:
+    """RLlib's results of an evaluation, with the normalised score where the data have reference scores.
+
+    Args:
+        results: What RLlib's `evaluate` returned.
+        group: The env runners that made them.
+        history: Knows the reference scores.
+
+    Raises:
+        RuntimeError: If there are no results because the environment fails on remote env runners.
+    """
+    runner_results = results.get(ENV_RUNNER_RESULTS)
+    if not runner_results and group.num_remote_env_runners():
+        _check_evaluation_works(group)
+    if not runner_results or EPISODE_RETURN_MEAN not in runner_results:
+        return results
+    runner_results = known_results(runner_results)
+    score = history.normalized_score(runner_results[EPISODE_RETURN_MEAN])
+    if score is not None:
+        runner_results[keys.NORMALIZED_SCORE] = score
+    return {**results, ENV_RUNNER_RESULTS: runner_results}
+
+
+def known_results(runner_results: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the success rate where no episode said anything: RLlib reports NaN then, if one did earlier."""
+    rate = runner_results.get(keys.SUCCESS_RATE)
+    is_unknown = isinstance(rate, float) and math.isnan(rate)
+    return {name: value for name, value in runner_results.items() if not (is_unknown and name == keys.SUCCESS_RATE)}
+
+
+def _check_evaluation_works(group: Any) -> None:
+    """Asks remote env runners without results for what they raise, which RLlib leaves in their logs.
+
+    RLlib ends a runner that raises, and Ray starts it anew meanwhile. One that died for another reason is fine again.
+
+    Raises:
+        RuntimeError: With that.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_RESTART
+    answers: list[Any] = []
+    while not answers and (seconds_left := deadline - time.monotonic()) > 0:
+        answers = group.foreach_env_runner(
+            evaluate_or_tell, local_env_runner=False, healthy_only=False, timeout_seconds=seconds_left
+        )
+    for failure in answers:
+        if failure is not None:
+            raise RuntimeError(f"Evaluating failed, {failure.cause}")

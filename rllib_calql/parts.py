@@ -1,0 +1,190 @@
+"""`Parts`: what `CalQL` consists of, each part built with what it needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+from rllib_calql.checkpoints.manifest import manifest_of
+from rllib_calql.checkpoints.pretrained import Pretrained
+from rllib_calql.checkpoints.saving import Saving
+from rllib_calql.collection.collection import EpisodeCollection
+from rllib_calql.collection.storing import EpisodeKeeper
+from rllib_calql.common.encoding import flat_size, observation_dtype
+from rllib_calql.common.lifetime import Lifetime
+from rllib_calql.common.returns import reward_settings
+from rllib_calql.evaluation.history import EvaluationHistory
+from rllib_calql.learning.divergence import DivergenceWatch
+from rllib_calql.learning.updater import Updater
+from rllib_calql.learning.weights import WeightPublisher
+from rllib_calql.store.replay import TransitionStore
+from rllib_calql.store.resolution import remark_on_deviations
+from rllib_calql.store.returns_connector import AddReturnsToGo
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
+    from rllib_calql.store.offline_data import CalQLOfflineData
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """The spaces of a run.
+
+    Attributes:
+        observation: Of one sub-environment, before any connector.
+        action: Of one sub-environment.
+        module: Of observations as the module sees them, episodes hold them and the store keeps them.
+    """
+
+    observation: gym.Space[Any]
+    action: gym.spaces.Box
+    module: gym.spaces.Box
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an algorithm.
+
+    Attributes:
+        lifetime: Counts what has been done, and knows the phase.
+        store: Holds the transitions.
+        divergence: Compares mean Q with the returns that are possible.
+        updater: Makes gradient updates.
+        keeper: Stores finished episodes.
+        collection: Collects episodes.
+        history: Keeps what evaluations said.
+        pretrained: Takes over another run's networks.
+        saving: Writes checkpoints and restores them.
+        align: Brings env runners in line with learners whose state was set, and waits for it.
+    """
+
+    lifetime: Lifetime
+    store: TransitionStore
+    divergence: DivergenceWatch
+    updater: Updater
+    keeper: EpisodeKeeper
+    collection: EpisodeCollection
+    history: EvaluationHistory
+    pretrained: Pretrained
+    saving: Saving
+    align: Callable[[], None]
+
+
+def build_parts(
+    config: CalQLConfig,
+    spaces: Spaces,
+    *,
+    env_runner_group: Any,
+    learner_group: Any,
+    offline_data: CalQLOfflineData | None,
+    metrics: Any,
+    on_rebuilt: Callable[[Any], None],
+) -> Parts:
+    """Reads the offline data and builds everything around them.
+
+    Args:
+        config: The frozen config.
+        spaces: The spaces.
+        env_runner_group: RLlib's `EnvRunnerGroup`, or None without an environment.
+        learner_group: RLlib's `LearnerGroup`.
+        offline_data: What `input_` names, not read yet; None without.
+        metrics: RLlib's `MetricsLogger`.
+        on_rebuilt: Called with the new learner group after lost learners have been replaced.
+
+    Raises:
+        ValueError: If the data do not fit the environment, or are needed and missing.
+    """
+    store = TransitionStore(
+        obs_dim=flat_size(spaces.module),
+        action_dim=flat_size(spaces.action),
+        online_capacity=config.online_capacity,
+        seed=config.seed,
+        track_tails=config.truncation == "bootstrap",
+        obs_dtype=observation_dtype(spaces.module),
+    )
+    divergence = DivergenceWatch(gamma=config.gamma, has_entropy_term=not config.deterministic_backup)
+    add_returns = AddReturnsToGo(reward_settings(config))
+    if offline_data is not None:
+        offline_data.load(store, add_returns, observation_space=spaces.observation, action_space=spaces.action)
+        assert store.offline is not None
+        divergence.include(*store.offline.possible_returns)
+    lifetime = Lifetime(
+        offline_updates=config.num_offline_updates,
+        updates_per_env_step=config.updates_per_env_step,
+        warmup_env_steps=config.num_warmup_env_steps,
+    )
+    weights = WeightPublisher(env_runner_group, has_remote_runners=config.num_env_runners > 0)
+    updater = Updater(
+        config,
+        learner_group,
+        store=store,
+        lifetime=lifetime,
+        divergence=divergence,
+        metrics=metrics,
+        weights=weights,
+        on_rebuilt=on_rebuilt,
+    )
+    keeper = EpisodeKeeper(
+        store,
+        lifetime,
+        divergence,
+        add_returns=add_returns,
+        space=spaces.module,
+        episode_limit_env_steps=config.episode_limit_env_steps,
+    )
+    collection = EpisodeCollection(
+        config,
+        env_runner_group,
+        store=store,
+        lifetime=lifetime,
+        keeper=keeper,
+        weights=weights,
+        metrics=metrics,
+    )
+    history = EvaluationHistory(offline_data.reference_scores if offline_data else None)
+
+    def align() -> None:
+        collection.forget_unfinished()
+        updater.begin_anew(env_runner_group)
+
+    def manifest() -> dict[str, Any]:
+        return manifest_of(
+            config,
+            store,
+            lifetime.counters(),
+            observation_space=spaces.observation,
+            action_space=spaces.action,
+        )
+
+    pretrained = Pretrained(config.pretrained, learners=updater, lifetime=lifetime, manifest=manifest, on_loaded=align)
+    saving = Saving(
+        lifetime=lifetime,
+        store=store,
+        keeps_online_data=config.store_buffer_in_checkpoints,
+        history=history,
+        collection=(keeper, collection, divergence),
+        learners=updater,
+        pretrained=pretrained,
+        manifest=manifest,
+        on_restored=align,
+    )
+    updater.make_store_resident()
+    if config.normalize_observations and config.pretrained is None:
+        _set_observation_statistics(store, updater)
+    return Parts(lifetime, store, divergence, updater, keeper, collection, history, pretrained, saving, align)
+
+
+def _set_observation_statistics(store: TransitionStore, updater: Updater) -> None:
+    if store.num_offline == 0:
+        raise ValueError("`normalize_observations` takes its statistics from offline data; set `input_` or drop it.")
+    mean, std = store.observation_statistics()
+    if remark := remark_on_deviations(std):
+        logger.warning("%s", remark)
+    updater.foreach_learner(methodcaller("set_observation_statistics", mean, std))

@@ -1,0 +1,62 @@
+"""What a result of `train()` says besides what RLlib puts into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
+
+from rllib_calql.common import metrics as keys
+from rllib_calql.evaluation.evaluating import known_results
+
+if TYPE_CHECKING:
+    from rllib_calql.parts import Parts
+    from rllib_calql.store.offline_data import CalQLOfflineData
+
+
+def completed_result(
+    results: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    parts: Parts,
+    *,
+    phase: str,
+    offline_data: CalQLOfflineData | None,
+) -> dict[str, Any]:
+    """RLlib's result, completed so that schedulers and loggers find the same keys in both phases.
+
+    Args:
+        results: RLlib's.
+        evaluation: RLlib's results of an evaluation in this iteration, if there was one; the history takes it in.
+        parts: The algorithm's.
+        phase: What this iteration's updates belong to.
+        offline_data: Where the report on the data is; None without.
+    """
+    completed = {**results, keys.PHASE: phase, **parts.lifetime.counters()}
+    completed[keys.Q_OUT_OF_RANGE] = parts.divergence.out_of_range
+    if parts.divergence.warning is not None:
+        completed[keys.Q_WARNING] = parts.divergence.warning
+    completed[keys.COLLECTION] = {
+        **results.get(keys.COLLECTION, {}),
+        keys.NUM_ENV_STEPS_BEHIND: parts.lifetime.num_env_steps_behind,
+        keys.NUM_DISCARDED_EPISODES_LIFETIME: parts.keeper.num_discarded,
+        **parts.collection.results(),
+    }
+    completed[keys.STORE] = {
+        keys.NUM_OFFLINE_TRANSITIONS: parts.store.num_offline,
+        keys.NUM_ONLINE_TRANSITIONS: parts.store.num_online,
+    }
+    if offline_data is not None and offline_data.report is not None:
+        completed[keys.OFFLINE_DATA] = offline_data.report.headline
+    if (speed := parts.updater.take_speed()) is not None:
+        completed[keys.UPDATES_PER_S] = speed
+    runner_results = known_results(results.get(ENV_RUNNER_RESULTS) or {})
+    # Tune's schedulers stop a trial whose result lacks their metric.
+    runner_results.setdefault(EPISODE_RETURN_MEAN, float("nan"))
+    completed[ENV_RUNNER_RESULTS] = runner_results
+    evaluated = (evaluation or {}).get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS)
+    if evaluated and EPISODE_RETURN_MEAN in evaluated:
+        parts.history.add(evaluated, online=phase == keys.ONLINE)
+    if fine_tuning := parts.history.summary():
+        completed[keys.FINE_TUNING] = fine_tuning
+    return completed
