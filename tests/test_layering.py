@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.rllib.algorithms.cql.cql import CQL
 
 import rllib_calql
 
@@ -17,86 +19,29 @@ PACKAGE = "rllib_calql"
 ROOT = Path(rllib_calql.__file__).parent
 MAX_LINES = 450
 
-# From the ground up. A module may import from the rows above its own only, never from its own row. "" is the package.
-LAYERS = (
-    ("stop_signals", "worker_signals", "env_errors", "ray_processes"),
-    ("parsed_json", "metrics", "plain_names", "returns", "losses", "registration", "held_data", "versions", "spaces"),
-    ("file_lock",),
-    ("checkpoint_folders", "shared_data"),
-    ("integrity",),
-    ("checkpoint",),
-    ("allocator", "critic_kernel", "graphed_steps", "precision"),
-    ("networks", "image_encoder"),
-    ("model_settings",),
-    ("datasets.pickle_instructions",),
-    ("datasets.magnitudes", "datasets.safe_decoding", "datasets.other_tools", "datasets.recorded_values"),
-    ("datasets.episodes", "datasets.columns", "datasets.summary", "datasets.staging", "datasets.minari_storage"),
-    (
-        "datasets.pointmaze",
-        "datasets.pendulum",
-        "datasets.pixel_reach",
-        "datasets.cube",
-        "datasets.hopper_training",
-        "datasets.report",
-    ),
-    ("datasets.hopper",),
-    ("datasets.files", "datasets.flat_columns", "datasets.arrow", "datasets.boundaries", "datasets.plots"),
-    ("datasets.catalog",),
-    (
-        "datasets.episode_index",
-        "datasets.chunks",
-        "datasets.arrow_columns",
-        "datasets.file_formats",
-        "datasets.packed_episodes",
-        "datasets.minari_episodes",
-        "datasets.final_rows",
-    ),
-    ("datasets.flat_episodes",),
-    ("datasets.flat", "datasets.arrow_rows"),
-    ("datasets.hdf5", "datasets.npz", "datasets.parquet", "datasets.in_memory", "datasets.minari"),
-    ("datasets.rllib_recorded", "datasets.writers"),
-    ("datasets.recording",),
+# The wings (folders) from the ground up. A module may import from its own wing and from the rows above it only.
+WINGS = (
+    ("system",),
+    ("common",),
+    ("checkpoints", "networks", "datasets.decoding", "datasets.episodes"),
+    ("datasets.generated", "datasets.report", "datasets.rows"),
+    ("datasets.readers",),
+    ("datasets.writers",),
     ("datasets",),
-    ("datasets.conversion",),
-    ("input_settings", "refused_settings"),
-    ("skipped_updates", "callbacks", "connectors", "collection", "diagnostics", "evaluation_history", "config_checks"),
-    ("offline_table", "transitions", "resolution", "divergence"),
-    ("rl_module",),
-    ("replay", "table_cache", "ingestion", "env_connectors"),
-    ("loading", "settings", "manifest", "resident_store"),
-    ("config",),
-    ("optimisers",),
-    ("offline_data", "learner", "resuming", "collector", "learner_recovery"),
-    ("updating",),
-    ("collecting",),
-    ("algorithm",),
-    ("",),
-    ("experiment_errors",),
-    ("search_spaces",),
-    ("schedulers", "typed_settings"),
-    ("experiment",),
-    ("progress", "run_state", "run_folders"),
-    ("resume_run", "tune_callbacks"),
-    ("tune_runs",),
+    ("store", "settings"),
+    ("learning",),
+    ("collection",),
+    ("evaluation",),
+    ("",),  # The package itself: `CalQL`, `CalQLConfig` and what puts them together.
+    ("experiments",),
     ("study",),
-    ("study.evaluations", "command_setup"),
-    ("study.statistics", "study.folder"),
-    ("study.plan",),
-    ("study.plots", "study.trial"),
-    ("study.report", "study.runner"),
-    ("dataset_cli", "study_cli"),
-    ("cli",),
+    ("commands",),
 )
-MATHEMATICS = {f"{PACKAGE}.critic_kernel", f"{PACKAGE}.critic_kernel.evaluate_by_kernel"}
-LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-
-# Imports upwards that stand inside a function, so that they run only once both modules are loaded.
-DEFERRED_UPWARDS = {
-    ("registration", "algorithm"): "the name is resolved to the class on first use, which keeps the import light",
-    ("config", "algorithm"): "RLlib's config names the class it configures, and that class its default config",
-    ("config", "offline_data"): "RLlib asks the config for the class that holds the offline data",
-    ("config", "learner"): "RLlib asks the config for the class of the learner",
-}
+MATHEMATICS = (
+    *("common.metrics", "common.returns", "learning.losses"),
+    *("networks.precision", "networks.critic_kernel", "networks.actor_critic"),
+)
+ROW_OF = {wing: row for row, wings in enumerate(WINGS) for wing in wings}
 
 
 @dataclass(frozen=True)
@@ -163,7 +108,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
     source = """
 from typing import TYPE_CHECKING
 import rllib_calql
-from rllib_calql import metrics as keys
+from rllib_calql.common import metrics as keys
 from rllib_calql.datasets.episodes.reader import DatasetInfo
 if TYPE_CHECKING:
     from rllib_calql.commands.main import main
@@ -175,39 +120,48 @@ class A:
     found = [(i.target, i.is_deferred) for i in imports_of(ast.parse(source)) if i.target is not None]
     assert found == [
         ("", False),
-        ("metrics", False),
-        ("datasets.episodes", False),
+        ("common.metrics", False),
+        ("datasets.episodes.reader", False),
         ("algorithm", True),
-        ("learner", True),
+        ("learning.learner", True),
     ]
 
 
-# --- Layers -----------------------------------------------------------------------------------------------------------
+# --- Wings ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_module_has_its_layer() -> None:
-    assert sorted(LAYER_OF) == sorted(MODULES)
-    assert len(LAYER_OF) == sum(len(layer) for layer in LAYERS)
+def wing_of(module: str) -> str:
+    """The folder that a module stands in, as a dotted name; "" for the package's own."""
+    return ".".join(MODULES[module].relative_to(ROOT).parent.parts)
+
+
+def test_every_wing_has_its_row() -> None:
+    assert sorted(ROW_OF) == sorted({wing_of(module) for module in MODULES})
+    assert len(ROW_OF) == sum(len(wings) for wings in WINGS)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_below(module: str) -> None:
+def test_a_module_imports_only_from_its_wing_and_from_below(module: str) -> None:
+    wing = wing_of(module)
     upwards = [
         f"line {found.line}: {found.name}"
         for found in imports_in(module)
-        if found.target is not None
-        and LAYER_OF[found.target] >= LAYER_OF[module]
-        and not (found.is_deferred and (module, found.target) in DEFERRED_UPWARDS)
-        # The package's own initialisation runs before any of its modules and loads nothing above `registration`.
-        and not (module == "" and found.target == "registration")
+        if found.target is not None and wing_of(found.target) != wing and ROW_OF[wing_of(found.target)] >= ROW_OF[wing]
     ]
     assert upwards == []
 
 
-def test_no_exemption_is_kept_that_is_not_needed() -> None:
-    deferred = {(module, found.target) for module in MODULES for found in imports_in(module) if found.is_deferred}
-    assert set(DEFERRED_UPWARDS) <= deferred
-    assert all(LAYER_OF[target] > LAYER_OF[module] for module, target in DEFERRED_UPWARDS)
+def test_the_folders_stay_small() -> None:
+    sizes = Counter(wing_of(module) for module in MODULES)
+    assert sizes[""] <= 8
+    assert {wing: size for wing, size in sizes.items() if size > 14} == {}
+
+
+@pytest.mark.parametrize("wing", ROW_OF)
+def test_every_wing_says_what_lives_in_it(wing: str) -> None:
+    readme = ROOT.joinpath(*wing.split(".")) / "README.md"
+    lines = readme.read_text().splitlines()
+    assert 7 <= len(lines) <= 20
 
 
 def test_the_package_itself_loads_nothing_but_the_registration() -> None:
@@ -216,19 +170,28 @@ def test_the_package_itself_loads_nothing_but_the_registration() -> None:
     }
 
 
-@pytest.mark.parametrize("module", ["losses", "returns", "critic_kernel", "precision", "networks", "metrics"])
+def test_nothing_but_rllib_stands_between_the_algorithm_and_cql() -> None:
+    assert rllib_calql.CalQL.__mro__[:2] == (rllib_calql.CalQL, CQL)
+
+
+@pytest.mark.parametrize("module", MATHEMATICS)
 def test_the_mathematics_knows_no_ray(module: str) -> None:
-    names = {found.name for found in imports_in(module)}
-    assert {name for name in names if name.split(".")[0] in ("ray", PACKAGE)} <= MATHEMATICS
+    foreign = {found.name for found in imports_in(module) if found.name.split(".")[0] in ("ray", PACKAGE)}
+    assert {
+        name for name in foreign if not any(name.startswith(f"{PACKAGE}.{known}") for known in MATHEMATICS)
+    } == set()
 
 
 # --- Data are not programs --------------------------------------------------------------------------------------------
 
-DECODER = "datasets.safe_decoding"
-ADMITTED = {"datasets.pickle_instructions": ["pickletools"]}  # It tells the instructions of a pickle and follows none.
+DECODER = "datasets.decoding.safe_decoding"
+ADMITTED = {
+    "datasets.decoding.pickle_instructions": ["pickletools"]
+}  # It tells the instructions of a pickle and follows none.
 READERS_OF_DATA = sorted(
-    {module for module in MODULES if module == "datasets" or module.startswith("datasets.")}
-    | {"offline_data", "ingestion", "loading", "offline_table", "table_cache", "transitions", "replay"}
+    {module for module in MODULES if wing_of(module).split(".")[0] == "datasets"}
+    | {f"store.{name}" for name in ("offline_data", "ingestion", "loading", "offline_table", "table_cache", "replay")}
+    | {"store.transitions", "common.encoding"}
 )
 UNPICKLING_MODULES = (
     "pickle",
@@ -328,7 +291,7 @@ sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
 
 
 def test_the_mathematics_can_be_imported_without_rllib() -> None:
-    names = ", ".join(f"{PACKAGE}.{name}" for name in ("losses", "returns", "networks", "metrics"))
+    names = ", ".join(f"{PACKAGE}.{name}" for name in MATHEMATICS)
     code = f"import sys; import {names}; sys.exit('ray.rllib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -208,7 +208,7 @@ def test_online_data_can_be_left_out_and_the_run_goes_on_without(
     assert_identical(run_state(lean)["store"]["rng"], saved["online_run"]["store"]["rng"])
     assert num_online > 0
     path = lean.save_to_path(tmp_path / "lean")
-    counters = lean._counters_of_phases()
+    counters = lean.lifetime.counters()
     lean.stop()
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("rllib_calql")]
     restored = CalQL.from_checkpoint(path, config=config_of())
