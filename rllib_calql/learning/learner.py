@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,20 @@ ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the onl
 
 _STATE = "calql"
 logger = logging.getLogger(__name__)
+
+
+class KindOfStep(NamedTuple):
+    """What Python decides in a gradient step, so that a recording of one stands for no other.
+
+    Attributes:
+        is_online: The phase.
+        clones_behaviour: Whether the actor learns by behaviour cloning.
+        moves_targets: Whether the targets move.
+    """
+
+    is_online: bool
+    clones_behaviour: bool
+    moves_targets: bool
 
 
 class CalQLTorchLearner(OptimisingLearner):
@@ -204,11 +218,14 @@ class CalQLTorchLearner(OptimisingLearner):
             self._update_targets()
         return fwd_out, loss_per_module
 
-    def _kinds_of_steps(self, num_steps: int) -> Iterator[tuple[bool, bool, bool]]:
+    def _kinds_of_steps(self, num_steps: int) -> Iterator[KindOfStep]:
         """What Python decides in each step; counts the steps as they are made."""
         for _ in range(num_steps):
-            clones = self._num_updates < self.config.bc_updates
-            yield self._online, clones, (self._num_updates + 1) % self.config.target_update_period == 0
+            yield KindOfStep(
+                is_online=self._online,
+                clones_behaviour=self._num_updates < self.config.bc_updates,
+                moves_targets=(self._num_updates + 1) % self.config.target_update_period == 0,
+            )
             self._num_updates += 1
 
     @override(CQLTorchLearner)

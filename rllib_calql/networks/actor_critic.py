@@ -200,21 +200,24 @@ class EnsembleCritic(nn.Module):
             norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
         dtype = self.product_dtype or obs.dtype
         if self._are_batched(obs.device):
-            return self._evaluate_together(obs, actions, dtype, parameters, norms)
+            obs_weight, bias, *others = parameters
+            obs_part = _product(obs.expand(self.num_critics, -1, -1), obs_weight, bias)
+            return self._evaluate(obs_part, actions, dtype, others, norms)
         has_kernel = self._is_plain and not actions.requires_grad
         q = []
         for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
-            obs_part = torch.addmm(bias, obs, obs_weight)
+            obs_part = _product(obs, obs_weight, bias)
             if has_kernel:
                 q.append(evaluate_by_kernel(obs_part, actions, dtype, *others))
             else:
-                own_norms = [(scale[c], shift[c]) for scale, shift in norms]
-                q.append(self._evaluate(obs_part, actions, dtype, others, own_norms))
+                q.append(
+                    self._evaluate(obs_part, actions, dtype, others, [(scale[c], shift[c]) for scale, shift in norms])
+                )
         return torch.stack(q)
 
     @staticmethod
     def _are_batched(device: torch.device) -> bool:
-        """Whether one batched product for all critics is faster than a product for each."""
+        """Whether one batched product for all critics, a C-th of the kernels, is faster than a product for each."""
         return device.type != "cpu"
 
     def _evaluate(
@@ -225,46 +228,40 @@ class EnsembleCritic(nn.Module):
         parameters: Sequence[Tensor],
         norms: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Q of one critic, shape (M, B); the kernel's arguments, scale and shift of every layer norm."""
+        """Q of one critic, shape (M, B), or of all, shape (C, M, B), where everything but `actions` has that axis.
+
+        Args:
+            obs_part: What the first layer makes of the observations, shape (..., B, H).
+            actions: Shape (M, B, A).
+            dtype: Of the products of all layers but the last.
+            parameters: Of the first layer's action part, then weight and bias of every other layer.
+            norms: Scale and shift of every layer norm.
+        """
         action_weight, *layers = parameters
         last = len(layers) - 2
-        hidden = torch.matmul(actions.to(dtype), action_weight.to(dtype)) + obs_part.to(dtype)
-        hidden = hidden.flatten(0, 1)
+        action_part = torch.matmul(actions.flatten(0, 1).to(dtype), action_weight.to(dtype))
+        shape = (*action_part.shape[:-2], *actions.shape[:2])
+        hidden = action_part.view(*shape, -1) + obs_part.to(dtype).unsqueeze(-3)
+        hidden = hidden.flatten(-3, -2)
         for index in range(0, len(layers), 2):
             if norms:
                 scale, shift = norms[index // 2]
-                hidden = functional.layer_norm(hidden, scale.shape, scale.to(dtype), shift.to(dtype))
+                hidden = _normalised(hidden, scale.to(dtype), shift.to(dtype))
             hidden = self._activation(hidden)
             of_layer = obs_part.dtype if index == last else dtype
-            weight, bias = layers[index].to(of_layer), layers[index + 1].to(of_layer)
-            hidden = torch.addmm(bias, hidden.to(of_layer), weight)
-        return hidden.view(actions.shape[:2])
-
-    def _evaluate_together(
-        self,
-        obs: Tensor,
-        actions: Tensor,
-        dtype: torch.dtype,
-        parameters: Sequence[Tensor],
-        norms: Sequence[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Q of all critics by batched products, which on a GPU takes a C-th of the kernels.
-
-        Shapes and types are those of `forward` and `_evaluate`, parameters with their critic axis.
-        """
-        obs_weight, bias, action_weight, *layers = parameters
-        last = len(layers) - 2
-        obs_part = torch.baddbmm(bias.unsqueeze(1), obs.expand(self.num_critics, -1, -1), obs_weight).to(dtype)
-        hidden = torch.matmul(actions.flatten(0, 1).to(dtype), action_weight.to(dtype))
-        shape = (self.num_critics, *actions.shape[:2])
-        hidden = (hidden.view(*shape, -1) + obs_part.unsqueeze(1)).flatten(1, 2)
-        for index in range(0, len(layers), 2):
-            if norms:
-                scale, shift = norms[index // 2]
-                normal = functional.layer_norm(hidden, hidden.shape[-1:])
-                hidden = normal * scale.to(dtype).unsqueeze(1) + shift.to(dtype).unsqueeze(1)
-            hidden = self._activation(hidden)
-            of_layer = dtype if index < last else obs.dtype
-            weight, bias = layers[index].to(of_layer), layers[index + 1].to(of_layer)
-            hidden = torch.baddbmm(bias.unsqueeze(1), hidden.to(of_layer), weight)
+            hidden = _product(hidden.to(of_layer), layers[index].to(of_layer), layers[index + 1].to(of_layer))
         return hidden.view(shape)
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A layer of one critic, inputs (R, n_in), or of all at once, inputs (C, R, n_in)."""
+    if inputs.dim() == 2:
+        return torch.addmm(bias, inputs, weight)
+    return torch.baddbmm(bias.unsqueeze(1), inputs, weight)
+
+
+def _normalised(hidden: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm of one critic, hidden (R, n), or of all at once, hidden (C, R, n)."""
+    if hidden.dim() == 2:
+        return functional.layer_norm(hidden, scale.shape, scale, shift)
+    return functional.layer_norm(hidden, hidden.shape[-1:]) * scale.unsqueeze(1) + shift.unsqueeze(1)
