@@ -91,4 +91,6 @@ def runs_of(ids: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _text_of(id_: Any) -> str:
-    return id_.decode(errors="replace") if isinstance(id_, bytes) else str(id_)
+    if isinstance(id_, bytes):
+        return id_.decode(errors="replace")
+    return str(int(id_) if isinstance(id_, float) else id_)  # Whole, as `as_texts` has checked.

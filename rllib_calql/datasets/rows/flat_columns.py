@@ -196,7 +196,7 @@ def as_texts(ids: NDArray[Any], where: Callable[[int], str]) -> list[str]:
     """Episode ids as strings; `where` says where an entry was read.
 
     Raises:
-        ValueError: If an id is a number that is not whole, or is not UTF-8.
+        ValueError: If an id is a bool or a number that is not whole, or is not UTF-8.
     """
     if ids.dtype.kind == "f":
         is_odd = ids != np.floor(ids)
@@ -206,6 +206,8 @@ def as_texts(ids: NDArray[Any], where: Callable[[int], str]) -> list[str]:
                 f"`{Columns.EPS_ID}` must be a whole number or text, got {ids[entry]} in {where(entry)}; repair the id."
             )
         return [str(int(id_)) for id_ in ids.tolist()]
+    if ids.dtype.kind == "b":
+        raise ValueError(f"`{Columns.EPS_ID}` must be a whole number or text, got bool in {where(0)}; convert the ids.")
     if ids.dtype.kind != "S":
         return [str(id_) for id_ in ids.tolist()]
     try:
