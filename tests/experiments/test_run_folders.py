@@ -12,6 +12,7 @@ import click
 import pyarrow.fs
 import pytest
 from click.testing import CliRunner, Result
+from run_folder_files import HOLDER, OF_A_RUN, TRIAL, files_in, write
 
 from rllib_calql.commands import main as cli
 from rllib_calql.commands.main import main
@@ -21,33 +22,6 @@ from rllib_calql.experiments.experiment import read_experiments
 from rllib_calql.experiments.run_folders import RunFolder
 from rllib_calql.system.file_lock import held_lock
 from rllib_calql.system.plain_names import refuse_unplain_id, refuse_unplain_name
-
-TRIAL = "CalQL_Pendulum-v1_82950_00000_0_2026-11-28_04-02-21"
-# What a run of the command left, listed by hand.
-OF_A_RUN = (
-    "tuner.pkl",
-    ".validate_storage_marker",
-    "basic-variant-state-2026-11-28_04-02-20.json",
-    "experiment_state-2026-11-28_04-02-20.json",
-    "rllib_calql_state.zip",
-    f"{TRIAL}/params.json",
-    f"{TRIAL}/params.pkl",
-    f"{TRIAL}/result.json",
-    f"{TRIAL}/progress.csv",
-    f"{TRIAL}/events.out.tfevents.1795838548.vm",
-    f"{TRIAL}/checkpoint_000000/algorithm_state.pkl",
-    f"{TRIAL}/checkpoint_000000/learner_group/learner/state.pkl",
-)
-
-
-def write(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("x")
-
-
-def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 
 class ReachedRay(click.ClickException):
@@ -170,15 +144,6 @@ def test_a_storage_without_folders_is_treated_alike(monkeypatch: pytest.MonkeyPa
 
 
 # --- Two at a time ---------------------------------------------------------------------------------------------------
-
-HOLDER = """
-import sys
-from pathlib import Path
-from rllib_calql.system.file_lock import held_lock
-with held_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learner_checks import MODULE, assert_bit_identical, everything, random_rows, update
+from pendulum_data import FaultyEnv, offline_config, small_config, two_episodes, write
 from ray.rllib.core.columns import Columns
 from small_learners import make_learner
-from test_bad_input import FaultyEnv, offline_config, small_config, two_episodes, write
-from test_learner import MODULE, assert_bit_identical, everything, random_rows, update
 
 from rllib_calql import CalQLConfig
 from rllib_calql.common import metrics as keys

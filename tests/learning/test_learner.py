@@ -9,51 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learner_checks import MODULE, assert_bit_identical, everything, parameters, random_rows, update
 from ray.rllib.core.columns import Columns
 from small_learners import make_learner
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rllib_calql.common import metrics as keys
-from rllib_calql.learning.learner import ONLINE, CalQLTorchLearner
+from rllib_calql.learning.learner import CalQLTorchLearner
 from rllib_calql.learning.skipped_updates import MAX_SKIPPED_UPDATES_IN_A_ROW, SkippedUpdates, check_updates_are_applied
 from rllib_calql.store.offline_data import as_multi_agent_batch
-from rllib_calql.store.replay import IS_OFFLINE
-
-MODULE = "default_policy"
-
-
-def random_rows(num_rows: int, seed: int = 0, *, obs_dim: int = 3, action_dim: int = 2) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        Columns.OBS: rng.normal(size=(num_rows, obs_dim)).astype(np.float32),
-        Columns.NEXT_OBS: rng.normal(size=(num_rows, obs_dim)).astype(np.float32),
-        Columns.ACTIONS: rng.uniform(-0.9, 0.9, size=(num_rows, action_dim)).astype(np.float32),
-        Columns.REWARDS: rng.normal(size=num_rows).astype(np.float32),
-        Columns.TERMINATEDS: (rng.random(num_rows) < 0.2).astype(np.float32),
-        Columns.RETURNS_TO_GO: rng.normal(size=num_rows).astype(np.float32),
-        IS_OFFLINE: (np.arange(num_rows) % 2).astype(np.float32),
-    }
-
-
-def update(
-    learner: CalQLTorchLearner, rows: dict[str, np.ndarray], size: int, *, online: bool = False
-) -> dict[str, float]:
-    """One update call, its metrics as numbers."""
-    batch = as_multi_agent_batch(rows)
-    results = learner.update(batch=batch, minibatch_size=size, timesteps={ONLINE: online})[MODULE]
-    return {name: float(value.peek() if hasattr(value, "peek") else value) for name, value in results.items()}
-
-
-def parameters(learner: CalQLTorchLearner, prefix: str = "") -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in learner.module[MODULE].named_parameters() if k.startswith(prefix)}
-
-
-def assert_bit_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert len(actual) > 0
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 def freeze(learner: CalQLTorchLearner) -> None:
@@ -231,17 +196,6 @@ def test_a_learning_rate_schedule_counts_env_steps_and_holds_from_the_first_upda
 
 
 # --- Skipped updates --------------------------------------------------------------------------------------------------
-
-
-def everything(learner: CalQLTorchLearner) -> dict[str, Tensor]:
-    """Parameters, targets, temperature, dual variable, moments and step counts."""
-    tensors = parameters(learner)
-    tensors["log_alpha"] = learner.curr_log_alpha[MODULE].detach().clone()
-    tensors["log_alpha_prime"] = learner.log_alpha_prime.detach().clone()
-    for name, optimizer in learner._named_optimizers.items():
-        for number, buffers in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{number}.{key}": value.clone() for key, value in buffers.items()}
-    return tensors
 
 
 def bad_rows(num_rows: int = 8, reward: float = np.nan) -> dict[str, np.ndarray]:

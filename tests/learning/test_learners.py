@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import ray
 import torch
+from learner_checks import random_rows
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from small_learners import make_learner
-from test_learner import random_rows
 from tiny import line_config
 
 from rllib_calql import CalQL, CalQLConfig

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from test_run_folders import HOLDER, OF_A_RUN, files_in, write
+from run_folder_files import HOLDER, OF_A_RUN, files_in, write
 from test_study import all_rows, rows_of, study_file, study_of
 
 from rllib_calql.commands import study as study_cli
