@@ -24,9 +24,14 @@ def __getattr__(name: str) -> Any:
     """Loads the algorithm on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
     from importlib import import_module
 
-    return getattr(import_module(_MODULES[name]), name)
+    with warnings.catch_warnings():
+        # RLlib imports GLFW where it is installed, which warns on machines without a display.
+        warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")
+        module = import_module(_MODULES[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -45,12 +45,13 @@ def prepare(verbose: bool) -> None:
     """Sets what Ray reads when it is imported, imports it, and quiets it unless `verbose`."""
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw)\b")
     import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
 
     if not verbose:
         for logger in ("ray", "ray.rllib", "ray.tune"):
             logging.getLogger(logger).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics)\b")
         # Tune's copy of its state in the background fails where files change meanwhile; `KeepResumable` has its own.
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
         # Said better by our own messages at the end.
