@@ -1,7 +1,8 @@
-"""What the README says about other algorithms, against the raw results in `evidence/`."""
+"""What the documents say about other algorithms, against the raw results in `evidence/`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,48 @@ EVIDENCE = Path(__file__).parents[1] / "evidence"
 FOLDERS = sorted(path.parent for path in EVIDENCE.glob("*/study.json"))
 STUDIES = sorted((ROOT / "tuned_examples" / "studies").glob("*.yaml"))
 MAX_BYTES = 2_000_000
+README = ROOT / "README.md"
+# The section of each study, by the folder of raw results that it links to.
+SECTIONS = {
+    found[1]: section
+    for section in (EVIDENCE / "README.md").read_text().split("\n## ")
+    if (found := re.search(r"Raw\s+results:\s+\[\w+\]\((\w+)\)", section))
+}
 
 studies = pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 
 
+def _tables(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
 @studies
-def test_one_command_makes_the_report_and_the_tables_of_the_readme(folder: Path, tmp_path: Path) -> None:
+def test_one_command_makes_the_report_and_the_tables_of_the_document(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    readme = (ROOT / "README.md").read_text().splitlines()
-    table = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("|")]
-    assert [line for line in table if line not in readme] == []
+    assert _tables(SECTIONS[folder.name]) == _tables((tmp_path / "summary.md").read_text())
+    assert f"`tuned_examples/studies/{folder.name}.yaml`" in SECTIONS[folder.name]
     page = (tmp_path / "report.html").read_text()
     assert "Learning curves" in page
     assert "Cumulative regret online" in page
+
+
+def test_the_table_of_the_readme_is_that_of_the_document() -> None:
+    rows = re.findall(
+        r"^\| \[.*?\]\(tests/evidence/README\.md#(.*?)\) \| (.*) \|$", README.read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) == 6
+    for anchor, numbers in rows:
+        (section,) = (text for text in SECTIONS.values() if _anchor_of(text) == anchor)
+        names = [cell.strip() for cell in _tables(section)[0].split("|")]
+        final, regret = names.index("final score (mean)"), names.index("regret (mean)")
+        cells = {line.split(" | ")[0]: ["", *line[2:-2].split(" | ")] for line in _tables(section)}
+        cal_ql, cql = cells["| Cal-QL"], cells["| CQL"]
+        assert numbers.split(" | ") == [cal_ql[final], cql[final], cal_ql[regret], cql[regret]], anchor
+
+
+def _anchor_of(section: str) -> str:
+    return section.split("\n")[0].lower().replace(",", "").replace(" ", "-")
 
 
 @studies
