@@ -18,6 +18,7 @@ import pytest
 from rllib_calql import CalQLConfig
 from rllib_calql.commands.main import main
 from rllib_calql.common import metrics
+from rllib_calql.datasets import generated_dataset_ids
 from rllib_calql.experiments.experiment import read_experiments
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,9 @@ LANGUAGES = {"python", "python continues", "bash", "yaml", "bibtex"}
 MAX_COLUMNS = 120
 # Sizes are cut for the test; nothing else is touched.
 _SHORTER = [
+    (r"\(offline_updates=2_000\)", "(offline_updates=2_000, updates_per_env_step=1)"),
     (r"offline_updates=\d[\d_]*", "offline_updates=4, updates_per_iteration=2"),
+    (r"updates_per_env_step=1", "updates_per_env_step=0.05"),
     (r"num_offline_updates_lifetime\": 2_000", 'num_offline_updates_lifetime": 4'),
     (r"evaluation_duration=10", "evaluation_duration=1"),
     (r"range\(5\)", "range(3)"),
@@ -83,7 +86,9 @@ def _python_programs() -> list[Block]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", _python_programs(), ids=lambda block: f"{block.document.stem}-{block.line}")
+@pytest.mark.parametrize(
+    "program", _python_programs(), ids=lambda block: f"{block.document.relative_to(ROOT)}-{block.line}"
+)
 def test_python_blocks_run(program: Block, tmp_path: Path) -> None:
     code = program.content
     for pattern, shorter in _SHORTER:
@@ -283,3 +288,19 @@ def test_the_tables_of_metrics_list_every_key() -> None:
     names = {key.split("/")[-1] for key in documented}
     assert names == (own - parents - values) | {"episode_return_mean"}
     assert {key.split("/")[0] for key in documented if "/" in key} == parents | {"evaluation"}
+
+
+def test_the_table_of_generated_data_sets_lists_all() -> None:
+    section = _section("rllib_calql/datasets/FORMATS.md", "Generated data sets")
+    names = []
+    for name in re.findall(r"^\| `([\w{},-]+)` \|", section, flags=re.MULTILINE):
+        before, _, rest = name.partition("{")
+        choices, _, after = rest.partition("}")
+        names += [f"rllib-calql/{before}{choice}{after}" for choice in choices.split(",")]
+    assert sorted(names) == sorted(generated_dataset_ids())
+
+
+def test_the_table_of_recipes_lists_all() -> None:
+    cells = re.findall(r"^\| (`.*?) \| ", (ROOT / "tuned_examples/README.md").read_text(), flags=re.MULTILINE)
+    recipes = {path.name for path in (ROOT / "tuned_examples").iterdir() if path.suffix in (".yaml", ".py")}
+    assert {name for cell in cells for name in re.findall(r"`(.*?)`", cell)} == recipes
