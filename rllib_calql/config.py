@@ -51,7 +51,7 @@ class CalQLConfig(CalQLSettings):
 
         super().__init__(algo_class=algo_class or CalQL)
 
-        # RLlib's settings whose inherited defaults do not fit; the first group is refused if set (refused_settings.py).
+        # RLlib's settings whose inherited defaults do not fit; the first group is refused if set (settings/refused.py).
         self.lr = None
         self.bc_iters = None
         self.replay_buffer_config = {"type": "EpisodeReplayBuffer"}
