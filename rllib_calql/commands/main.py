@@ -117,7 +117,7 @@ def file(
         for experiment in experiments
     ]
     with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
-        needed = max(run.num_cpus_per_trial for run in runs)
+        needed = max(run.num_cpus_of_largest_trial for run in runs)
         start_ray(needed, stop, num_cpus=num_cpus, address=address, verbose=verbose)
         try:
             failed = [run.name for run in runs if not _run(run, storage_path, stop, resume=resume, verbose=verbose)]

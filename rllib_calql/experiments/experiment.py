@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import runpy
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 from ray.rllib.algorithms import registry
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
 from rllib_calql.common import metrics as keys
@@ -40,6 +42,16 @@ _STOP_KEYS = (
     keys.NUM_ONLINE_EPISODES_LIFETIME,
     keys.Q_OUT_OF_RANGE,
 )
+
+
+def num_cpus_of_largest(requests: Iterable[PlacementGroupFactory]) -> int:
+    """Whole CPUs that Ray needs for the largest of several trials, at least 1.
+
+    Args:
+        requests: What each trial asks Ray for.
+    """
+    cpus: list[float] = [request.required_resources.get("CPU", 0) for request in requests]
+    return max(1, math.ceil(max(cpus, default=1)))
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,12 @@ class Experiment:
     examples: tuple[AlgorithmConfig, ...] = ()
 
     @property
-    def num_cpus_per_trial(self) -> int:
+    def num_cpus_of_largest_trial(self) -> int:
         """CPUs that the largest trial asks Ray for."""
-        requests = [self.algorithm.default_resource_request(config) for config in self.examples]  # type: ignore[attr-defined]
-        return max((math.ceil(request.required_resources.get("CPU", 0)) for request in requests), default=1)
+        return num_cpus_of_largest(
+            self.algorithm.default_resource_request(config)  # type: ignore[attr-defined]
+            for config in self.examples
+        )
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with the config's seed set."""

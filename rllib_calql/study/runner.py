@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import signal
@@ -17,6 +16,7 @@ from ray import tune
 import rllib_calql
 from rllib_calql.algorithm import CalQL
 from rllib_calql.experiments.errors import ExperimentError
+from rllib_calql.experiments.experiment import num_cpus_of_largest
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
@@ -43,10 +43,9 @@ class Outcome:
     is_interrupted: bool = False
 
 
-def num_cpus_per_trial(study: Study) -> int:
+def num_cpus_of_largest_trial(study: Study) -> int:
     """CPUs that the largest trial asks Ray for."""
-    cpus: list[float] = [_resources(trial).required_resources["CPU"] for trial in study.trials]
-    return math.ceil(max(cpus))
+    return num_cpus_of_largest(_resources(trial) for trial in study.trials)
 
 
 def run_study(

@@ -79,7 +79,7 @@ def test_the_cluster_example_is_the_main_job_on_more_machines() -> None:
         "num_learners": 1,
         "num_cpus_for_main_process": 1,  # The learner has a process of its own.
     }
-    assert cluster.num_cpus_per_trial == 10  # What the comments in the file say.
+    assert cluster.num_cpus_of_largest_trial == 10  # What the comments in the file say.
     assert cluster.max_failures == 3
     assert cluster.checkpoint_config["checkpoint_frequency"] == 1
 

@@ -54,7 +54,7 @@ def test_an_experiment_has_its_algorithm_environment_stop_and_settings(tmp_path:
     assert (experiment.num_samples, experiment.checkpoint_config) == (3, {"checkpoint_frequency": 5})
     config: Any = experiment.config
     assert (config.min_q_weight, config.warmup_env_steps, config.num_env_runners, config.seed) == (1.5, 200, 2, 7)
-    assert experiment.num_cpus_per_trial == 3  # The algorithm itself and two env runners.
+    assert experiment.num_cpus_of_largest_trial == 3  # The algorithm itself and two env runners.
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_every_foreseeable_value_is_checked_before_training(tmp_path: Path) -> N
 
 def test_a_trial_is_sized_by_the_largest_value_of_the_grid(tmp_path: Path) -> None:
     text = "e: {run: CalQL, env: Pendulum-v1, config: {num_env_runners: {grid_search: [0, 3, 1]}}}"
-    assert read_one(tmp_path, text).num_cpus_per_trial == 4
+    assert read_one(tmp_path, text).num_cpus_of_largest_trial == 4
 
 
 def test_a_scheduler_judges_by_the_evaluation_return_unless_told(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_python_file_gives_its_config_and_stop(tmp_path: Path) -> None:
     assert (experiment.name, experiment.algorithm, experiment.stop) == ("swing_up", CalQL, {"training_iteration": 2})
     config: Any = experiment.config
     assert config.tau == 0.25
-    assert experiment.num_cpus_per_trial == 1
+    assert experiment.num_cpus_of_largest_trial == 1
 
 
 @pytest.mark.parametrize(
