@@ -86,7 +86,8 @@ class CalQLTorchLearner(OptimisingLearner):
         self._seed_noise_of_other_ranks()
         self._calql_module.generator = self._generator
         self._set_precision()
-        has_graphs = self.config.num_learners <= 1  # The all-reduce of several is not recorded.
+        # The all-reduce of several learners is not recorded, and a replayed step logs nothing.
+        has_graphs = self.config.num_learners <= 1 and not self.config.log_gradients
         self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
 
     @property
@@ -326,6 +327,16 @@ class CalQLTorchLearner(OptimisingLearner):
             for gradient, part in zip(gradients.values(), parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         return gradients
+
+    @override(TorchLearner)
+    def postprocess_gradients_for_module(
+        self, *, module_id: str, config: CalQLConfig | None = None, module_gradients_dict: dict[Any, Tensor]
+    ) -> dict[Any, Tensor]:
+        """RLlib's clipping and logging. With `log_gradients` and no `grad_clip` RLlib would hand on no gradients."""
+        processed = super().postprocess_gradients_for_module(
+            module_id=module_id, config=config, module_gradients_dict=module_gradients_dict
+        )
+        return {**module_gradients_dict, **processed}
 
     @override(CQLTorchLearner)
     def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
