@@ -37,8 +37,8 @@ EXECUTION_SETTINGS = frozenset(
         *("evaluation_num_env_runners", "evaluation_parallel_to_training", "evaluation_sample_timeout_s"),
         *("restart_failed_env_runners", "ignore_env_runner_failures", "max_num_env_runner_restarts"),
         *("delay_between_env_runner_restarts_s", "restart_failed_sub_environments"),
-        *("num_consecutive_env_runner_failures_tolerance", "env_runner_health_probe_timeout_s"),
-        *("env_runner_restore_timeout_s", "store_memory_limit", "cache_dir", "share_offline_data"),
+        *("env_runner_health_probe_timeout_s", "env_runner_restore_timeout_s"),
+        *("store_memory_limit", "cache_dir", "share_offline_data"),
     }
 )
 _MAX_VALUE_LENGTH = 60

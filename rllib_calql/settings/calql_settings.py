@@ -226,7 +226,7 @@ class CalQLSettings(CQLConfig):
             cache_dir: Folder of these files. None: `rllib_calql` in the user's cache folder.
             share_offline_data: Whether the trials of Ray Tune share one copy of the offline transitions per node, in
                 Ray's object store.
-            **kwargs: RLlib's own settings (`input_filesystem`, `input_filesystem_kwargs`, `output`, ...).
+            **kwargs: RLlib's own settings (`input_filesystem`, `input_filesystem_kwargs`).
 
         Returns:
             This config.

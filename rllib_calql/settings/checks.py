@@ -35,6 +35,7 @@ _POSITIVE_INTEGERS = (
     "max_episode_env_steps",
     "train_batch_size_per_learner",
 )
+_CLIPPED_BY = ("value", "norm", "global_norm")
 _BOOLEANS = (
     "calibrate",
     "importance_sampling",
@@ -57,10 +58,12 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     Raises:
         ValueError: At the first setting that is wrong.
     """
+    _check_host(config)
     check_unused(config)
     check_names(config._model_config)
     check_module_spec(config._rl_module_spec, config.get_default_rl_module_spec().module_class)
-    _check_host(config)
+    _check_classes(config)
+    _check_clipping(config)
     with _without_new_stack_banners():
         parent_validate()
     _check_ranges(config)
@@ -77,8 +80,6 @@ def _check_host(config: CalQLConfig) -> None:
         raise ValueError(f'`framework` must be "torch", got {config.framework_str!r}.')
     if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
         raise ValueError("CalQL runs on RLlib's new API stack only; drop the `.api_stack(...)` call.")
-    if config.is_multi_agent:
-        raise ValueError("CalQL trains one agent; drop the `.multi_agent(...)` call.")
     if not config.normalize_actions:
         raise ValueError(
             "`normalize_actions` must be True: module actions lie in [-1, 1] and RLlib maps them to the bounds."
@@ -87,6 +88,30 @@ def _check_host(config: CalQLConfig) -> None:
         check_action_space(config.action_space, "`action_space`")
     if config.observation_space is not None and config._env_to_module_connector is None:
         check_observation_space(config.observation_space, "`observation_space`")
+
+
+def _check_classes(config: CalQLConfig) -> None:
+    """Refuses classes of a user that do other work than the ones here."""
+    if config._learner_class is not None:
+        _check_subclass("learner_class", config._learner_class, config.get_default_learner_class())
+    if config.env_runner_cls is not None:
+        from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+        _check_subclass("env_runner_cls", config.env_runner_cls, SingleAgentEnvRunner)
+    _check_subclass("offline_data_class", config.offline_data_class, type(config)().offline_data_class)
+
+
+def _check_clipping(config: CalQLConfig) -> None:
+    clip_to = config.grad_clip
+    if clip_to is not None and not (_is_real(clip_to) and 0 < clip_to < math.inf):
+        raise ValueError(f"`grad_clip` must be None or a positive number, got {clip_to!r}.")
+    if config.grad_clip_by not in _CLIPPED_BY:
+        raise ValueError(f"`grad_clip_by` must be one of {_CLIPPED_BY}, got {config.grad_clip_by!r}.")
+
+
+def _check_subclass(setting: str, kind: Any, own: type) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, own)):
+        raise ValueError(f"`{setting}` must be a subclass of `{own.__name__}`, got {kind!r}; drop it.")
 
 
 @contextmanager

@@ -1,17 +1,34 @@
-"""Settings of RLlib that CalQL inherits and does not use: refused with a remedy instead of ignored."""
+"""Settings of RLlib that CalQL inherits and does not use: refused with a remedy instead of ignored.
+
+Every attribute of a `CalQLConfig` is ours, in here, or in `inherited.py`; a test walks all of them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray._common.deprecation import DEPRECATED_VALUE
+from ray.rllib.policy.policy import PolicySpec
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 _READ_BY_US = "the data are read by this package's own readers"
 _FED_BY_STORE = "learners are fed from the transition store"
-_EVALUATED_ONLINE = (
-    "RLlib's offline evaluation would read the data by a pipeline of its own and wait for it; evaluate in an "
-    "environment by `evaluation_interval`"
+_OLD_STACK = "it belongs to the old API stack"
+_TENSORFLOW = "the networks are torch's; drop it"
+_ONE_AGENT = "it trains one agent; drop the `.multi_agent(...)` call"
+_NOT_COMPILED = "neither updates nor policies are compiled; drop it"
+_NO_RECORDER = (
+    "RLlib's recorder hands on episodes in a form that cannot be stored; record episodes of a trained policy by "
+    "`rllib_calql.datasets.record`"
+)
+_SUB_ENVIRONMENTS = 'set `gym_env_vectorize_mode="async"` for sub-environments in processes of their own'
+_PIPELINE_STATES = f"{_OLD_STACK}; set `merge_env_runner_states` and `broadcast_env_runner_states`"
+_JUDGED_FROM_DATA = (
+    "judging a policy from data is not available yet, and RLlib's way would read the data by a pipeline of its own; "
+    "evaluate in an environment by `evaluation_interval`"
 )
 _OFFLINE_EVALUATION = (
     *("offline_evaluation_interval", "offline_evaluation_type", "offline_evaluation_duration"),
@@ -26,6 +43,31 @@ _OFFLINE_EVALUATION = (
     *("offline_eval_runner_restore_timeout_s", "callbacks_on_offline_eval_runners_recreated"),
     *("callbacks_on_evaluate_offline_start", "callbacks_on_evaluate_offline_end"),
     *("off_policy_estimation_methods", "ope_split_batch_by_episode"),
+)
+
+_RECORDER = (
+    *("output", "output_config", "output_compress_columns", "output_max_file_size", "output_max_rows_per_file"),
+    *("output_write_remaining_data", "output_write_method", "output_write_method_kwargs", "output_filesystem"),
+    *("output_filesystem_kwargs", "output_write_episodes"),
+)
+_OF_TENSORFLOW = (
+    *("eager_tracing", "eager_max_retraces", "tf_session_args", "local_tf_session_args", "enable_tf1_exec_eagerly"),
+    "_tf_policy_handles_more_than_one_loss",
+)
+_OF_SEVERAL_AGENTS = (
+    *("policies", "policy_mapping_fn", "policies_to_train", "policy_map_capacity", "policy_states_are_swappable"),
+    *("observation_fn", "count_steps_by", "algorithm_config_overrides_per_module"),
+)
+_OF_COMPILING = (
+    *("torch_compile_learner_what_to_compile", "torch_compile_learner_dynamo_backend"),
+    *("torch_compile_learner_dynamo_mode", "torch_compile_worker", "torch_compile_worker_dynamo_backend"),
+    "torch_compile_worker_dynamo_mode",
+)
+_OF_THE_OLD_STACK = (
+    *("sample_collector", "preprocessor_pref", "sampler_perf_stats_ema_coef", "offline_sampling"),
+    *("keep_per_episode_custom_metrics", "metrics_episode_collection_timeout_s", "export_native_model_files"),
+    *("checkpoint_trainable_policies_only", "log_sys_usage", "fake_sampler", "_fake_gpus", "_disable_preprocessor_api"),
+    *("_disable_action_flattening", "_disable_initialize_loss_from_dummy_batch", "replay_sequence_length"),
 )
 
 # Settings of the parents that are not read here: name -> (reason and remedy). Refused unless left at their default.
@@ -52,7 +94,7 @@ UNUSED_SETTINGS: dict[str, str] = {
     "model": "it belongs to the old API stack; set `.rl_module(model_config=...)`",
     "optimizer": "it belongs to the old API stack; set `actor_lr`, `critic_lr` and `alpha_lr`",
     "explore": "training always samples from the policy; set it in `.evaluation(evaluation_config=...)`",
-    "torch_compile_learner": "the update is not compiled",
+    "torch_compile_learner": _NOT_COMPILED,
     "_torch_grad_scaler_class": "bfloat16 has the exponents of float32, so no loss needs scaling",
     "rollout_fragment_length": "whole episodes are collected",
     "batch_mode": "returns-to-go need whole episodes",
@@ -80,24 +122,115 @@ UNUSED_SETTINGS: dict[str, str] = {
     "shuffle_buffer_size": "batches are drawn uniformly from all data",
     "input_config": _READ_BY_US,
     "postprocess_inputs": _READ_BY_US,
-    **dict.fromkeys(_OFFLINE_EVALUATION, _EVALUATED_ONLINE),
+    **dict.fromkeys(_OFFLINE_EVALUATION, _JUDGED_FROM_DATA),
+    **dict.fromkeys(_RECORDER, _NO_RECORDER),
+    **dict.fromkeys(_OF_TENSORFLOW, _TENSORFLOW),
+    **dict.fromkeys(_OF_SEVERAL_AGENTS, _ONE_AGENT),
+    **dict.fromkeys(_OF_COMPILING, _NOT_COMPILED),
+    **dict.fromkeys(_OF_THE_OLD_STACK, f"{_OLD_STACK}; drop it"),
+    "input_spaces_jsonable": _READ_BY_US,
+    "exploration_config": f"{_OLD_STACK}; episodes are collected by the policy's own noise, drop it",
+    "compress_observations": f"{_OLD_STACK}; the store holds observations as they are, drop it",
+    "observation_filter": f"{_OLD_STACK}; set `normalize_observations`, or wrap the environment",
+    "update_worker_filter_stats": _PIPELINE_STATES,
+    "use_worker_filter_stats": _PIPELINE_STATES,
+    "clip_rewards": f"{_OLD_STACK}; set `reward_scale` and `reward_bias`, which hold for data and environment alike",
+    "_is_atari": "pictures are not preprocessed for you; wrap the environment",
+    "render_env": "env runners render nothing; wrap the environment, as in Gymnasium's `RecordVideo`",
+    "disable_env_checking": "RLlib checks environments of several agents only; drop it",
+    "action_mask_key": "continuous actions are not masked; drop it",
+    "extra_python_environs_for_driver": f"{_OLD_STACK}; set the variables before Ray starts",
+    "extra_python_environs_for_worker": f"{_OLD_STACK}; set `runtime_env` of `ray.init`",
+    "num_gpus": f"{_OLD_STACK}; set `num_gpus_per_learner`",
+    "remote_worker_envs": _SUB_ENVIRONMENTS,
+    "remote_env_batch_wait_ms": _SUB_ENVIRONMENTS,
+    "episodes_to_numpy": "only episodes of arrays can be stored; drop it",
+    "use_env_runner_state_server": "env runners get their weights with each request; drop it",
+    "env_runner_state_server_max_concurrency": "env runners get their weights with each request; drop it",
+    "num_consecutive_env_runner_failures_tolerance": (
+        "env runners that fail are started anew, and five failures of each without a finished episode end the run; "
+        "set `max_num_env_runner_restarts` or `restart_failed_env_runners`"
+    ),
+    "torch_ddp_kwargs": "gradients of several learners are averaged by one all-reduce, without DDP; drop it",
+    "torch_skip_nan_gradients": "an update with a gradient that is not finite is always skipped; drop it",
+    "_torch_lr_scheduler_classes": "set `actor_lr`, `critic_lr` and `alpha_lr` to [[env_steps, value], ...]",
+    "_learner_connector": _FED_BY_STORE,
+    "add_default_connectors_to_learner_pipeline": _FED_BY_STORE,
+    "max_requests_in_flight_per_aggregator_actor": _FED_BY_STORE,
+    "max_requests_in_flight_per_learner": "learners have one call at a time; drop it",
+    "_use_msgpack_checkpoints": "checkpoints are pickled; drop it",
 }
+# Of the settings that RLlib itself has given up, those that have something in their place here.
+DEPRECATED_REMEDIES: dict[str, str] = {
+    "buffer_size": "set `online_capacity`",
+    "learning_starts": "set `warmup_env_steps`",
+    "replay_batch_size": "set `train_batch_size_per_learner`",
+    "prioritized_replay": "transitions are drawn uniformly, never prioritised; drop it",
+    "evaluation_num_episodes": "set `evaluation_duration`",
+    "metrics_smoothing_episodes": "set `metrics_num_episodes_for_smoothing`",
+    "min_iter_time_s": "set `min_time_s_per_iteration`",
+    "min_time_s_per_reporting": "set `min_time_s_per_iteration`",
+}
+# Attributes that a user knows by the keyword that sets them.
+KEYWORDS = {"_learner_connector": "learner_connector", "_is_atari": "is_atari"}
+
+_DROPPED_BY_RLLIB = "RLlib has given it up and reads it nowhere; drop it"
+# RLlib sets these itself on the config of evaluation runners.
+_SET_BY_RLLIB_FOR_EVALUATION = frozenset({"batch_mode", "explore", "rollout_fragment_length"})
+_OF_USE_IN_EVALUATION = frozenset({"explore"})
+_SINGLE_MODULE = "default_policy"
+
+
+def deprecated_settings(defaults: CalQLConfig) -> frozenset[str]:
+    """Names whose default is RLlib's mark of a setting that it has given up, but for one that its own checks set.
+
+    Args:
+        defaults: A fresh config.
+    """
+    return frozenset(name for name, value in vars(defaults).items() if _is_mark(value)) - {"simple_optimizer"}
 
 
 def check_unused(config: CalQLConfig) -> None:
-    """Refuses settings of the parents that nothing here would read.
+    """Refuses settings of the parents that nothing here would read, and overrides of them for evaluation.
 
     Raises:
         ValueError: At the first one that is not at its default.
     """
     defaults = type(config)()
-    for name, reason in UNUSED_SETTINGS.items():
-        if config.in_evaluation and name in ("batch_mode", "explore", "rollout_fragment_length"):
-            continue  # RLlib sets these itself on the evaluation runners' config.
+    reasons = dict.fromkeys(deprecated_settings(defaults), _DROPPED_BY_RLLIB) | DEPRECATED_REMEDIES | UNUSED_SETTINGS
+    for name, reason in reasons.items():
+        if config.in_evaluation and name in _SET_BY_RLLIB_FOR_EVALUATION:
+            continue
         value = getattr(config, name)
-        if value != getattr(defaults, name):
-            raise ValueError(f"`{name}` is not used by CalQL, got {value!r}: {reason}.")
-    if config._learner_connector is not None:
-        raise ValueError(
-            f"`learner_connector` is not used by CalQL, got {config._learner_connector!r}: {_FED_BY_STORE}."
-        )
+        if not _is_unchanged(name, value, getattr(defaults, name)):
+            raise ValueError(f"`{KEYWORDS.get(name, name)}` is not used by CalQL, got {value!r}: {reason}.")
+    overrides = config.evaluation_config
+    if isinstance(overrides, Mapping):  # A whole config in its place is checked as one.
+        for name in sorted(overrides.keys() & reasons.keys() - _OF_USE_IN_EVALUATION):
+            if not _is_unchanged(name, overrides[name], getattr(defaults, name)):
+                raise ValueError(
+                    f"`{KEYWORDS.get(name, name)}` in `evaluation_config` is not used by CalQL, got "
+                    f"{overrides[name]!r}: {reasons[name]}."
+                )
+
+
+def _is_mark(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == DEPRECATED_VALUE
+
+
+def _is_unchanged(name: str, value: Any, default: Any) -> bool:
+    """Whether a value means the same as the default. RLlib writes some of them in other words while it builds."""
+    if name == "policies":
+        return set(value) == {_SINGLE_MODULE} and (not isinstance(value, Mapping) or _is_plain(value[_SINGLE_MODULE]))
+    if name == "policies_to_train":
+        return value is None or (isinstance(value, (list, set, tuple)) and set(value) == {_SINGLE_MODULE})
+    if name == "_is_atari":
+        return not value  # RLlib replaces None by what it finds.
+    return bool(value == default)
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether RLlib's entry of a policy says nothing of its own. Copies of a config hold it as a tuple."""
+    if isinstance(spec, (tuple, list)):
+        spec = PolicySpec(*spec)
+    return spec is None or (isinstance(spec, PolicySpec) and spec.policy_class is None and not spec.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.collection.callbacks import EpisodeCutCallback, EpisodeOutcomeCallback
 from rllib_calql.datasets import InMemoryEpisodes
-from rllib_calql.settings.refused import UNUSED_SETTINGS
 
 INF = float("inf")
 NAN = float("nan")
@@ -158,82 +155,6 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
 
 class OtherCallback(RLlibCallback):
     """A user's callback."""
-
-
-class OtherPreLearner(OfflinePreLearner):
-    """A user's pre-learner."""
-
-
-class OtherClass:
-    """Stands for any class a setting may be given."""
-
-
-# How each refused setting is reached from the public API: method, keyword if it is not the name, other value.
-REFUSED: dict[str, tuple[str, Any]] = {
-    "lr": ("training", 1e-3),
-    "bc_iters": ("training", 20_000),
-    "twin_q": ("training", False),
-    "q_model_config": ("training", {"fcnet_hiddens": [8]}),
-    "policy_model_config": ("training", {"fcnet_hiddens": [8]}),
-    "n_step": ("training", 3),
-    "replay_buffer_config": ("training", {"type": "PrioritizedEpisodeReplayBuffer", "alpha": 0.6}),
-    "training_intensity": ("training", 2.0),
-    "num_steps_sampled_before_learning_starts": ("training", 10),
-    "target_network_update_freq": ("training", 100),
-    "optimization": ("training", {"actor_learning_rate": 1e-3}),
-    "clip_actions": ("environment", True),
-    "_deterministic_loss": ("training", True),
-    "_use_beta_distribution": ("training", True),
-    "num_epochs": ("training", 2),
-    "minibatch_size": ("training", 32),
-    "shuffle_batch_per_epoch": ("training", True),
-    "num_aggregator_actors_per_learner": ("learners", 1),
-    "train_batch_size": ("training", 512),
-    "model": ("training", {"fcnet_hiddens": [8]}),
-    "optimizer": ("training", {"eps": 1e-5}),
-    "torch_compile_learner": ("framework", True),
-    "_torch_grad_scaler_class": ("experimental", OtherClass),
-    "rollout_fragment_length": ("env_runners", 10),
-    "batch_mode": ("env_runners", "truncate_episodes"),
-    "explore": ("env_runners", False),
-    "min_sample_timesteps_per_iteration": ("reporting", 100),
-    "min_train_timesteps_per_iteration": ("reporting", 100),
-    "input_read_method": ("offline_data", "read_json"),
-    "input_read_method_kwargs": ("offline_data", {"override_num_blocks": 2}),
-    "input_read_schema": ("offline_data", {"obs": "observations"}),
-    "input_read_episodes": ("offline_data", True),
-    "input_read_sample_batches": ("offline_data", True),
-    "input_read_batch_size": ("offline_data", 8),
-    "input_compress_columns": ("offline_data", ["actions"]),
-    "materialize_data": ("offline_data", True),
-    "materialize_mapped_data": ("offline_data", False),
-    "map_batches_kwargs": ("offline_data", {"concurrency": 2}),
-    "iter_batches_kwargs": ("offline_data", {"prefetch_batches": 2}),
-    "ignore_final_observation": ("offline_data", True),
-    "prelearner_class": ("offline_data", OtherPreLearner),
-    "prelearner_buffer_class": ("offline_data", OtherClass),
-    "prelearner_buffer_kwargs": ("offline_data", {"capacity": 10}),
-    "prelearner_module_synch_period": ("offline_data", 3),
-    "prelearner_use_recorded_module_states": ("offline_data", True),
-    "dataset_num_iters_per_learner": ("offline_data", 5),
-    "actions_in_input_normalized": ("offline_data", True),
-    "shuffle_buffer_size": ("offline_data", 7),
-    "input_config": ("offline_data", {"format": "json"}),
-    "postprocess_inputs": ("offline_data", True),
-}
-KEYWORDS = {
-    "optimization": "optimization_config",
-    "dataset_num_iters_per_eval_runner": "dataset_num_iters_per_offline_eval_runner",
-    **{name: name.removeprefix("callbacks_") for name in UNUSED_SETTINGS if name.startswith("callbacks_")},
-}
-# RLlib's evaluation on offline data; the type of a value does not matter.
-REFUSED |= {name: ("evaluation", 7) for name in UNUSED_SETTINGS if "offline_eval" in name or "eval_runner" in name}
-REFUSED |= {name: ("callbacks", print) for name in UNUSED_SETTINGS if name.startswith("callbacks_")}
-REFUSED |= {
-    "offline_loss_for_module_fn": ("evaluation", print),
-    "off_policy_estimation_methods": ("evaluation", {"is": {"type": "is"}}),
-    "ope_split_batch_by_episode": ("evaluation", False),
-}
 
 
 def flat(table: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
@@ -420,68 +341,7 @@ def test_there_is_no_offline_phase_without_data(has_data: bool, expected: int) -
     assert (complete_config() if has_data else CalQLConfig()).num_offline_updates == expected
 
 
-# --- Refused settings of the parents ----------------------------------------------------------------------------------
-
-
-# Settings without an argument of a method.
-ATTRIBUTES = {"offline_evaluation_duration", "offline_evaluation_parallel_to_training"}
-
-
-@pytest.mark.parametrize("name", sorted({*UNUSED_SETTINGS, *REFUSED} - ATTRIBUTES))
-def test_a_setting_that_is_not_read_here_is_refused_by_name(name: str) -> None:
-    method, value = REFUSED[name]
-    config = CalQLConfig()
-    before = copy.deepcopy(getattr(config, name))
-    getattr(config, method)(**{KEYWORDS.get(name, name): value})
-    assert getattr(config, name) != before
-    with pytest.raises(ValueError, match=rf"`{name}` is not used by CalQL, got .*: .*\w.*\.$"):
-        config.validate()
-
-
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [
-        ("offline_evaluation_interval", "`evaluation_interval`"),
-        ("offline_evaluation_duration", "`evaluation_interval`"),
-        ("lr", "`actor_lr`, `critic_lr` and `alpha_lr`"),
-        ("bc_iters", "`bc_updates`"),
-        ("twin_q", "`num_critics`"),
-        ("q_model_config", "`critic_hiddens`"),
-        ("policy_model_config", "`actor_hiddens`"),
-        ("n_step", "only 1"),
-        ("replay_buffer_config", "`online_capacity`"),
-        ("training_intensity", "`updates_per_env_step`"),
-        ("num_steps_sampled_before_learning_starts", "`warmup_env_steps`"),
-        ("target_network_update_freq", "`target_update_period`"),
-        ("minibatch_size", "`train_batch_size_per_learner`"),
-        ("dataset_num_iters_per_learner", "`updates_per_iteration`"),
-        ("actions_in_input_normalized", "`action_space_of_data`"),
-    ],
-)
-def test_a_refusal_names_the_setting_to_use_instead(name: str, remedy: str) -> None:
-    assert remedy in UNUSED_SETTINGS[name]
-    assert not set(re.findall(r"`(\w+)`", UNUSED_SETTINGS[name])) & set(UNUSED_SETTINGS)
-
-
-@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
-def test_an_attribute_that_is_not_read_here_is_refused_by_name(name: str) -> None:
-    config = CalQLConfig()
-    setattr(config, name, 7)
-    with pytest.raises(ValueError, match=rf"`{name}` is not used by CalQL, got 7: .*`evaluation_interval`\.$"):
-        config.validate()
-
-
-def test_every_setting_of_rllib_s_evaluation_on_offline_data_is_refused() -> None:
-    names = {name for name in vars(CalQLConfig()) if "offline_eval" in name or "evaluate_offline" in name}
-    assert len(names) > 20
-    assert names <= set(UNUSED_SETTINGS)
-
-
-def test_a_learner_connector_is_refused() -> None:
-    config = CalQLConfig().learners(learner_connector=lambda *_: [])
-    with pytest.raises(ValueError, match="`learner_connector` is not used by CalQL"):
-        config.validate()
-
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 HOST: dict[str, tuple[Callable[[CalQLConfig], Any], str]] = {
     "tf2": (lambda c: c.framework("tf2"), "`framework` must be \"torch\", got 'tf2'"),
