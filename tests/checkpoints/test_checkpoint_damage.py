@@ -212,7 +212,7 @@ def test_every_file_that_rllib_opens_is_known(run: tuple[CalQL, Path, Any]) -> N
             opened.add(Path(path).relative_to(run[1]).as_posix())
             return LocalFileSystem().open_input_stream(path)
 
-    run[0]._restore_by_rllib(run[1], filesystem=Watched())
+    Algorithm.restore_from_path(run[0], run[1], filesystem=Watched())
     MultiRLModule.from_checkpoint(run[1] / "learner_group" / "learner" / "rl_module", filesystem=Watched())
     run[0].train()
     assert {"algorithm_state.pkl", "env_runner/state.pkl", "learner_group/learner/state.pkl", WEIGHTS} <= opened

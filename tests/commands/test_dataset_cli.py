@@ -174,7 +174,7 @@ def test_an_interrupted_command_ends_with_exit_code_130(tmp_path: Path, monkeypa
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rllib_calql.datasets.open_input", interrupted)
+    monkeypatch.setattr("rllib_calql.datasets.readers.opening.open_input", interrupted)
     assert run("inspect", str(write_rows(tmp_path / "rows.parquet"))).exit_code == 130
 
 
