@@ -30,6 +30,8 @@ EFFECTIVE_SETTINGS: dict[str, str] = {
     "observation_space": "test_data_that_state_no_spaces_need_them_in_the_config",
     "action_space": "test_data_that_state_no_spaces_need_them_in_the_config",
     "normalize_actions": _ONE_VALUE,
+    # RLlib checks no environment of a single agent, so what True asks for holds.
+    "disable_env_checking": "test_an_environment_whose_actions_cannot_be_mapped_is_refused",
     # .env_runners()
     "env_runner_cls": "test_classes_of_the_user_do_the_work",
     "num_env_runners": _RESOURCES,

@@ -137,7 +137,6 @@ UNUSED_SETTINGS: dict[str, str] = {
     "clip_rewards": f"{_OLD_STACK}; set `reward_scale` and `reward_bias`, which hold for data and environment alike",
     "_is_atari": "pictures are not preprocessed for you; wrap the environment",
     "render_env": "env runners render nothing; wrap the environment, as in Gymnasium's `RecordVideo`",
-    "disable_env_checking": "RLlib checks environments of several agents only; drop it",
     "action_mask_key": "continuous actions are not masked; drop it",
     "extra_python_environs_for_driver": f"{_OLD_STACK}; set the variables before Ray starts",
     "extra_python_environs_for_worker": f"{_OLD_STACK}; set `runtime_env` of `ray.init`",
