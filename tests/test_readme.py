@@ -161,7 +161,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     commands = dict(re.findall(r"<!-- command: (.*?) -->\n```bash\n(.*?)\n```", README.read_text()))
     assert commands == {
         "main job": 'pip install ".[examples]" && rllib train file tuned_examples/pointmaze_umaze.yaml',
-        "test": 'pip install -e ".[test]" && python -m pytest -n 3 --dist loadfile',
+        "test": 'pip install -e ".[test]" && python -m pytest -n 2 --dist loadfile',
     }
     assert "<!-- command: test -->" in (ROOT / ".ci" / "run").read_text()
 
