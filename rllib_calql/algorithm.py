@@ -5,7 +5,6 @@ It overrides RLlib's hooks and hands on to its parts, see `parts.py`.
 
 from __future__ import annotations
 
-import logging
 import pathlib
 from contextlib import nullcontext
 from functools import partial
@@ -35,8 +34,6 @@ from rllib_calql.store.replay import TransitionStore
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
     from typing_extensions import Self
-
-logger = logging.getLogger(__name__)
 
 
 class CalQL(CQL):

@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from rllib_calql.commands.setup import errors_in_one_line
+from rllib_calql.commands.setup import errors_in_one_line, quiet_warnings
 
 if TYPE_CHECKING:
     from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
@@ -32,7 +32,7 @@ _DEFAULT_PLOT = Path("dataset_report.png")
 @click.group(epilog="Example: rllib dataset inspect minari:rllib-calql/pointmaze-umaze-play-v0")
 def dataset() -> None:
     """Inspect, convert, list and generate offline data."""
-    warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw)\b")
+    quiet_warnings()
 
 
 def _reading_options(command: Callable[..., None]) -> Callable[..., None]:

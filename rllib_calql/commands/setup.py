@@ -41,12 +41,17 @@ class UsageError(click.ClickException):
     exit_code = 2
 
 
+def quiet_warnings() -> None:
+    """Hides what Ray, Gymnasium and the simulators warn of, which nobody who gives a command can act on."""
+    warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw)\b")
+
+
 def prepare(verbose: bool) -> None:
     """Sets what Ray reads when it is imported, imports it, and quiets it unless `verbose`."""
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if not verbose:
-        warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw)\b")
+        quiet_warnings()
     import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
 
     if not verbose:

@@ -48,9 +48,7 @@ class WeightPublisher:
         return self._group is not None
 
     def publish(self, state: Mapping[str, Any]) -> None:
-        """Publishes a runner's state."""
-        if self._group is None:
-            return
+        """Publishes a runner's state, if `is_needed`."""
         if self._group.local_env_runner is not None:
             self._group.local_env_runner.set_state(state)
         if self._has_remote_runners:

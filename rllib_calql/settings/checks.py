@@ -59,10 +59,11 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         ValueError: At the first setting that is wrong.
     """
     _check_host(config)
-    check_unused(config)
+    defaults = type(config)()
+    check_unused(config, defaults)
     check_names(config._model_config)
     check_module_spec(config._rl_module_spec, config.get_default_rl_module_spec().module_class)
-    _check_classes(config)
+    _check_classes(config, defaults)
     _check_clipping(config)
     with _without_new_stack_banners():
         parent_validate()
@@ -90,7 +91,7 @@ def _check_host(config: CalQLConfig) -> None:
         check_observation_space(config.observation_space, "`observation_space`")
 
 
-def _check_classes(config: CalQLConfig) -> None:
+def _check_classes(config: CalQLConfig, defaults: CalQLConfig) -> None:
     """Refuses classes of a user that do other work than the ones here."""
     if config._learner_class is not None:
         _check_subclass("learner_class", config._learner_class, config.get_default_learner_class())
@@ -98,7 +99,7 @@ def _check_classes(config: CalQLConfig) -> None:
         from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
         _check_subclass("env_runner_cls", config.env_runner_cls, SingleAgentEnvRunner)
-    _check_subclass("offline_data_class", config.offline_data_class, type(config)().offline_data_class)
+    _check_subclass("offline_data_class", config.offline_data_class, defaults.offline_data_class)
 
 
 def _check_clipping(config: CalQLConfig) -> None:

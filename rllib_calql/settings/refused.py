@@ -189,13 +189,16 @@ def deprecated_settings(defaults: CalQLConfig) -> frozenset[str]:
     return frozenset(name for name, value in vars(defaults).items() if _is_mark(value)) - {"simple_optimizer"}
 
 
-def check_unused(config: CalQLConfig) -> None:
+def check_unused(config: CalQLConfig, defaults: CalQLConfig) -> None:
     """Refuses settings of the parents that nothing here would read, and overrides of them for evaluation.
+
+    Args:
+        config: What to check.
+        defaults: A fresh config of the same class.
 
     Raises:
         ValueError: At the first one that is not at its default.
     """
-    defaults = type(config)()
     reasons = dict.fromkeys(deprecated_settings(defaults), _DROPPED_BY_RLLIB) | DEPRECATED_REMEDIES | UNUSED_SETTINGS
     for name, reason in reasons.items():
         if config.in_evaluation and name in _SET_BY_RLLIB_FOR_EVALUATION:
