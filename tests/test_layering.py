@@ -33,6 +33,7 @@ WINGS = (
     ("collection",),
     ("evaluation",),
     ("",),  # The package itself: `CalQL`, `CalQLConfig` and what puts them together.
+    ("progress",),
     ("experiments",),
     ("study",),
     ("commands",),

@@ -12,7 +12,8 @@ from rich.console import Console
 from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.resuming import prepare_resume
 from rllib_calql.experiments.run_state import KeepResumable
-from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs, ProgressCallback
+from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
+from rllib_calql.progress.tune_display import ProgressCallback
 from rllib_calql.system.stop_signals import StopSignals
 
 

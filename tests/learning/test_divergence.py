@@ -18,8 +18,8 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.returns import RewardSettings, possible_returns, returns_of_episodes
 from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import parse_experiment
-from rllib_calql.experiments.tune_callbacks import ProgressCallback
 from rllib_calql.learning.divergence import OUT_OF_RANGE, DivergenceWatch
+from rllib_calql.progress.tune_display import ProgressCallback
 
 
 def results_of(*q: float, alpha: float = 0.0, log_prob: float = 0.0) -> list[dict[str, Any]]:

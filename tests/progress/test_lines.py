@@ -1,0 +1,98 @@
+"""What is told of a trial: its line while it goes on, its summary at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rllib_calql.progress.lines import (
+    Evaluation,
+    Totals,
+    TrialProgress,
+    format_duration,
+    format_line,
+    format_summary,
+    observe,
+)
+
+
+def result_of(phase: str, done: int, seconds: float, **more: Any) -> dict[str, Any]:
+    counter = {"offline": "num_offline_updates_lifetime", "online": "num_online_env_steps_lifetime"}[phase]
+    return {"phase": phase, counter: done, "time_total_s": seconds, "training_iteration": 1} | more
+
+
+def evaluation(episode_return: float, **more: float) -> dict[str, Any]:
+    return {"evaluation": {"env_runners": {"episode_return_mean": episode_return, **more}}}
+
+
+TOTALS = Totals(offline_updates=5_000, stop={"num_online_env_steps_lifetime": 10_000})
+
+
+def test_an_offline_line_tells_updates_speed_time_left_and_the_evaluation() -> None:
+    result = result_of("offline", 3_000, 15.0, **evaluation(31.204, success_rate=0.62))
+    line = format_line(observe(TrialProgress("CalQL_a"), result, TOTALS))
+    # 3,000 updates in 15 s are 200/s; the other 2,000 take 10 s.
+    assert line == "CalQL_a  offline  3,000/5,000 updates  200/s  ETA 0:10  return 31.20  success 0.62"
+
+
+def test_an_online_line_measures_speed_from_the_switch() -> None:
+    progress = observe(TrialProgress("CalQL_a"), result_of("offline", 5_000, 20.0), TOTALS)
+    progress = observe(progress, result_of("online", 1_000, 30.0) | {"training_iteration": 6}, TOTALS)
+    # 1,000 env steps in the 10 s since the switch are 100/s; the other 9,000 take 90 s.
+    assert format_line(progress) == "CalQL_a  online  1,000/10,000 env steps  100/s  ETA 1:30"
+
+
+def test_a_resumed_run_measures_speed_from_its_first_result() -> None:
+    progress = observe(TrialProgress("a"), result_of("offline", 2_000, 100.0) | {"training_iteration": 2}, TOTALS)
+    assert format_line(progress) == "a  offline  2,000/5,000 updates"
+    progress = observe(progress, result_of("offline", 3_000, 102.0) | {"training_iteration": 3}, TOTALS)
+    assert format_line(progress) == "a  offline  3,000/5,000 updates  500/s  ETA 0:04"
+
+
+def test_other_algorithms_count_iterations_if_they_stop_by_them_and_env_steps_otherwise() -> None:
+    result = {"training_iteration": 1, "num_env_steps_sampled_lifetime": 400, "time_total_s": 2.0}
+    result |= {"env_runners": {"episode_return_mean": 21.0}}
+    by_iterations = observe(TrialProgress("PPO_a"), result, Totals(stop={"training_iteration": 4}))
+    assert format_line(by_iterations) == "PPO_a  training  1/4 iterations  0.5/s  ETA 0:06  training return 21.00"
+    by_steps = observe(TrialProgress("PPO_a"), result, Totals())
+    assert format_line(by_steps) == "PPO_a  training  400 env steps  200/s  training return 21.00"
+
+
+def test_an_iteration_without_evaluation_keeps_the_last_one_and_nan_is_no_return() -> None:
+    progress = observe(TrialProgress("a"), result_of("offline", 1, 1.0, **evaluation(5.0)), TOTALS)
+    later = result_of("offline", 2, 2.0, env_runners={"episode_return_mean": float("nan")})
+    later |= evaluation(float("nan"))
+    progress = observe(progress, later, TOTALS)
+    assert progress.last == Evaluation(episode_return=5.0)
+    assert progress.training_return is None
+
+
+def test_the_summary_has_final_and_best_evaluation_dip_and_checkpoint() -> None:
+    progress = TrialProgress("CalQL_a")
+    for done, episode_return, success_rate in ((1, 10.0, 0.5), (2, 60.2, 0.98), (3, 53.1, 0.97)):
+        evaluated = evaluation(episode_return, success_rate=success_rate, normalized_score=2 * episode_return)
+        dip = {"fine_tuning": {"dip": -2.125, "regret": 0.1}} if done > 1 else {}
+        progress = observe(progress, result_of("online", done, 64.0 * done, **evaluated, **dip), TOTALS)
+    assert format_summary(progress, "ended", "/results/checkpoint_000001").splitlines() == [
+        "CalQL_a: ended after 3:12",
+        "  evaluation return  final 53.10, best 60.20",
+        "  success rate       final 0.97, best 0.98",
+        "  normalised score   final 106.20, best 120.40",
+        "  dip at the switch  -2.12",
+        "  checkpoint         /results/checkpoint_000001",
+    ]
+
+
+def test_the_summary_of_a_trial_without_evaluation_has_the_training_return() -> None:
+    progress = TrialProgress("PPO_a", training_return=3.0, wall_s=3.6)
+    assert format_summary(progress, "failed", None).splitlines() == [
+        "PPO_a: failed after 0:04",
+        "  training return    final 3.00",
+        "  checkpoint         none",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (605, "10:05"), (3_661, "1:01:01")])
+def test_durations_are_minutes_and_hours(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

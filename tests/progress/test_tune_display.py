@@ -1,0 +1,51 @@
+"""What is shown of a run of Ray Tune."""
+
+from __future__ import annotations
+
+import io
+import re
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from rllib_calql.progress.tune_display import ProgressCallback
+
+STOP = {"num_online_env_steps_lifetime": 10_000}
+
+
+def result_of(phase: str, done: int) -> dict[str, Any]:
+    counter = {"offline": "num_offline_updates_lifetime", "online": "num_online_env_steps_lifetime"}[phase]
+    return {"phase": phase, counter: done, "time_total_s": 0.0, "training_iteration": 1}
+
+
+def test_plain_lines_are_rare_but_a_change_of_phase_is_always_printed() -> None:
+    now = [0.0]
+    output = io.StringIO()
+    callback = ProgressCallback(STOP, Console(file=output, width=40), interval_s=5.0, clock=lambda: now[0])
+    trial: Any = SimpleNamespace(trial_id="t", config={"offline_updates": 5_000})
+    for at, phase, done in (
+        (0, "offline", 1),
+        (2, "offline", 2),
+        (4.9, "offline", 3),
+        (5, "offline", 4),
+        (6, "online", 5),
+    ):
+        now[0] = at
+        callback.on_trial_result(0, [trial], trial, result_of(phase, done))
+    lines = output.getvalue().splitlines()
+    assert [re.search(r"(offline|online)  (\d)", line).groups() for line in lines] == [  # type: ignore[union-attr]
+        ("offline", "1"),
+        ("offline", "4"),
+        ("online", "5"),
+    ]
+
+
+def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> None:
+    output = io.StringIO()
+    callback = ProgressCallback({}, Console(file=output, width=40))
+    result = {"training_iteration": 1, "offline_data": "3 episodes, 12 transitions; 1 unfinished episodes dropped"}
+    for name in ("a", "b", "a"):
+        trial: Any = SimpleNamespace(trial_id=name, config={})
+        callback.on_trial_result(iteration=1, trials=[trial], trial=trial, result=result)
+    assert output.getvalue().count("unfinished episodes dropped.") == 1
