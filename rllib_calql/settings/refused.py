@@ -5,6 +5,7 @@ Every attribute of a `CalQLConfig` is ours, in here, or in `inherited.py`; a tes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +178,10 @@ _DROPPED_BY_RLLIB = "RLlib has given it up and reads it nowhere; drop it"
 # RLlib sets these itself on the config of evaluation runners.
 _SET_BY_RLLIB_FOR_EVALUATION = frozenset({"batch_mode", "explore", "rollout_fragment_length"})
 _OF_USE_IN_EVALUATION = frozenset({"explore"})
+_OWN_OF_USE_IN_EVALUATION = frozenset({"max_episode_env_steps"})  # Evaluation episodes are cut as well.
+_INHERITED_OF_TRAINING = frozenset(
+    {"gamma", "tau", "grad_clip", "grad_clip_by", "initial_alpha", "target_entropy", "train_batch_size_per_learner"}
+)
 _SINGLE_MODULE = "default_policy"
 
 
@@ -214,6 +219,20 @@ def check_unused(config: CalQLConfig, defaults: CalQLConfig) -> None:
                     f"`{KEYWORDS.get(name, name)}` in `evaluation_config` is not used by CalQL, got "
                     f"{overrides[name]!r}: {reasons[name]}."
                 )
+        for name in sorted(overrides.keys() & _settings_of_training(defaults)):
+            is_without_data = (name, overrides[name]) == ("input_", "sampler")  # As all evaluations are.
+            if overrides[name] != getattr(config, name) and not is_without_data:
+                raise ValueError(
+                    f"`{name}` in `evaluation_config` is {overrides[name]!r}, but evaluation runs the policy that is "
+                    "trained and makes no updates; set it on the config itself, or drop it."
+                )
+
+
+def _settings_of_training(defaults: CalQLConfig) -> frozenset[str]:
+    """Names that only matter where updates are made, or where data are read."""
+    methods = (type(defaults).training, type(defaults).offline_data, type(defaults).fine_tuning)
+    named = {name for method in methods for name in inspect.signature(method).parameters}
+    return frozenset((named | _INHERITED_OF_TRAINING) & vars(defaults).keys()) - _OWN_OF_USE_IN_EVALUATION
 
 
 def _is_mark(value: Any) -> bool:

@@ -204,6 +204,24 @@ def test_a_setting_is_refused_in_a_dict_and_in_overrides_for_evaluation(name: st
         config.validate()
 
 
+@pytest.mark.parametrize(
+    "override", [{"min_q_weight": 1.0}, {"gamma": 0.5}, {"num_critics": 3}, {"reward_scale": 2.0}, {"input_": "a.h5"}]
+)
+def test_a_setting_of_training_is_refused_in_overrides_for_evaluation(override: dict[str, Any]) -> None:
+    config = CalQLConfig().environment("Pendulum-v1").evaluation(evaluation_config=override)
+    name = next(iter(override))
+    with pytest.raises(ValueError, match=f"`{name}` in `evaluation_config` is .*runs the policy that is trained"):
+        config.validate()
+
+
+def test_a_setting_of_training_with_the_value_of_training_is_taken_in_overrides() -> None:
+    overrides = {"gamma": 0.99, "input_": "sampler", "max_episode_env_steps": 10, "seed": 3}
+    config = CalQLConfig().environment("Pendulum-v1").evaluation(evaluation_config=overrides)
+    config.validate()
+    evaluation = config.get_evaluation_config_object()
+    assert evaluation is not None and evaluation.max_episode_env_steps == 10
+
+
 def ways() -> Iterator[tuple[str, str]]:
     """The arguments of RLlib's methods that are refused settings: the method and the setting."""
     attributes = {KEYWORDS.get(name, name): name for name in ALL_REFUSED}
