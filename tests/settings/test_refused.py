@@ -219,7 +219,8 @@ def test_a_setting_of_training_with_the_value_of_training_is_taken_in_overrides(
     config = CalQLConfig().environment("Pendulum-v1").evaluation(evaluation_config=overrides)
     config.validate()
     evaluation = config.get_evaluation_config_object()
-    assert evaluation is not None and evaluation.max_episode_env_steps == 10
+    assert evaluation is not None
+    assert evaluation.max_episode_env_steps == 10
 
 
 def ways() -> Iterator[tuple[str, str]]:
