@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.progress.budget import format_duration
 
 _RUNNERS = "env_runners"
 _RETURN = "episode_return_mean"
@@ -120,9 +121,33 @@ def format_line(progress: TrialProgress) -> str:
     return "  ".join(parts)
 
 
-def format_summary(progress: TrialProgress, status: str, checkpoint: str | None) -> str:
-    """The lines printed for a trial at the end of the run."""
-    lines = [f"{progress.label}: {status} after {format_duration(progress.wall_s)}"]
+def format_summary(
+    progress: TrialProgress,
+    status: str,
+    checkpoint: str | None,
+    *,
+    budget: str | None = None,
+    already_ended: str | None = None,
+) -> str:
+    """The lines printed for a trial at the end of the run.
+
+    Args:
+        progress: What is known of the trial.
+        status: "ended" or "failed".
+        checkpoint: Where its last one is.
+        budget: What it has used of its budget, if it has one.
+        already_ended: Why it had ended before the run was resumed, so that nothing was done; None if it has run.
+    """
+    if already_ended is None:
+        lines = [f"{progress.label}: {status} after {format_duration(progress.wall_s)}"]
+    else:
+        lines = [
+            f"{progress.label}: had already {status} before, after {format_duration(progress.wall_s)}; nothing was run",
+            f"  {'because':<18} {already_ended}",
+            f"  {'to go on':<18} raise what it ended at in the experiment's file, then `--resume` again",
+        ]
+    if budget is not None:
+        lines.append(f"  {'budget':<18} {budget}")
     last, best = progress.last, progress.best
     rows: list[tuple[str, float | None, float | None]] = [
         ("evaluation return", last.episode_return, best.episode_return),
@@ -136,13 +161,6 @@ def format_summary(progress: TrialProgress, status: str, checkpoint: str | None)
         lines.append(f"  {'dip at the switch':<18} {progress.dip:.2f}")
     lines.append(f"  {'checkpoint':<18} {checkpoint or 'none'}")
     return "\n".join(lines)
-
-
-def format_duration(seconds: float) -> str:
-    """`h:mm:ss`, or `m:ss` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _position(result: Mapping[str, Any], totals: Totals) -> tuple[str, int, int | None, str]:

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.progress.budget import format_budget, format_reached
 from rllib_calql.progress.lines import Totals, TrialProgress, format_line, format_summary, observe
 from rllib_calql.system.stop_signals import outliving_terminal
 
@@ -87,14 +88,17 @@ class ProgressCallback(tune.Callback):
         self.close()
         for trial in trials:
             progress = self._trials.get(trial.trial_id)
+            result = trial.last_result or {}
+            already_ended = None
             if progress is None:
-                if not trial.last_result:  # Never started.
+                if not result:  # Never started.
                     continue
-                # Finished before the run was resumed.
-                progress = observe(TrialProgress(label=str(trial)), trial.last_result, self._totals(trial))
+                progress = observe(TrialProgress(label=str(trial)), result, self._totals(trial))
+                already_ended = format_reached(result, self._stop) or "a scheduler or its algorithm had ended it"
             status = "failed" if trial.status == Trial.ERROR else "ended"
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
-            self._print(format_summary(progress, status, checkpoint))
+            budget = format_budget(result, self._stop)
+            self._print(format_summary(progress, status, checkpoint, budget=budget, already_ended=already_ended))
 
     def close(self) -> None:
         """Leaves the terminal as it was; the last lines stay."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from rllib_calql.progress.budget import format_budget, format_duration, format_reached
 from rllib_calql.progress.lines import (
     Evaluation,
     Totals,
     TrialProgress,
-    format_duration,
     format_line,
     format_summary,
     observe,
@@ -90,6 +90,35 @@ def test_the_summary_of_a_trial_without_evaluation_has_the_training_return() -> 
         "PPO_a: failed after 0:04",
         "  training return    final 3.00",
         "  checkpoint         none",
+    ]
+
+
+def test_the_summary_says_what_of_the_budget_was_used() -> None:
+    result = {"num_online_env_steps_lifetime": 1_998, "time_total_s": 192.3, "evaluation": {"env_runners": {}}}
+    stop = {
+        "num_online_env_steps_lifetime": 2_000,
+        "time_total_s": 600,
+        "evaluation/env_runners/success_rate": 0.95,  # A score to be reached is no budget.
+        "training_iteration": float("inf"),
+    }
+    budget = format_budget(result, stop)
+    assert budget == "1,998 of 2,000 online env steps, 3:12 of 10:00 min"
+    assert "  budget             1,998 of 2,000" in format_summary(TrialProgress("a"), "ended", None, budget=budget)
+    assert format_budget(result | {"time_total_s": 60.0}, {"time_total_s": 7_200}) == "1:00 of 2:00:00 h"
+    assert format_budget(result, {"evaluation/env_runners/success_rate": 0.95}) is None
+
+
+def test_a_trial_that_had_ended_before_says_so_why_and_how_to_go_on() -> None:
+    result = {"training_iteration": 3, "evaluation": {"env_runners": {"success_rate": 0.975}}}
+    stop = {"training_iteration": 3, "evaluation/env_runners/success_rate": 0.9, "time_total_s": 60}
+    reached = format_reached(result, stop)
+    assert reached == "`training_iteration` is 3 of 3, `evaluation/env_runners/success_rate` is 0.97 of 0.90"
+    assert format_reached(result, {"time_total_s": 60, "training_iteration": 4}) is None
+    lines = format_summary(TrialProgress("a", wall_s=192), "ended", None, already_ended=reached).splitlines()
+    assert lines[:3] == [
+        "a: had already ended before, after 3:12; nothing was run",
+        f"  because            {reached}",
+        "  to go on           raise what it ended at in the experiment's file, then `--resume` again",
     ]
 
 

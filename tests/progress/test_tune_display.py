@@ -49,3 +49,22 @@ def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> Non
         trial: Any = SimpleNamespace(trial_id=name, config={})
         callback.on_trial_result(iteration=1, trials=[trial], trial=trial, result=result)
     assert output.getvalue().count("unfinished episodes dropped.") == 1
+
+
+def test_a_trial_that_had_ended_before_a_resume_is_not_told_as_if_it_had_run() -> None:
+    result = {"training_iteration": 2, "num_online_env_steps_lifetime": 10_400, "time_total_s": 61.0}
+    trial: Any = SimpleNamespace(trial_id="t", config={}, status="TERMINATED", checkpoint=None, last_result=result)
+
+    def summary(*, runs: bool) -> str:
+        output = io.StringIO()
+        callback = ProgressCallback(STOP, Console(file=output, width=40))
+        if runs:
+            callback.on_trial_result(0, [trial], trial, result | {"phase": "online"})
+        callback.on_experiment_end([trial])
+        return output.getvalue()
+
+    assert "had already ended before, after 1:01; nothing was run" in summary(runs=False)
+    assert "`num_online_env_steps_lifetime` is 10,400 of 10,000" in summary(runs=False)
+    assert "ended after 1:01" in summary(runs=True)
+    assert "already" not in summary(runs=True)
+    assert "10,400 of 10,000 online env steps" in summary(runs=True)
