@@ -163,7 +163,7 @@ class CalQL(CQL):
         self._parts.updater.set_weights_on(group)
         with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
             results: dict[str, Any] = super().evaluate(parallel_train_future)
-        return completed_evaluation(results, group, self._parts.history)
+        return completed_evaluation(results, group, self._parts.history, self._parts.success_key)
 
     @override(Algorithm)
     def _compile_iteration_results(self, *, train_results: Any, eval_results: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rllib_calql.checkpoints.pretrained import Pretrained
 from rllib_calql.checkpoints.saving import Saving
 from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
+from rllib_calql.collection.success_key import SuccessKeyWatch
 from rllib_calql.common.encoding import flat_size, observation_dtype
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
@@ -60,6 +61,7 @@ class Parts:
         keeper: Stores finished episodes.
         collection: Collects episodes.
         history: Keeps what evaluations said.
+        success_key: Notices a `success_key` that no episode shows.
         pretrained: Takes over another run's networks.
         saving: Writes checkpoints and restores them.
         align: Brings env runners in line with learners whose state was set, and waits for it.
@@ -72,6 +74,7 @@ class Parts:
     keeper: EpisodeKeeper
     collection: EpisodeCollection
     history: EvaluationHistory
+    success_key: SuccessKeyWatch
     pretrained: Pretrained
     saving: Saving
     align: Callable[[], None]
@@ -139,6 +142,7 @@ def build_parts(
         space=spaces.module,
         episode_limit_env_steps=config.episode_limit_env_steps,
     )
+    success_key = SuccessKeyWatch(config.success_key)
     collection = EpisodeCollection(
         config,
         env_runner_group,
@@ -147,6 +151,7 @@ def build_parts(
         keeper=keeper,
         weights=weights,
         metrics=metrics,
+        success_key=success_key,
     )
     history = EvaluationHistory(offline_data.reference_scores if offline_data else None)
 
@@ -178,7 +183,9 @@ def build_parts(
     updater.make_store_resident()
     if config.normalize_observations and config.pretrained is None:
         _set_observation_statistics(store, updater)
-    return Parts(lifetime, store, divergence, updater, keeper, collection, history, pretrained, saving, align)
+    return Parts(
+        lifetime, store, divergence, updater, keeper, collection, history, success_key, pretrained, saving, align
+    )
 
 
 def _set_observation_statistics(store: TransitionStore, updater: Updater) -> None:

@@ -36,6 +36,8 @@ def completed_result(
     completed[keys.Q_OUT_OF_RANGE] = parts.divergence.out_of_range
     if parts.divergence.warning is not None:
         completed[keys.Q_WARNING] = parts.divergence.warning
+    if parts.success_key.warning is not None:
+        completed[keys.SUCCESS_WARNING] = parts.success_key.warning
     completed[keys.COLLECTION] = {
         **results.get(keys.COLLECTION, {}),
         keys.NUM_ENV_STEPS_BEHIND: parts.lifetime.num_env_steps_behind,

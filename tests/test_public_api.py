@@ -177,6 +177,7 @@ SIGNATURES = {
         "max_episode_env_steps",
         "pretrained",
     ],
+    "evaluation": ["success_key", "success_rule", "kwargs"],
     "rl_module": ["model_config", "kwargs"],
 }
 

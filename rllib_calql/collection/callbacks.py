@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +12,10 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.utils.annotations import override
 from ray.util import log_once
 
+from rllib_calql.collection.success_key import infos_seen_by
 from rllib_calql.common.metrics import SUCCESS_RATE
+from rllib_calql.common.success import reports_in, success_of
 
-_SUCCESS_KEYS = ("success", "is_success")  # Gymnasium-Robotics and PointMaze; Stable-Baselines3's convention.
 _UNKNOWN = ("", "unknown", "none", "nan", "<na>", "nat")  # The last two are those of Pandas.
 
 logger = logging.getLogger(__name__)
@@ -46,23 +48,33 @@ class EpisodeCutCallback(RLlibCallback):
 
 
 class EpisodeOutcomeCallback(RLlibCallback):
-    """Logs the share of successful episodes where the environment reports success in its infos."""
+    """Logs how far episodes succeed where the environment reports success in its infos, see `.evaluation(...)`."""
 
     @override(RLlibCallback)
     def on_episode_end(
         self, *, episode: Any, prev_episode_chunks: Any = None, metrics_logger: Any = None, **kwargs: Any
     ) -> None:
-        """Logs 1.0 if any step of the whole episode said success, 0.0 if some said no and none yes, else nothing."""
+        """Logs the success of the whole episode, from 0 to 1, or nothing where no step says."""
+        runner = kwargs.get("env_runner")
+        config = getattr(runner, "config", None)
+        # The configs of RLlib's own algorithms, which `rllib evaluate` takes as well, have no such settings.
+        key, rule = getattr(config, "success_key", None), getattr(config, "success_rule", "any")
         chunks = [*(prev_episode_chunks or []), episode]
-        reports = {
-            _outcome(key, info[key])
-            for chunk in chunks
-            for info in chunk.get_infos()
-            for key in _SUCCESS_KEYS
-            if isinstance(info, dict) and key in info
-        } - {None}
-        if reports and metrics_logger is not None:
-            metrics_logger.log_value(SUCCESS_RATE, float(True in reports), reduce="mean", window=_window(kwargs))
+        infos = [info for chunk in chunks for info in chunk.get_infos()]
+        if runner is not None and key is not None:
+            runner._calql_infos_seen = infos_seen_by(runner).including(key, infos)
+        if rule != "any":
+            # A chunk begins with the info of the reset, or with the last one of the chunk before: no step of its own.
+            infos = [info for chunk in chunks for info in chunk.get_infos()[1:]]
+        success = success_of([_outcome_of_step(reports_in(info, key)) for info in infos], rule)
+        if success is not None and metrics_logger is not None:
+            metrics_logger.log_value(SUCCESS_RATE, success, reduce="mean", window=_window(config))
+
+
+def _outcome_of_step(reports: Sequence[tuple[str, Any]]) -> bool | None:
+    """Whether a step says success: yes if one of its keys does, no if some do, None if none says."""
+    outcomes = {_outcome(key, reported) for key, reported in reports}
+    return True if True in outcomes else (False if False in outcomes else None)
 
 
 def _outcome(key: str, reported: Any) -> bool | None:
@@ -85,9 +97,8 @@ def _outcome(key: str, reported: Any) -> bool | None:
     return None
 
 
-def _window(kwargs: dict[str, Any]) -> int:
+def _window(config: Any) -> int:
     """Episodes that the mean runs over, as for RLlib's own episode metrics."""
-    config = getattr(kwargs.get("env_runner"), "config", None)
     return int(getattr(config, "metrics_num_episodes_for_smoothing", 100))
 
 

@@ -15,6 +15,7 @@ from rllib_calql.collection.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.collection.env_errors import told
 from rllib_calql.collection.requests import EpisodeJoiner, collect, collect_or_tell
 from rllib_calql.collection.storing import EpisodeKeeper
+from rllib_calql.collection.success_key import SuccessKeyWatch
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.learning.updater import Updater
@@ -38,6 +39,7 @@ class EpisodeCollection:
         keeper: Gets the episodes.
         weights: What the policy is to collect with.
         metrics: RLlib's `MetricsLogger`.
+        success_key: Notices a `success_key` that no episode shows.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class EpisodeCollection:
         keeper: EpisodeKeeper,
         weights: WeightPublisher,
         metrics: Any,
+        success_key: SuccessKeyWatch,
     ) -> None:
         self._config = config
+        self._success_key = success_key
         self._group = env_runner_group
         self._store = store
         self._lifetime = lifetime
@@ -153,6 +157,7 @@ class EpisodeCollection:
     def _take_in(self, episodes: list[SingleAgentEpisode], metrics: list[dict[str, Any]]) -> None:
         if metrics:
             self._metrics.aggregate(metrics, key=ENV_RUNNER_RESULTS)
+        self._success_key.include(episodes)
         self._keeper.keep(episodes)
 
     # --- Env runners that fail ---------------------------------------------------------------------------------------

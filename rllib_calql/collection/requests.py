@@ -177,7 +177,7 @@ def join_pieces(pieces: list[SingleAgentEpisode]) -> SingleAgentEpisode:
         observations=_buffer(observations),
         actions=_buffer([piece.get_actions() for piece in pieces]),
         rewards=_buffer([piece.get_rewards() for piece in pieces]),
-        infos=[{} for _ in range(sum(len(piece) for piece in pieces) + 1)],
+        infos=[*pieces[0].get_infos(), *(info for piece in pieces[1:] for info in piece.get_infos()[1:])],
         terminated=last.is_terminated,
         truncated=last.is_truncated,
         t_started=0,

@@ -267,7 +267,9 @@ def _evaluate_checkpoint(
 
     from rllib_calql.collection.callbacks import EpisodeOutcomeCallback
     from rllib_calql.collection.env_errors import told
+    from rllib_calql.collection.success_key import infos_seen_by
     from rllib_calql.common import metrics as keys
+    from rllib_calql.common.success import unseen_key_message
 
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
         config = files.config()
@@ -286,6 +288,8 @@ def _evaluate_checkpoint(
     with told("An episode"):
         episodes = runner.sample(num_episodes=num_episodes, explore=False)
     metrics = runner.get_metrics()
+    if (seen := infos_seen_by(runner)).num_episodes:
+        _say(f"Warning: {unseen_key_message(config.success_key, seen.num_episodes, seen.names)}.")
     runner.stop()
     returns = [float(episode.get_return()) for episode in episodes]
     success = metrics.get(keys.SUCCESS_RATE)

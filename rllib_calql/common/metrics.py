@@ -39,8 +39,10 @@ NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How oft
 
 OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
 
+SUCCESS_WARNING = "success_warning"  # That no episode shows `success_key`; absent if one does, or it is not set.
+
 # Below "env_runners" and "evaluation/env_runners"
-SUCCESS_RATE = "success_rate"  # Share of successes among the episodes whose infos say (`success`/`is_success`).
+SUCCESS_RATE = "success_rate"  # Mean success of the episodes whose infos say, see `success_key` and `success_rule`.
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
 
 # Below "learners/default_policy"; means over the update call's gradient steps

@@ -10,19 +10,23 @@ from typing import Any
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN
 
 from rllib_calql.collection.requests import evaluate_or_tell
+from rllib_calql.collection.success_key import SuccessKeyWatch, infos_seen_by
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.history import EvaluationHistory
 
 _SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
 
 
-def completed_evaluation(results: dict[str, Any], group: Any, history: EvaluationHistory) -> dict[str, Any]:
+def completed_evaluation(
+    results: dict[str, Any], group: Any, history: EvaluationHistory, success_key: SuccessKeyWatch
+) -> dict[str, Any]:
     """RLlib's results of an evaluation, with the normalised score where the data have reference scores.
 
     Args:
         results: What RLlib's `evaluate` returned.
         group: The env runners that made them.
         history: Knows the reference scores.
+        success_key: Learns whether the episodes showed the key of their success.
 
     Raises:
         RuntimeError: If there are no results because the environment fails on remote env runners.
@@ -33,6 +37,12 @@ def completed_evaluation(results: dict[str, Any], group: Any, history: Evaluatio
     if not runner_results or EPISODE_RETURN_MEAN not in runner_results:
         return results
     runner_results = known_results(runner_results)
+    if keys.SUCCESS_RATE not in runner_results and not success_key.is_over:
+        success_key.include_seen(
+            group.foreach_env_runner(
+                infos_seen_by, local_env_runner=not group.num_remote_env_runners(), timeout_seconds=_SECONDS_FOR_RESTART
+            )
+        )
     score = history.normalized_score(runner_results[EPISODE_RETURN_MEAN])
     if score is not None:
         runner_results[keys.NORMALIZED_SCORE] = score

@@ -74,10 +74,10 @@ class ProgressCallback(tune.Callback):
         if data is not None and data not in self._data:
             self._data.add(data)
             self._print(f"Offline data: {data}.")
-        warning = result.get(keys.Q_WARNING)
-        if warning is not None and (trial.trial_id, warning) not in self._warnings:
-            self._warnings.add((trial.trial_id, warning))
-            self._print(f"Warning, {trial}: {warning}.")
+        for warning in (result.get(keys.Q_WARNING), result.get(keys.SUCCESS_WARNING)):
+            if warning is not None and (trial.trial_id, warning) not in self._warnings:
+                self._warnings.add((trial.trial_id, warning))
+                self._print(f"Warning, {trial}: {warning}.")
         before = self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
         after = observe(before, result, self._totals(trial))
         self._trials[trial.trial_id] = after

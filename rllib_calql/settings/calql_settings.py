@@ -85,6 +85,10 @@ class CalQLSettings(CQLConfig):
         self.max_episode_env_steps = 10_000
         self.pretrained: str | None = None
 
+        # .evaluation()
+        self.success_key: str | None = None
+        self.success_rule = "any"
+
         # .rl_module()
         self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
 
@@ -321,6 +325,33 @@ class CalQLSettings(CQLConfig):
             max_episode_env_steps=max_episode_env_steps,
             pretrained=pretrained,
         )
+        return self
+
+    @override(AlgorithmConfig)
+    def evaluation(
+        self,
+        *,
+        success_key: str | None = NotProvided,
+        success_rule: Literal["any", "last", "fraction"] = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Sets how the policy is evaluated, and what counts as a success in evaluation and collected episodes.
+
+        Args:
+            success_key: Key of the environment's infos that says whether a step is a success: True, False, 1 or 0; NaN
+                and None say nothing. With "/" between the levels of nested infos, as "task/done". None: "success" and
+                "is_success".
+            success_rule: How the success of an episode is made of its steps: 1 if "any" of them is a success, 1 if the
+                "last" one is, or the "fraction" that are. Steps that say nothing do not count, and an episode without
+                any that does is left out of `success_rate`.
+            **kwargs: RLlib's own settings (`evaluation_interval`, `evaluation_duration`, `evaluation_num_env_runners`,
+                ...).
+
+        Returns:
+            This config.
+        """
+        super().evaluation(**kwargs)
+        self._set_provided(success_key=success_key, success_rule=success_rule)
         return self
 
     @override(AlgorithmConfig)

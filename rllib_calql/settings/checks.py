@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from rllib_calql.common.returns import TRUNCATION_RULES, is_endless, reward_settings
 from rllib_calql.common.spaces import check_action_space, check_observation_space
+from rllib_calql.common.success import SUCCESS_RULES
 from rllib_calql.networks.model_settings import check_model_config, check_module_spec, check_names
 from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
@@ -74,6 +75,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     check_model_config(config.model_config)
     _check_collection(config)
     _check_phases(config)
+    _check_success(config)
 
 
 def _check_host(config: CalQLConfig) -> None:
@@ -318,3 +320,26 @@ def _check_phases(config: CalQLConfig) -> None:
             raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
         if config.evaluation_interval and not config.in_evaluation:
             raise ValueError("`evaluation_interval` needs an environment; set `.environment(...)` or drop it.")
+
+
+def _check_success(config: CalQLConfig) -> None:
+    key = config.success_key
+    if key is not None and not (isinstance(key, str) and key.strip()):
+        raise ValueError(
+            "`success_key` must be None or the name of a key in the environment's infos, with `/` between the levels "
+            f"of nested ones; got {key!r}."
+        )
+    if key is not None and any(part.startswith("_") for part in key.split("/")):
+        raise ValueError(
+            f"`success_key` is {key!r}, but Gymnasium's vector environments keep no info whose key begins with `_`; "
+            "rename it in the environment."
+        )
+    if config.success_rule not in SUCCESS_RULES:
+        raise ValueError(f"`success_rule` must be one of {SUCCESS_RULES}, got {config.success_rule!r}.")
+    overrides = config.evaluation_config if isinstance(config.evaluation_config, Mapping) else {}
+    for name in ("success_key", "success_rule"):
+        if name in overrides and overrides[name] != getattr(config, name):
+            raise ValueError(
+                f"`{name}` in `evaluation_config` is {overrides[name]!r}, but a success is the same in evaluation and "
+                f"in collected episodes; set `.evaluation({name}={overrides[name]!r})`."
+            )

@@ -99,6 +99,17 @@ def test_a_joined_episode_has_the_returns_of_the_whole_one() -> None:
     )
 
 
+def test_a_joined_episode_keeps_the_infos_of_its_steps() -> None:
+    pieces = [SingleAgentEpisode()]
+    pieces[0].add_env_reset(0.0, infos={"step": 0})
+    for step in range(1, 6):
+        if step in (3, 5):
+            pieces.append(pieces[-1].cut(len_lookback_buffer=1))
+        pieces[-1].add_env_step(0.0, 0.0, 0.0, infos={"step": step}, truncated=step == 5)
+    joined = join_pieces([piece.to_numpy() for piece in pieces])
+    assert [info["step"] for info in joined.get_infos()] == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("num_lost", [1, 2])
 def test_an_episode_whose_beginning_was_lost_is_dropped(num_lost: int) -> None:
     joiner = EpisodeJoiner()

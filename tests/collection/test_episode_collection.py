@@ -14,6 +14,7 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from rllib_calql import CalQLConfig
 from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
+from rllib_calql.collection.success_key import SuccessKeyWatch
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.learning.divergence import DivergenceWatch
@@ -107,6 +108,7 @@ class Made:
             keeper=keeper,
             weights=WeightPublisher(group, has_remote_runners=False),
             metrics=MetricsLogger(root=True),
+            success_key=SuccessKeyWatch(None),
         )
 
     def step(self) -> None:

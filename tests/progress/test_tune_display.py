@@ -68,3 +68,13 @@ def test_a_trial_that_had_ended_before_a_resume_is_not_told_as_if_it_had_run() -
     assert "ended after 1:01" in summary(runs=True)
     assert "already" not in summary(runs=True)
     assert "10,400 of 10,000 online env steps" in summary(runs=True)
+
+
+def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
+    output = io.StringIO()
+    callback = ProgressCallback({}, Console(file=output, width=40))
+    trial: Any = SimpleNamespace(trial_id="a", config={})
+    for number in (1, 2):
+        result = {"training_iteration": number, "success_warning": "`success_key` is 'a', which no info has"}
+        callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
+    assert output.getvalue().count("`success_key` is 'a', which no info has.") == 1

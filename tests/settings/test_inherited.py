@@ -72,7 +72,8 @@ def test_every_attribute_of_a_config_is_in_exactly_one_list() -> None:
 
 
 def test_every_setting_of_ours_is_an_argument_of_a_method() -> None:
-    methods = (CalQLConfig.training, CalQLConfig.offline_data, CalQLConfig.fine_tuning, CalQLConfig.rl_module)
+    names = ("training", "offline_data", "fine_tuning", "evaluation", "rl_module")
+    methods = [getattr(CalQLConfig, name) for name in names]
     keywords = {
         name for method in (*methods, AlgorithmConfig.training) for name in inspect.signature(method).parameters
     }
