@@ -18,6 +18,7 @@ from rllib_calql.datasets.episodes.reader import ReadOptions
 from rllib_calql.settings.calql_settings import CalQLSettings
 from rllib_calql.settings.checks import validate_config
 from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.settings.shown_defaults import with_shown_defaults
 from rllib_calql.store.table_cache import default_memory_limit
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy wort
 _RETURNS_TO_GO = "returns_to_go"
 
 
+@with_shown_defaults
 class CalQLConfig(CalQLSettings):
     """Configures Cal-QL: offline pre-training with calibrated CQL, then online fine-tuning.
+
+    `help(CalQLConfig.training)` shows every setting of that method with its default. What is not given stays as it is.
+    Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
 
     Example:
         >>> config = (
