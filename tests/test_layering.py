@@ -23,6 +23,7 @@ MAX_LINES = 450
 WINGS = (
     ("system",),
     ("common",),
+    ("environments",),
     ("checkpoints", "networks", "datasets.decoding", "datasets.episodes"),
     ("datasets.generated", "datasets.report", "datasets.rows"),
     ("datasets.readers",),

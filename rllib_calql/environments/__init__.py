@@ -1,0 +1,1 @@
+"""Environments: what a name of one stands for, in every process."""
