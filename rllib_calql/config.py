@@ -212,7 +212,7 @@ class CalQLConfig(CalQLSettings):
 
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
-        names = ("num_critics", "num_actions", "max_target_backup", "normalize_observations")
+        names = ("num_critics", "num_actions", "max_target_backup", "normalize_observations", "observation_clip")
         included: dict[str, Any] = super()._model_config_auto_includes
         return included | {name: getattr(self, name) for name in names}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import methodcaller
@@ -24,14 +23,12 @@ from rllib_calql.learning.divergence import DivergenceWatch
 from rllib_calql.learning.updater import Updater
 from rllib_calql.learning.weights import WeightPublisher
 from rllib_calql.store.replay import TransitionStore
-from rllib_calql.store.resolution import remark_on_deviations
+from rllib_calql.store.resolution import remark_on_constants
 from rllib_calql.store.returns_connector import AddReturnsToGo
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
     from rllib_calql.store.offline_data import CalQLOfflineData
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,16 +179,18 @@ def build_parts(
     )
     updater.make_store_resident()
     if config.normalize_observations and config.pretrained is None:
-        _set_observation_statistics(store, updater)
+        _set_observation_statistics(store, updater, offline_data, spaces.observation)
     return Parts(
         lifetime, store, divergence, updater, keeper, collection, history, success_key, pretrained, saving, align
     )
 
 
-def _set_observation_statistics(store: TransitionStore, updater: Updater) -> None:
-    if store.num_offline == 0:
+def _set_observation_statistics(
+    store: TransitionStore, updater: Updater, offline_data: CalQLOfflineData | None, space: gym.Space[Any]
+) -> None:
+    if offline_data is None or store.num_offline == 0:
         raise ValueError("`normalize_observations` takes its statistics from offline data; set `input_` or drop it.")
     mean, std = store.observation_statistics()
-    if remark := remark_on_deviations(std):
-        logger.warning("%s", remark)
+    if remark := remark_on_constants(space, mean, std):
+        offline_data.warn(remark)
     updater.foreach_learner(methodcaller("set_observation_statistics", mean, std))

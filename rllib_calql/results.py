@@ -50,6 +50,8 @@ def completed_result(
     }
     if offline_data is not None and offline_data.report is not None:
         completed[keys.OFFLINE_DATA] = offline_data.report.headline
+        if offline_data.warnings:
+            completed[keys.OFFLINE_DATA_WARNINGS] = "\n".join(offline_data.warnings)
     if (speed := parts.updater.take_speed()) is not None:
         completed[keys.UPDATES_PER_S] = speed
     runner_results = known_results(results.get(ENV_RUNNER_RESULTS) or {})

@@ -152,6 +152,7 @@ SIGNATURES = {
         "truncation",
         "action_space_of_data",
         "normalize_observations",
+        "observation_clip",
         "use_recorded_returns",
         "unfinished_episodes",
         "missing_final_observation",

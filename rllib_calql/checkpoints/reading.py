@@ -23,7 +23,7 @@ from rllib_calql.checkpoints.folders import (
     replaced_folder,
 )
 from rllib_calql.checkpoints.integrity import FORMAT, faults, is_of_cal_ql, is_read_by_rllib, parsed_manifest, read_file
-from rllib_calql.checkpoints.versions import difference, incompatible
+from rllib_calql.checkpoints.versions import completed_settings, difference, incompatible
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -198,7 +198,7 @@ class CheckpointFiles:
         """The algorithm's class, and what its constructor takes as config."""
         content = self.read(MARK)
         (state,), _ = content["ctor_args_and_kwargs"]
-        return content["class"], state
+        return content["class"], completed_settings(state) if isinstance(state, dict) else state
 
     def config(self) -> Any:
         """The algorithm's config, free to be changed."""

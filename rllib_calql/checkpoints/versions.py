@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 _PACKAGES = ("rllib-calql", "ray", "torch", "numpy")
 
@@ -20,6 +21,15 @@ def _version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+# Settings that came later, with the value that earlier versions computed by.
+_COMPUTED_BY = {"observation_clip": None}
+
+
+def completed_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint, those that were unknown when it was made included: the run stays what it was."""
+    return {**_COMPUTED_BY, **state}
 
 
 def incompatible(stored: Mapping[str, str | None]) -> str | None:

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from rllib_calql.common.spaces import is_flat_or_image, reordering, sorted_keys
+from rllib_calql.common.spaces import is_flat_or_image, leaves_of, reordering, sorted_keys
 
 Array = npt.NDArray[Any]
 
@@ -18,6 +18,29 @@ Array = npt.NDArray[Any]
 def flat_size(space: gym.Space[Any]) -> int:
     """Size of one flattened observation of `space`."""
     return gym.spaces.utils.flatdim(space)
+
+
+def flat_names(space: gym.Space[Any]) -> list[str]:
+    """What to call each number of a flattened observation: `'setpoint'[0]` in a Dict, `[3]` in a vector."""
+    return [
+        f"{leaf_name(path)}{place}"
+        for path, leaf in leaves_of(space)
+        for place in flat_places(leaf.shape, flat_size(leaf))
+    ]
+
+
+def leaf_name(path: str) -> str:
+    """The name of a part in messages; empty for an observation without parts."""
+    return repr(path) if path else ""
+
+
+def flat_places(shape: tuple[int, ...] | None, size: int) -> list[str]:
+    """The index of each of `size` numbers: by the axes of `shape` where it has as many, else (one-hot) in a row."""
+    if shape is None or math.prod(shape) != size:
+        shape = (size,)
+    if shape == ():
+        return [""]
+    return [f"[{', '.join(map(str, index))}]" for index in np.ndindex(*shape)]
 
 
 def observation_dtype(space: gym.Space[Any]) -> np.dtype[Any]:

@@ -38,6 +38,7 @@ NUM_HEALTHY_ENV_RUNNERS = "num_healthy_env_runners"  # Remote env runners that a
 NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How often one died, hung or raised.
 
 OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
+OFFLINE_DATA_WARNINGS = "offline_data_warnings"  # What looks wrong in the offline data, one finding a line; or absent.
 
 SUCCESS_WARNING = "success_warning"  # That no episode shows `success_key`; absent if one does, or it is not set.
 
@@ -58,6 +59,8 @@ TARGET_Q = "target_q"  # Mean TD target.
 CALIBRATION_GAP = "calibration_gap"  # mean(Q(s, a) - G) on the batch's own actions, mean over critics.
 CALIBRATION_GAP_OFFLINE = "calibration_gap_offline"  # The same, offline rows only.
 CALIBRATION_GAP_ONLINE = "calibration_gap_online"  # The same, online rows only (online phase).
+CLIPPED_OFFLINE = "clipped_observations_offline"  # Share of the numbers of offline rows that `observation_clip` clips.
+CLIPPED_ONLINE = "clipped_observations_online"  # The same, online rows only (online phase).
 REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the batch.
 NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made, skipped ones included.
 NUM_SKIPPED_UPDATES_LIFETIME = "num_skipped_updates_lifetime"  # Those that changed nothing, see `SkippedUpdates`.

@@ -11,7 +11,10 @@ from torch import Tensor
 from rllib_calql.common import metrics as keys
 from rllib_calql.learning.losses import CriticLoss, SampledValues
 
-_MAY_BE_EMPTY = (keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE)
+_MAY_BE_EMPTY = (
+    *(keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
+    *(keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE),
+)
 
 
 def critic_diagnostics(
@@ -57,6 +60,21 @@ def critic_diagnostics(
         scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
         scalars[keys.REFERENCE_VALUE_MEAN] = reference_value.mean()
         return scalars
+
+
+@torch.no_grad()
+def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tensor]:
+    """Mean share of clipped numbers in the two parts of a batch; NaN for one that is empty.
+
+    Args:
+        clipped: Share of the numbers of each observation, shape (B,).
+        is_offline: 1.0 for offline rows, shape (B,).
+    """
+    is_online = 1.0 - is_offline
+    return {
+        keys.CLIPPED_OFFLINE: (clipped * is_offline).sum() / is_offline.sum(),
+        keys.CLIPPED_ONLINE: (clipped * is_online).sum() / is_online.sum(),
+    }
 
 
 class MeanAccumulator:

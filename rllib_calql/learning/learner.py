@@ -26,7 +26,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.spaces import fixed_dimensions
 from rllib_calql.learning import losses
 from rllib_calql.learning.allocator import keep_freed_memory
-from rllib_calql.learning.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.learning.diagnostics import MeanAccumulator, clipping_diagnostics, critic_diagnostics
 from rllib_calql.learning.graphed_steps import graphed_steps
 from rllib_calql.learning.optimisers import OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
@@ -257,6 +257,8 @@ class CalQLTorchLearner(OptimisingLearner):
                 keys.LOG_PROB: log_prob.mean(),
             }
         )
+        if outputs.CLIPPED in fwd_out:
+            self._accumulator.add(clipping_diagnostics(fwd_out[outputs.CLIPPED], batch[IS_OFFLINE]))
         total = qf_loss + policy_loss + alpha_loss
         return total if prime_loss is None else total + prime_loss
 

@@ -7,6 +7,7 @@ environment, and `offline_data.py` maps recorded environment actions back.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.annotations import override
 from torch import Tensor, nn
 
+from rllib_calql.common.scales import is_nearly_constant
 from rllib_calql.common.spaces import (
     check_action_space,
     check_observation_space,
@@ -29,8 +31,6 @@ from rllib_calql.common.spaces import (
 from rllib_calql.networks.actor_critic import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
 from rllib_calql.networks.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.networks.model_settings import check_image_settings_are_used
-
-MIN_STD = 1e-3  # An observation that never varies in the data must not blow up when it does vary online.
 
 # Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
 Q_DATA = "q_data"  # (C, B)
@@ -44,6 +44,7 @@ TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
 ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
 ACTOR_Q = "actor_q"  # (B,), minimum over frozen critics
 DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
+CLIPPED = "clipped_observations"  # (B,), share of the numbers of s that `observation_clip` changed; only where it acts
 
 
 class Noise(NamedTuple):
@@ -92,7 +93,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     trains it, the actor's does not.
 
     `model_config` keys: those of `model_settings.DEFAULT_MODEL_CONFIG`, and those that `CalQLConfig` adds
-    (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`).
+    (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`, `observation_clip`).
     """
 
     policy: TanhGaussianPolicy
@@ -120,6 +121,9 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
         self.obs_mean: Tensor
         self.obs_std: Tensor
+        # Modules of earlier versions have no such setting, and did not clip.
+        clip = settings.get("observation_clip") if settings["normalize_observations"] else None
+        self._clip: float | None = None if clip is None or math.isinf(clip) else float(clip)
         num_numbers = 0 if self._sees_images else self.observation_space.shape[0]
         self.register_buffer("obs_mean", torch.zeros(num_numbers))
         self.register_buffer("obs_std", torch.ones(num_numbers))
@@ -179,9 +183,12 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             self.encoder.product_dtype = self.target_encoder.product_dtype = dtype
 
     def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights."""
+        """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights.
+
+        What is nearly constant in the data is divided by 1: it must not blow up when it does vary online.
+        """
         self.obs_mean.copy_(mean)
-        self.obs_std.copy_(std.clamp_min(MIN_STD))
+        self.obs_std.copy_(torch.where(is_nearly_constant(mean, std), torch.ones_like(std), std))
 
     def _free_actions(self, actions: Tensor) -> Tensor:
         """Of actions (..., A) the dimensions that leave a choice: those that networks and densities know."""
@@ -197,7 +204,15 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
 
     def _normalise(self, obs: Tensor) -> Tensor:
         numbers = obs.to(self.obs_mean.dtype)
-        return (numbers - self.obs_mean) / self.obs_std if self.model_config["normalize_observations"] else numbers
+        if not self.model_config["normalize_observations"]:
+            return numbers
+        normalised = (numbers - self.obs_mean) / self.obs_std
+        return normalised if self._clip is None else normalised.clamp_(-self._clip, self._clip)
+
+    @torch.no_grad()
+    def _share_clipped(self, normalised: Tensor) -> dict[str, Tensor]:
+        """`CLIPPED` of normalised observations (B, n); nothing where none are clipped."""
+        return {} if self._clip is None else {CLIPPED: (normalised.abs() >= self._clip).float().mean(dim=1)}
 
     def _policy_input(self, obs: Tensor) -> Tensor:
         return self.policy_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
@@ -328,4 +343,5 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             ACTOR_LOG_PROB: actor_log_prob,
             ACTOR_Q: self.critic(inputs.critic.detach(), actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
             DATA_LOG_PROB: log_prob_of(mean, log_std, data_actions),
+            **self._share_clipped(inputs.critic),
         }

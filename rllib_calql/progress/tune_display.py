@@ -74,6 +74,10 @@ class ProgressCallback(tune.Callback):
         if data is not None and data not in self._data:
             self._data.add(data)
             self._print(f"Offline data: {data}.")
+        for finding in (result.get(keys.OFFLINE_DATA_WARNINGS) or "").splitlines():
+            if finding not in self._data:
+                self._data.add(finding)
+                self._print(f"Warning, offline data: {finding}.")
         for warning in (result.get(keys.Q_WARNING), result.get(keys.SUCCESS_WARNING)):
             if warning is not None and (trial.trial_id, warning) not in self._warnings:
                 self._warnings.add((trial.trial_id, warning))

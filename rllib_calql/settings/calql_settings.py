@@ -61,6 +61,7 @@ class CalQLSettings(CQLConfig):
         self.truncation = "none"  # Authors.
         self.action_space_of_data = "environment"
         self.normalize_observations = False  # Authors.
+        self.observation_clip: float | None = 10.0  # Stable-Baselines3's `VecNormalize`, `clip_obs`.
         self.use_recorded_returns = False
         self.unfinished_episodes = "error"
         self.missing_final_observation = "drop_step"
@@ -191,6 +192,7 @@ class CalQLSettings(CQLConfig):
         truncation: Literal["none", "steady", "bootstrap"] = NotProvided,
         action_space_of_data: Literal["environment", "module"] = NotProvided,
         normalize_observations: bool = NotProvided,
+        observation_clip: float | None = NotProvided,
         use_recorded_returns: bool = NotProvided,
         unfinished_episodes: Literal["error", "truncate", "drop"] = NotProvided,
         missing_final_observation: Literal["drop_step", "repeat"] = NotProvided,
@@ -215,7 +217,11 @@ class CalQLSettings(CQLConfig):
                 ever ("steady"), or the learner's value estimate of the last observation ("bootstrap").
             action_space_of_data: Whether actions in data without metadata are in the environment's units or in the
                 module's [-1, 1].
-            normalize_observations: Whether observations are normalised by the offline data's mean and deviation.
+            normalize_observations: Whether observations are normalised by the offline data's mean and deviation. What
+                is nearly constant in the data, to float32, has its mean subtracted only.
+            observation_clip: With `normalize_observations`, the largest size of a normalised observation, in standard
+                deviations; larger ones are clipped, in training, collection and evaluation alike. None or infinity:
+                they are not.
             use_recorded_returns: Whether the data's own column `returns_to_go`, in units of training rewards, is used
                 as it is instead of computing returns.
             unfinished_episodes: What becomes of an episode that ends neither terminated nor truncated: "error",
@@ -250,6 +256,7 @@ class CalQLSettings(CQLConfig):
             truncation=truncation,
             action_space_of_data=action_space_of_data,
             normalize_observations=normalize_observations,
+            observation_clip=observation_clip,
             use_recorded_returns=use_recorded_returns,
             unfinished_episodes=unfinished_episodes,
             missing_final_observation=missing_final_observation,

@@ -203,6 +203,11 @@ def _check_ranges(config: CalQLConfig) -> None:
         raise ValueError(f"`gamma` must be in [0, 1], got {config.gamma!r}.")
     if not _is_integer(config.bc_updates, 0):
         raise ValueError(f"`bc_updates` must be an integer of at least 0, got {config.bc_updates!r}.")
+    clip_at = config.observation_clip
+    if clip_at is not None and not (_is_real(clip_at) and clip_at > 0):
+        raise ValueError(
+            f"`observation_clip` must be a positive number, or None or infinity for none, got {clip_at!r}."
+        )
     weight = config.min_q_weight_online
     if weight is not None and not (_is_real(weight) and 0 <= weight < math.inf):
         raise ValueError(f"`min_q_weight_online` must be None or a number of at least 0, got {weight!r}.")
@@ -253,6 +258,12 @@ def _check_choices(config: CalQLConfig) -> None:
         raise ValueError(
             '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1; '
             f"got {config.gamma!r}."
+        )
+    clips = config.observation_clip is not None and config.observation_clip != math.inf
+    if clips and config.observation_clip != type(config)().observation_clip and not config.normalize_observations:
+        raise ValueError(
+            f"`observation_clip` is {config.observation_clip!r} but `normalize_observations` is False, and only "
+            "normalised observations are clipped; set `normalize_observations=True` or drop it."
         )
     failure = config.failure_reward
     if failure is not None and not (_is_real(failure) and math.isfinite(failure)):

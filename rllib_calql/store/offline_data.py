@@ -66,6 +66,7 @@ class CalQLOfflineData(OfflineData):
         self.spaces: dict[str, Any] | None = None
         self.store: TransitionStore | None = None
         self.report: DatasetReport | None = None  # What the data hold; made by `load`.
+        self.warnings: list[str] = []  # What looks wrong in the data, one finding each; a result of `train()` has them.
         self.sharing_settings = SharingSettings()
         self._shared_tables: SharedTables | None = None
         self.readers: list[EpisodeReader] = open_input(config.input_, config.read_options)
@@ -142,12 +143,19 @@ class CalQLOfflineData(OfflineData):
             observation_space,
             store.observation_statistics,
             is_normalized=self.config.normalize_observations,
+            warn=self.warn,
         )
         rewards = connector.settings.transform(np.array(self.report.reward_range)).tolist()
         if remark := remark_on_rewards(*rewards):
-            logger.warning("%s: %s.", ", ".join(self.report.names), remark)
+            self.warn(remark)
         self.store = store
         self._log_report(self.report)
+
+    def warn(self, finding: str) -> None:
+        """Tells the user what looks wrong in the data, in a sentence without its end."""
+        self.warnings.append(finding)
+        names = ", ".join(self.report.names) if self.report is not None else "offline data"
+        logger.warning("%s: %s.", names, finding)
 
     def close(self) -> None:
         """Gives shared data back, so that they can go once no other trial uses them. `store` stays as it is."""

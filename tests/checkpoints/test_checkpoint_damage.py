@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from damaged_checkpoints import content_replaced, damage_every_file, files_of, flipped, is_same, state_of
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from ray import cloudpickle
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from small_learners import make_learner
 from tiny import line_config, write_line_data
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.checkpoints import integrity, versions
-from rllib_calql.checkpoints.reading import config_of
+from rllib_calql.checkpoints.reading import CheckpointFiles, config_of
 from rllib_calql.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -315,6 +318,23 @@ def test_a_checkpoint_of_a_version_before_checksums_restores_and_its_damage_is_n
     assert all("'algorithm_state.pkl'" in error or "of a version without checksums" in error for error in errors)
     algo.restore_from_path(checkpoint)
     algo.train()
+
+
+def test_a_run_from_before_observations_were_clipped_goes_on_without(tmp_path: Path) -> None:
+    state = CalQLConfig().offline_data(normalize_observations=True, observation_clip=3.0).get_state()
+    files = CheckpointFiles(LocalFileSystem(), str(tmp_path))
+    for was, clip in (("later", 3.0), ("earlier", None)):
+        if was == "earlier":
+            del state["observation_clip"]
+        content = {"class": CalQL, "ctor_args_and_kwargs": ((state,), {})}
+        (tmp_path / "class_and_ctor_args.pkl").write_bytes(cloudpickle.dumps(content))
+        assert files.config().observation_clip == clip
+    module = make_learner(normalize_observations=True).module["default_policy"]
+    settings = {name: value for name, value in module.model_config.items() if name != "observation_clip"}
+    restored = type(module)(
+        observation_space=module.observation_space, action_space=module.action_space, model_config=settings
+    )
+    assert float(restored._normalise(torch.full((1, 3), 1e3)).max()) == 1e3
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,21 @@ def assert_equal(one: CalQLTorchLearner, other: CalQLTorchLearner) -> None:
     assert one._num_updates == other._num_updates
 
 
+def test_recorded_steps_tell_the_share_of_clipped_observations_of_both_parts() -> None:
+    settings = {"normalize_observations": True, "observation_clip": 0.5, "seed": 3}
+    plain, graphed = pair(recorder := CallingAgain(), **settings)
+    batch = batch_of(6)
+    columns = batch.policy_batches[MODULE]
+    columns["is_offline"] = (np.arange(6 * BATCH_SIZE) % 2).astype(np.float32)
+    is_clipped = np.abs(columns["obs"]) > 0.5  # The statistics are still 0 and 1.
+    for learner in (plain, graphed):
+        results = learner.update(batch=batch, minibatch_size=BATCH_SIZE, timesteps={ONLINE: True})[MODULE]
+        for part, rows in (("offline", slice(1, None, 2)), ("online", slice(0, None, 2))):
+            assert results[f"clipped_observations_{part}"].peek() == pytest.approx(is_clipped[rows].mean(), rel=1e-6)
+    assert recorder.num_replayed
+    assert_equal(plain, graphed)
+
+
 def test_recorded_steps_equal_plain_ones_through_both_phases_cloning_and_sparse_targets() -> None:
     recorder = CallingAgain()
     plain, graphed = pair(recorder, bc_updates=7, target_update_period=3, lagrangian=True)

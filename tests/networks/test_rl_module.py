@@ -191,24 +191,46 @@ def test_the_value_estimate_is_the_target_critics_minimum_at_the_greedy_action()
 
 
 def test_normalised_observations_are_centred_and_scaled_in_every_forward_pass() -> None:
-    module, plain = make_module(normalize_observations=True), make_module()
+    module, plain = make_module(normalize_observations=True, observation_clip=0.9), make_module()
     mean, std = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 0.5, 0.0])
     module.set_observation_statistics(mean, std)
-    floor = torch.tensor([2.0, 0.5, 1e-3])  # A constant observation must not blow up.
+    divisor = np.array([2.0, 0.5, 1.0])  # A constant observation must not blow up.
     batch = transitions()
-    scaled = {
-        **batch,
-        Columns.OBS: (batch[Columns.OBS] - mean) / floor,
-        Columns.NEXT_OBS: (batch[Columns.NEXT_OBS] - mean) / floor,
-    }
+
+    def by_hand(obs: Tensor) -> Tensor:
+        return torch.from_numpy(np.clip((obs.numpy() - mean.numpy()) / divisor, -0.9, 0.9))
+
+    scaled = {**batch, **{name: by_hand(batch[name]) for name in (Columns.OBS, Columns.NEXT_OBS)}}
+    share = (np.abs((batch[Columns.OBS].numpy() - mean.numpy()) / divisor) > 0.9).mean(axis=1)
+    assert share.min() < share.max()  # The test would show little otherwise.
     noise = use_one_noise(module)
     plain.draw_noise = lambda *_: noise  # type: ignore[method-assign]
     for call in ("forward_train", "forward_inference", "compute_q_values", "forward_target"):
         actual, expected = getattr(module, call)(batch), getattr(plain, call)(scaled)
+        if call == "forward_train":
+            np.testing.assert_allclose(actual.pop(outputs.CLIPPED).numpy(), share, rtol=1e-6)
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-6, msg=f"{call}: {name}")
     assert {"obs_mean", "obs_std"} <= module.state_dict().keys()
+
+
+def test_a_set_point_that_never_varied_enters_as_its_change_and_small_units_keep_their_meaning() -> None:
+    module = make_module(normalize_observations=True)
+    # A set-point, a current in units of 1e-5, and one that is 45 up to the rounding of float32.
+    module.set_observation_statistics(
+        torch.tensor([45.0, 2e-5, 45.0]).double(), torch.tensor([0.0, 1e-5, 1e-5]).double()
+    )
+    seen = module._normalise(torch.tensor([[46.0, 4e-5, 46.0], [45.0, 0.0, 1000.0]]).double())
+    np.testing.assert_allclose(seen.numpy(), [[1.0, 2.0, 1.0], [0.0, -2.0, 10.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [None, math.inf])
+def test_without_a_clip_nothing_is_clipped_and_no_share_is_told(clip: float | None) -> None:
+    module = make_module(normalize_observations=True, observation_clip=clip)
+    assert float(module._normalise(torch.full((1, 3), 1e6).double()).max()) == 1e6
+    assert outputs.CLIPPED not in module.forward_train(transitions())
+    assert outputs.CLIPPED not in make_module().forward_train(transitions())
 
 
 def test_statistics_are_ignored_where_observations_are_not_normalised() -> None:

@@ -65,6 +65,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "truncation": "none",
         "action_space_of_data": "environment",
         "normalize_observations": False,
+        "observation_clip": 10.0,
         "use_recorded_returns": False,
         "unfinished_episodes": "error",
         "missing_final_observation": "drop_step",
@@ -125,6 +126,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "truncation": "steady",
         "action_space_of_data": "module",
         "normalize_observations": True,
+        "observation_clip": 5.0,
         "use_recorded_returns": True,
         "unfinished_episodes": "drop",
         "missing_final_observation": "repeat",
@@ -162,11 +164,11 @@ def flat(table: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
 
 
 def complete_config() -> CalQLConfig:
-    """Offline data, environment and a Lagrangian, so that every setting alone is in order."""
+    """Offline data, normalised, environment and a Lagrangian, so that every setting alone is in order."""
     return (
         CalQLConfig()
         .environment("Pendulum-v1")
-        .offline_data(input_="rows.parquet")
+        .offline_data(input_="rows.parquet", normalize_observations=True)
         .training(lagrangian=True)
         .fine_tuning(offline_updates=10)
     )
@@ -270,10 +272,19 @@ def test_model_config_keeps_the_defaults_of_what_is_not_named() -> None:
     config.validate()
 
 
+@pytest.mark.parametrize("clip", [None, INF, 10.0])
+def test_a_clip_that_does_nothing_is_accepted_only_where_it_is_off_or_the_default(clip: float | None) -> None:
+    CalQLConfig().offline_data(observation_clip=clip).validate()
+    CalQLConfig().offline_data(normalize_observations=True, observation_clip=3).validate()
+    with pytest.raises(ValueError, match=r"`observation_clip` is 3 but `normalize_observations` is False.*set"):
+        CalQLConfig().offline_data(observation_clip=3).validate()
+
+
 def test_the_module_is_told_the_settings_it_needs() -> None:
     config = CalQLConfig().training(num_critics=3, num_actions=4, max_target_backup=False)
     config.offline_data(normalize_observations=True)
     told = {"num_critics": 3, "num_actions": 4, "max_target_backup": False, "normalize_observations": True}
+    told |= {"observation_clip": 10.0}
     assert config.model_config.items() >= told.items()
 
 
@@ -454,6 +465,11 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     ("offline_data.max_episode_steps_in_data", (0, -1, 2.5, "9", True), "must be None or a positive integer"),
     ("offline_data.store_memory_limit", (0, -1, 2.5, "1GB", True), "must be None or a positive integer"),
     ("offline_data.observation_jump_tolerance", (-1.0, NAN, INF, "0", None, True), "must be a number of at least 0"),
+    (
+        "offline_data.observation_clip",
+        (0, -1.0, NAN, -INF, "10", True),
+        "must be a positive number, or None or infinity",
+    ),
     ("offline_data.cache_dir", ("",), "must be None or the path of a folder"),
     ("offline_data.input_filesystem", ("ftp", 3), "must be a `pyarrow.fs.FileSystem`, an fsspec file system"),
     ("training.precision", ("bfloat16", "tf32", 32, None), r"must be one of \('fp32', 'medium', 'bf16'\)"),

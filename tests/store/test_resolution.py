@@ -14,7 +14,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 from rllib_calql import CalQLConfig
-from rllib_calql.store.resolution import remark_on_deviations, remark_on_resolution, remark_on_rewards
+from rllib_calql.store.resolution import remark_on_constants, remark_on_resolution, remark_on_rewards
 
 ACTIONS = Box(-1.0, 1.0, (1,))
 # First value and step of a series of 150.
@@ -120,6 +120,29 @@ def test_constants_and_the_noise_of_numbers_about_1_are_no_loss(tmp_path: Path, 
     config_of(tmp_path / "data.npz", space, normalize_observations=True).build().stop()
 
 
+def test_a_set_point_that_changes_after_the_data_stays_a_small_number_and_one_warning_names_it(
+    tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = Dict(level=Box(0, 100, (1,), np.float64), setpoint=Box(0, 100, (1,), np.float64))
+    obs = {"level": np.arange(151.0)[:, None] % 50, "setpoint": np.full((151, 1), 45.0)}
+    columns = {f"observations/{key}": values[:-1] for key, values in obs.items()}
+    columns |= {f"next_observations/{key}": values[1:] for key, values in obs.items()}
+    np.savez(tmp_path / "data.npz", **columns, **rest_of_columns())
+    algo = config_of(tmp_path / "data.npz", space, normalize_observations=True).build()
+    result = algo.train()
+    module = algo.learner_group._learner._calql_module
+    seen = module._normalise(torch.tensor([[25.0, 46.0], [1000.0, 45.0]])).numpy()
+    algo.stop()
+    assert seen.round(6)[:, 1].tolist() == [1.0, 0.0]
+    assert seen[1, 0] == 10.0
+    warned = [r.getMessage() for r in caplog.records if "constant" in r.getMessage()]
+    assert len(warned) == 1
+    assert "observations 'setpoint'[0] (always 45) are constant" in warned[0]
+    assert "observations 'setpoint'[0] (always 45)" in result["offline_data_warnings"]
+    assert result["learners"]["default_policy"]["clipped_observations_offline"] == 0.0
+    assert "clipped_observations_online" not in result["learners"]["default_policy"]
+
+
 def test_a_part_in_float32_does_not_hide_one_in_float64(tmp_path: Path, ray_session: None) -> None:
     narrow, wide = tmp_path / "a.npz", tmp_path / "b.npz"
     write_npz(wide, series(*FAR["clock"]))
@@ -143,8 +166,19 @@ def test_remarks_on_episodes_rewards_and_small_deviations() -> None:
     assert "subtract an offset by `reward_bias`" in (remark_on_rewards(1e9, 1e9 + 10) or "")
     for harmless in ((1e9, 1e9), (-1.0, 1.0), (0.0, 0.0), (100.0, 101.0)):
         assert remark_on_rewards(*harmless) is None
-    assert "the dimensions [1], which stay near 0" in (remark_on_deviations(np.array([1.0, 5e-4, 1e-9, 0.0])) or "")
-    assert remark_on_deviations(np.array([1.0, 1e-9])) is None
+
+
+def test_constant_observations_are_named_by_key_and_index() -> None:
+    space = Dict(setpoint=Box(0, 99, (2,)), at=Box(-1, 1, (2, 2)), kind=Discrete(2), level=Box(0, 1, ()))
+    #        at: rounded by float32, 1e-5 that varies, noise of a simulator, varies | kind | level | setpoint
+    mean = np.array([1.0, 2e-5, 0.0, 0.0, 0.5, 0.0, 0.3, 45.0, 45.0])
+    std = np.array([1e-7, 1e-5, 1e-17, 1.0, 0.5, 0.0, 0.1, 1e-3, 0.0])
+    told = remark_on_constants(space, mean, std) or ""
+    named = "observations 'at'[0, 0] (always 1), 'at'[1, 0] (always 0), 'kind'[1] (always 0), 'setpoint'[1] (always 45)"
+    assert told.startswith(named + " are constant")
+    assert remark_on_constants(space, mean, np.ones(9)) is None
+    many = remark_on_constants(Box(-1, 1, (20,)), np.zeros(20), np.zeros(20)) or ""
+    assert "[7] (always 0) and 12 more are constant" in many
 
 
 class Clock(gym.Env):  # type: ignore[type-arg]
