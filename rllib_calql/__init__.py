@@ -1,14 +1,14 @@
 """Cal-QL for Ray RLlib: pre-train on logs, then fine-tune online without the collapse at the switch.
 
-Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: RLlib and torch are loaded
-when `CalQL` or `CalQLConfig` is first used.
+Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: Ray, RLlib and torch are
+loaded when `CalQL` or `CalQLConfig` is first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rllib_calql.registration import register
+from rllib_calql.registration import register, register_once_loaded
 
 if TYPE_CHECKING:
     from rllib_calql.algorithm import CalQL
@@ -39,4 +39,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register()
+register_once_loaded()

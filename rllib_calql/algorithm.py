@@ -24,12 +24,13 @@ from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.config import CalQLConfig
-from rllib_calql.evaluation.evaluating import completed_evaluation
+from rllib_calql.evaluation.evaluating import completed_evaluation, say_evaluating
 from rllib_calql.parts import Parts, Spaces, build_parts
 from rllib_calql.registration import register
 from rllib_calql.results import completed_result
 from rllib_calql.store.offline_data import with_spaces_of_data
 from rllib_calql.store.replay import TransitionStore
+from rllib_calql.system import activity
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -67,6 +68,9 @@ class CalQL(CQL):
             ValueError: If there is neither environment nor data, or the data do not fit the environment.
             FileNotFoundError: If an input does not exist.
         """
+        if self._storage is not None:  # A trial of Ray Tune.
+            activity.speak_as(self._storage.trial_dir_name)
+        activity.say(f"building (networks on {'gpu' if config.num_gpus_per_learner else 'cpu'})")
         if config.env is None and not config.is_offline:
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
         if config.env is None:
@@ -143,6 +147,7 @@ class CalQL(CQL):
     @override(Algorithm)
     def cleanup(self) -> None:
         """Ends all workers, and lets go of offline data that are shared with other trials."""
+        activity.say("ending the workers")
         self._parts.collection.stop()
         super().cleanup()
         if self.offline_data is not None:
@@ -161,6 +166,7 @@ class CalQL(CQL):
             raise RuntimeError("Evaluation needs an environment; set `.environment(...)`.")
         group = self.eval_env_runner_group or self.env_runner_group
         self._parts.updater.set_weights_on(group)
+        say_evaluating(self.config, is_remote=bool(group.num_remote_env_runners()))
         with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
             results: dict[str, Any] = super().evaluate(parallel_train_future)
         return completed_evaluation(results, group, self._parts.history, self._parts.success_key)

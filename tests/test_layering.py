@@ -285,7 +285,7 @@ def test_importing_the_package_is_light_and_silent() -> None:
     code = f"""
 import sys
 import {PACKAGE}
-heavy = ("torch", "ray.rllib", "gymnasium", "minari", "mujoco", "gymnasium_robotics")
+heavy = ("torch", "ray", "ray.rllib", "gymnasium", "minari", "mujoco", "gymnasium_robotics")
 sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -13,6 +13,7 @@ from ray.rllib.core import COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 from rllib_calql.checkpoints.manifest import changes_of_units, check_networks
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.common.lifetime import Lifetime
+from rllib_calql.system import activity
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Pretrained:
         """
         if not self._is_due:
             return False
+        activity.say("reading the networks of `pretrained`")
         own = self._manifest()
 
         def read(files: CheckpointFiles) -> tuple[dict[str, Any], dict[str, Any]]:

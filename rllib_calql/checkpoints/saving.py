@@ -19,6 +19,7 @@ from rllib_calql.checkpoints.reading import (
     replaced_folder,
 )
 from rllib_calql.common.lifetime import Lifetime
+from rllib_calql.system import activity
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -134,6 +135,7 @@ class Saving:
     ) -> None:
         from pyarrow.fs import LocalFileSystem
 
+        activity.say("writing checkpoint")
         self._pretrained.load_if_due()
         own = state if state is None else state.get(STATE)
         manifest = self._manifest() if state is None else own and own["manifest"]
@@ -188,6 +190,7 @@ class Saving:
         self._on_restored()
 
     def _restore(self, files: CheckpointFiles, by_rllib: Callable[..., Any], **kwargs: Any) -> None:
+        activity.say("restoring the checkpoint")
         manifest = files.manifest()
         check_resumable(manifest, self._manifest())
         try:

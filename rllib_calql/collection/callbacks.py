@@ -15,8 +15,11 @@ from ray.util import log_once
 from rllib_calql.collection.success_key import infos_seen_by
 from rllib_calql.common.metrics import SUCCESS_RATE
 from rllib_calql.common.success import reports_in, success_of
+from rllib_calql.system import activity
 
 _UNKNOWN = ("", "unknown", "none", "nan", "<na>", "nat")  # The last two are those of Pandas.
+
+EPISODES, ENV_STEPS = "episodes", "env steps"  # Units of what a process is doing, see `system.activity`.
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class EpisodeCutCallback(RLlibCallback):
     @override(RLlibCallback)
     def on_episode_step(self, *, episode: Any, env_runner: Any = None, env_index: int = 0, **kwargs: Any) -> None:
         """Marks the episode as truncated once it is long enough."""
+        activity.count(ENV_STEPS)
         limit = getattr(env_runner.config, "episode_limit_env_steps", None)
         if limit is not None and episode.t >= limit and not episode.is_done:
             episode.is_truncated = True
@@ -59,6 +63,7 @@ class EpisodeOutcomeCallback(RLlibCallback):
         config = getattr(runner, "config", None)
         # The configs of RLlib's own algorithms, which `rllib evaluate` takes as well, have no such settings.
         key, rule = getattr(config, "success_key", None), getattr(config, "success_rule", "any")
+        activity.count(EPISODES)
         chunks = [*(prev_episode_chunks or []), episode]
         infos = [info for chunk in chunks for info in chunk.get_infos()]
         if runner is not None and key is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, ENV_RUNNER_SAMPLING_TIMER, TIMERS
 
+from rllib_calql.collection.callbacks import ENV_STEPS
 from rllib_calql.collection.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.collection.env_errors import told
 from rllib_calql.collection.requests import EpisodeJoiner, collect, collect_or_tell
@@ -21,6 +22,7 @@ from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.learning.updater import Updater
 from rllib_calql.learning.weights import WeightPublisher
 from rllib_calql.store.replay import TransitionStore
+from rllib_calql.system import activity
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -95,6 +97,7 @@ class EpisodeCollection:
 
     def _collect_round(self) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """One round of every env runner: an episode each, or with several sub-environments a share of steps."""
+        self._say_collecting()
         is_vectorised = self._config.num_envs_per_env_runner > 1
         arguments = self._request(self._num_env_steps_per_round() if is_vectorised else None)
         if self._collector is not None:
@@ -107,6 +110,7 @@ class EpisodeCollection:
         """Updates while env runners collect, until as many episodes are stored as there are environments."""
         lifetime = self._lifetime
         begin, num_begun, seconds_before = time.perf_counter(), lifetime.num_online_episodes, updater.seconds_timed
+        num_steps_begun = lifetime.num_online_env_steps
         while lifetime.num_online_episodes - num_begun < self._num_envs:
             round_env_steps = self._env_steps_of_a_round()
             staleness = self._config.max_staleness_env_steps
@@ -121,6 +125,7 @@ class EpisodeCollection:
             if num_updates := self._num_updates_due(updater):
                 updater.update(min(num_updates, _num_updates_between_requests(updater)), online=True)
             else:
+                self._say_collecting(lifetime.num_online_env_steps - num_steps_begun)
                 with self._metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                     collector.wait()
         busy = (updater.seconds_timed - seconds_before) / (time.perf_counter() - begin)
@@ -131,6 +136,17 @@ class EpisodeCollection:
         if self._lifetime.num_online_episodes == 0:
             return math.inf
         return float(self._num_envs * self._lifetime.num_online_env_steps / self._lifetime.num_online_episodes)
+
+    def _say_collecting(self, num_env_steps: int = 0) -> None:
+        expected = self._env_steps_of_a_round()
+        of = "" if math.isinf(expected) else f" of ~{expected:,.0f}"
+        activity.say(
+            f"collecting: {{done}}{of} env steps",
+            unit=ENV_STEPS,
+            done=num_env_steps,
+            counter=keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
+            base=self._lifetime.num_online_env_steps - num_env_steps,
+        )
 
     def _num_updates_due(self, updater: Updater) -> int:
         """Updates to make now: those owed, none as long as a batch needs online rows and there are none."""

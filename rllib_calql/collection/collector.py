@@ -13,7 +13,9 @@ import ray
 from ray.exceptions import ActorUnavailableError
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_calql.collection.callbacks import ENV_STEPS
 from rllib_calql.collection.requests import Collected, EpisodeJoiner, Failure
+from rllib_calql.system import activity
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +209,7 @@ class Collector:
                 continue  # What a broken environment made of the request behind the one that failed.
             if result.ok and isinstance(value, Collected):
                 self._note_result(index)
+                activity.count(ENV_STEPS, value.num_env_steps)
                 arrived.append((index, value))
                 continue
             lost.add(index)

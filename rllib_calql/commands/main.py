@@ -29,6 +29,7 @@ from rllib_calql.commands.setup import (
     stop_ray,
 )
 from rllib_calql.commands.study import report, study
+from rllib_calql.progress.display import Display
 from rllib_calql.system.plain_names import refuse_unplain_name
 from rllib_calql.system.stop_signals import StopSignals, outliving_terminal
 
@@ -93,6 +94,8 @@ def file(
     stop.grace_s, stop.saved = grace, "Nothing was trained by this command."
     if resume and overwrite:
         raise UsageError("`--resume` continues a run and `--overwrite` removes it; drop one.")
+    display = click.get_current_context().with_resource(Display())
+    display.stage("loading RLlib")
     prepare(verbose)
 
     from rllib_calql.experiments.errors import ExperimentError
@@ -118,10 +121,14 @@ def file(
     ]
     with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
         needed = max(run.num_cpus_of_largest_trial for run in runs)
+        display.stage("starting Ray" if address is None else f"joining the Ray cluster at {address}")
         start_ray(needed, stop, num_cpus=num_cpus, address=address, verbose=verbose)
         try:
-            failed = [run.name for run in runs if not _run(run, storage_path, stop, resume=resume, verbose=verbose)]
+            failed = [
+                run.name for run in runs if not _run(run, storage_path, stop, display, resume=resume, verbose=verbose)
+            ]
         finally:
+            display.stage("ending Ray")
             stop_ray()
     if failed:
         raise click.ClickException(f"Failed: {', '.join(failed)}.")
@@ -222,7 +229,9 @@ def _run_folders(runs: list[Experiment], storage_path: str, *, resume: bool, ove
         yield
 
 
-def _run(experiment: Experiment, storage_path: str, stop: StopSignals, *, resume: bool, verbose: bool) -> bool:
+def _run(
+    experiment: Experiment, storage_path: str, stop: StopSignals, display: Display, *, resume: bool, verbose: bool
+) -> bool:
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
     from rllib_calql.experiments.resuming import ResumeError
     from rllib_calql.experiments.tune_runs import run_experiment
@@ -232,7 +241,7 @@ def _run(experiment: Experiment, storage_path: str, stop: StopSignals, *, resume
     earlier = f"arlier checkpoints, if any, are in '{folder}'; add `--resume` to the command to continue."
     stop.saved = f"E{earlier}"
     try:
-        outcome = run_experiment(experiment, storage_path, resume=resume, announce=_say, stop=stop)
+        outcome = run_experiment(experiment, storage_path, resume=resume, announce=_say, stop=stop, display=display)
     except ResumeError as error:
         raise UsageError(str(error)) from error
     if outcome.is_interrupted:

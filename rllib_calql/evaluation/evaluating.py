@@ -9,12 +9,30 @@ from typing import Any
 
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN
 
+from rllib_calql.collection.callbacks import EPISODES
 from rllib_calql.collection.requests import evaluate_or_tell
 from rllib_calql.collection.success_key import SuccessKeyWatch, infos_seen_by
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.history import EvaluationHistory
+from rllib_calql.system import activity
 
 _SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
+
+
+def say_evaluating(config: Any, *, is_remote: bool) -> None:
+    """Says what an evaluation does; episodes of an env runner in this process are counted as they end.
+
+    Args:
+        config: The algorithm's.
+        is_remote: Whether other processes run the episodes.
+    """
+    duration, unit = config.evaluation_duration, config.evaluation_duration_unit
+    if duration == "auto":
+        activity.say("evaluating while training")
+    elif is_remote or unit != EPISODES:
+        activity.say(f"evaluating {duration:,} {unit}")
+    else:
+        activity.say(f"evaluating, episode {{done}} of {duration:,}", unit=EPISODES, done=1, total=duration)
 
 
 def completed_evaluation(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
-from rich.console import Console
 
 from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.resuming import prepare_resume
 from rllib_calql.experiments.run_state import KeepResumable
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
+from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
 from rllib_calql.system.stop_signals import StopSignals
 
@@ -41,6 +41,7 @@ def run_experiment(
     resume: bool,
     announce: Callable[[str], None],
     stop: StopSignals | None = None,
+    display: Display | None = None,
 ) -> Outcome:
     """Runs all trials to their end. Ray must have been started.
 
@@ -50,11 +51,18 @@ def run_experiment(
         resume: Whether to continue the run of this name, if it has got as far as a first state.
         announce: Called with what the user should know at once.
         stop: Signals that end the run with a checkpoint. Default: Ctrl-C does.
+        display: Where progress is shown, entered. Default: on standard output.
 
     Raises:
         ResumeError: If `resume` is set and the run cannot be continued.
     """
-    progress = ProgressCallback(experiment.stop, Console())
+    if display is None:
+        with Display() as display:
+            return run_experiment(
+                experiment, storage_path, resume=resume, announce=announce, stop=stop, display=display
+            )
+    display.stage("starting the run")
+    progress = ProgressCallback(experiment.stop, display)
     interrupt = CheckpointOnInterrupt(announce, stop)
     run_config = tune.RunConfig(
         name=experiment.name,

@@ -34,11 +34,13 @@ from rllib_calql.networks import rl_module as outputs
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
 from rllib_calql.store.replay import IS_OFFLINE
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
+from rllib_calql.system import activity
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
+UPDATES = "updates"  # Unit of what a process is doing, see `system.activity`.
 
 _STATE = "calql"
 logger = logging.getLogger(__name__)
@@ -180,6 +182,7 @@ class CalQLTorchLearner(OptimisingLearner):
                 for start in range(0, num_rows, rows_per_step):
                     rows = {key: column[start : start + rows_per_step] for key, column in columns.items()}
                     self._update({DEFAULT_MODULE_ID: rows})
+                    activity.count(UPDATES)
         self._log_update(num_rows, rows_per_step)
         self.after_gradient_based_update(timesteps=timesteps)
         return dict(self.metrics.reduce())

@@ -23,13 +23,14 @@ from ray.rllib.utils.metrics import (
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.learning.divergence import DivergenceWatch
-from rllib_calql.learning.learner import ONLINE
+from rllib_calql.learning.learner import ONLINE, UPDATES
 from rllib_calql.learning.recovery import LearnerRecovery, is_loss
 from rllib_calql.learning.skipped_updates import check_updates_are_applied
 from rllib_calql.learning.weights import WeightPublisher, set_weights
 from rllib_calql.store.offline_data import as_multi_agent_batch
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore, resident_store
+from rllib_calql.system import activity
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -143,7 +144,19 @@ class Updater:
         per_call = max(1, min(_MAX_UPDATES_PER_CALL, _MAX_BYTES_PER_UPDATE_CALL // bytes_per_update))
         with self._metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             for start in range(0, num_updates, per_call):
+                self._say_updating(start, num_updates, online=online)
                 self._update_once(min(per_call, num_updates - start), online=online)
+
+    def _say_updating(self, num_made: int, num_updates: int, *, online: bool) -> None:
+        if online:
+            activity.say(f"updating: {{done}} of {num_updates:,}", unit=UPDATES, done=num_made)
+        else:
+            activity.say(
+                "updating" if self._seconds_per_update is not None or num_made else "first updates",
+                unit=UPDATES,
+                counter=keys.NUM_OFFLINE_UPDATES_LIFETIME,
+                base=self._lifetime.num_offline_updates,
+            )
 
     def _update_once(self, num_updates: int, *, online: bool) -> None:
         batch_size = self._config.train_batch_size_per_learner

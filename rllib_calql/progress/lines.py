@@ -10,6 +10,7 @@ from typing import Any
 from rllib_calql.common import metrics as keys
 from rllib_calql.progress.budget import format_duration
 
+STARTING = "starting"  # The phase of a trial without a result.
 _RUNNERS = "env_runners"
 _RETURN = "episode_return_mean"
 _ENV_STEPS = "num_env_steps_sampled_lifetime"
@@ -55,10 +56,11 @@ class TrialProgress:
         dip: Worst evaluation since the switch minus the evaluation at the switch.
         wall_s: Seconds of training.
         phase_start: `done` and `wall_s` from which `per_s` is measured.
+        activity: What it is doing, for people; empty if that is not known.
     """
 
     label: str
-    phase: str = "starting"
+    phase: str = STARTING
     done: int = 0
     total: int | None = None
     unit: str = ""
@@ -69,6 +71,7 @@ class TrialProgress:
     dip: float | None = None
     wall_s: float = 0.0
     phase_start: tuple[int, float] = (0, 0.0)
+    activity: str = ""
 
 
 def observe(progress: TrialProgress, result: Mapping[str, Any], totals: Totals) -> TrialProgress:
@@ -78,7 +81,7 @@ def observe(progress: TrialProgress, result: Mapping[str, Any], totals: Totals) 
     start = progress.phase_start
     if phase != progress.phase:
         # A run resumed in the middle of a phase is measured from its first result on.
-        is_begin = progress.phase != "starting" or result.get(_ITERATIONS, 1) == 1
+        is_begin = progress.phase != STARTING or result.get(_ITERATIONS, 1) == 1
         start = (0, progress.wall_s) if is_begin else (done, wall_s)
     elapsed_s = wall_s - start[1]
     last = _evaluation(result, progress.last)
@@ -99,7 +102,27 @@ def observe(progress: TrialProgress, result: Mapping[str, Any], totals: Totals) 
         dip=_first(_number(result.get(keys.FINE_TUNING), keys.DIP), progress.dip),
         wall_s=wall_s,
         phase_start=start,
+        activity="",
     )
+
+
+def overlaid(progress: TrialProgress, counters: Mapping[str, int], totals: Totals) -> TrialProgress:
+    """Progress inside an iteration.
+
+    Args:
+        progress: After the last result.
+        counters: Metric of a result -> what the trial has counted by now, perhaps in the phase before.
+        totals: Where the trial ends.
+    """
+    order = (STARTING, keys.OFFLINE, keys.ONLINE)
+    metrics = {keys.OFFLINE: keys.NUM_OFFLINE_UPDATES_LIFETIME, keys.ONLINE: keys.NUM_ONLINE_ENV_STEPS_LIFETIME}
+    for phase, metric in metrics.items():
+        if metric in counters and order.index(phase) >= order.index(progress.phase):
+            _, done, total, unit = _position({keys.PHASE: phase, metric: counters[metric]}, totals)
+            if phase == progress.phase:
+                return replace(progress, done=max(done, progress.done))
+            return replace(progress, phase=phase, done=done, total=total, unit=unit, per_s=None)
+    return progress
 
 
 def format_line(progress: TrialProgress) -> str:
@@ -118,6 +141,8 @@ def format_line(progress: TrialProgress) -> str:
         parts.append(f"training return {progress.training_return:.2f}")
     if progress.last.success_rate is not None:
         parts.append(f"success {progress.last.success_rate:.2f}")
+    if progress.activity:
+        parts.append(progress.activity)
     return "  ".join(parts)
 
 

@@ -20,6 +20,7 @@ from rllib_calql.store.offline_table import (
 )
 from rllib_calql.store.shared_data import SharedTables
 from rllib_calql.store.table_cache import TableCache, TableWriter, cache_key
+from rllib_calql.system import activity
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ def _find_shared(
     if not sharing.tables.settings.min_nbytes <= nbytes <= settings.memory_limit:
         return None
     key = _key_of(readers, settings)
+    activity.say(f"reading data, for all trials ({', '.join(reader.info.name for reader in readers)})")
     parts = None if key is None else sharing.tables.get(key, sharing.load, nbytes=nbytes)
     if parts is None:
         return None
@@ -199,11 +201,20 @@ def _num_rows_of(readers: Sequence[EpisodeReader]) -> int | None:
 def _columns(
     readers: Sequence[EpisodeReader], to_columns: ToColumns, report: ReportBuilder
 ) -> Iterator[EpisodeColumns]:
+    num_rows, num_read = _num_rows_of(readers), 0
     for reader in readers:
+        _say_reading(reader, num_read, num_rows)
         for block in reader.blocks():
             report.add(block)
             yield to_columns(reader, block)
+            num_read += block.num_rows
+            _say_reading(reader, num_read, num_rows)
         report.add_reader(reader)
+
+
+def _say_reading(reader: EpisodeReader, num_read: int, num_rows: int | None) -> None:
+    read = f" {min(100, 100 * num_read // num_rows)} %" if num_rows else f", {num_read:,} transitions"
+    activity.say(f"reading data{read} ({reader.info.name})")
 
 
 def _key_of(readers: Sequence[EpisodeReader], settings: StorageSettings) -> str | None:

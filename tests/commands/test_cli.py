@@ -13,13 +13,13 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 import rllib_calql
 from rllib_calql.commands.main import main
 from rllib_calql.commands.setup import root_cause
 from rllib_calql.experiments.run_state import KeepResumable, result_of_whole
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt
+from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
 
 COMMAND = [sys.executable, "-c", "from rllib_calql.commands.main import main; main(prog_name='rllib')"]
@@ -29,7 +29,7 @@ TIMEOUT_S = 120
 def test_callbacks_survive_being_stored_with_the_experiment() -> None:
     # Tune pickles them, while a console and a signal handler belong to the process.
     with CheckpointOnInterrupt(print) as interrupt:
-        copies = pickle.loads(pickle.dumps([ProgressCallback({"a": 1}, Console()), interrupt, KeepResumable()]))
+        copies = pickle.loads(pickle.dumps([ProgressCallback({"a": 1}, Display()), interrupt, KeepResumable()]))
     assert [type(copy) for copy in copies] == [ProgressCallback, CheckpointOnInterrupt, KeepResumable]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tiny import line_config
 
 from rllib_calql import CalQL
@@ -19,6 +19,7 @@ from rllib_calql.common.returns import RewardSettings, possible_returns, returns
 from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import parse_experiment
 from rllib_calql.learning.divergence import OUT_OF_RANGE, DivergenceWatch
+from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
 
 
@@ -149,11 +150,12 @@ def test_returns_of_online_episodes_widen_the_range_and_last_over_a_restore(tmp_
 
 def test_rllib_train_prints_the_warning_once_per_trial_and_phase() -> None:
     output = io.StringIO()
-    callback = ProgressCallback({}, Console(file=output, width=40), clock=lambda: 0.0)
+    callback = ProgressCallback({}, Display(output, clock=lambda: 0.0))
 
     class Trial:
         trial_id = "a"
         config: dict[str, Any] = {}  # noqa: RUF012
+        storage = SimpleNamespace(trial_dir_name="a")
 
         def __str__(self) -> str:
             return "CalQL_a"

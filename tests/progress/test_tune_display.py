@@ -7,8 +7,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from rich.console import Console
-
+from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
 
 STOP = {"num_online_env_steps_lifetime": 10_000}
@@ -19,11 +18,15 @@ def result_of(phase: str, done: int) -> dict[str, Any]:
     return {"phase": phase, counter: done, "time_total_s": 0.0, "training_iteration": 1}
 
 
+def trial_called(name: str, **config: Any) -> Any:
+    return SimpleNamespace(trial_id=name, config=config, storage=SimpleNamespace(trial_dir_name=name))
+
+
 def test_plain_lines_are_rare_but_a_change_of_phase_is_always_printed() -> None:
     now = [0.0]
     output = io.StringIO()
-    callback = ProgressCallback(STOP, Console(file=output, width=40), interval_s=5.0, clock=lambda: now[0])
-    trial: Any = SimpleNamespace(trial_id="t", config={"offline_updates": 5_000})
+    callback = ProgressCallback(STOP, Display(output, interval_s=5.0, clock=lambda: now[0]))
+    trial = trial_called("t", offline_updates=5_000)
     for at, phase, done in (
         (0, "offline", 1),
         (2, "offline", 2),
@@ -43,10 +46,10 @@ def test_plain_lines_are_rare_but_a_change_of_phase_is_always_printed() -> None:
 
 def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> None:
     output = io.StringIO()
-    callback = ProgressCallback({}, Console(file=output, width=40))
+    callback = ProgressCallback({}, Display(output))
     result = {"training_iteration": 1, "offline_data": "3 episodes, 12 transitions; 1 unfinished episodes dropped"}
     for name in ("a", "b", "a"):
-        trial: Any = SimpleNamespace(trial_id=name, config={})
+        trial = trial_called(name)
         callback.on_trial_result(iteration=1, trials=[trial], trial=trial, result=result)
     assert output.getvalue().count("unfinished episodes dropped.") == 1
 

@@ -28,8 +28,10 @@ import numpy as np
 
 from rllib_calql.datasets.episodes import minari_storage
 from rllib_calql.datasets.generated import cube, hopper, hopper_training, pendulum, pixel_reach, pointmaze
+from rllib_calql.system import activity
 
 _REFERENCE_EPISODES = 20
+_STEPS = "generated steps"  # Unit of what a process is doing, see `system.activity`.
 _BUILD_PREFIX = ".rllib-calql-build-"  # Minari does not list hidden folders.
 _TRAINING_PREFIX = ".rllib-calql-training-"
 _ABANDONED_AFTER_S = 3600.0  # Writing takes seconds. Only a killed process leaves a folder that grows old.
@@ -250,11 +252,13 @@ def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None,
     root = minari_storage.dataset_path("")
     work_dir = root / f"{_TRAINING_PREFIX}{dataset_id.replace('/', '-')}-seed{seed}"
     training = {"work_dir": work_dir, "report": _reporter(progress)} if generator.is_trained else {}
+    activity.say(f"generating {target_id}: {{done}} of {num_steps:,} steps", unit=_STEPS, total=num_steps)
     with _progress_on_stderr(target_id, num_steps, progress) as advance:
         episodes = []
         for episode in generator.collect(num_steps=num_steps, seed=seed, **training):
             episodes.append(episode)
             advance(len(episode["rewards"]))
+            activity.count(_STEPS, len(episode["rewards"]))
         _remove_abandoned_builds(root)
         build_path = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=root))
         try:
@@ -267,7 +271,12 @@ def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None,
 
 
 def _reporter(show: bool | None) -> Callable[[str], None]:
-    return lambda line: None if show is False else print(line, file=sys.stderr, flush=True)
+    def report(line: str) -> None:
+        activity.say(line)
+        if show is not False:
+            print(line, file=sys.stderr, flush=True)
+
+    return report
 
 
 def _write(
