@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
-from rllib_calql.progress.lines import STARTING, Totals, TrialProgress, format_duration, format_line, overlaid
+from rllib_calql.progress.budget import format_duration
+from rllib_calql.progress.lines import STARTING, Totals, TrialProgress, format_line, overlaid
 from rllib_calql.system.activity import Told
 from rllib_calql.system.stop_signals import silence_dead_terminals
 

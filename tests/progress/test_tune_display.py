@@ -56,11 +56,12 @@ def test_what_was_decided_about_the_data_is_printed_once_for_all_trials() -> Non
 
 def test_a_trial_that_had_ended_before_a_resume_is_not_told_as_if_it_had_run() -> None:
     result = {"training_iteration": 2, "num_online_env_steps_lifetime": 10_400, "time_total_s": 61.0}
-    trial: Any = SimpleNamespace(trial_id="t", config={}, status="TERMINATED", checkpoint=None, last_result=result)
+    trial = trial_called("t")
+    trial.status, trial.checkpoint, trial.last_result = "TERMINATED", None, result
 
     def summary(*, runs: bool) -> str:
         output = io.StringIO()
-        callback = ProgressCallback(STOP, Console(file=output, width=40))
+        callback = ProgressCallback(STOP, Display(output))
         if runs:
             callback.on_trial_result(0, [trial], trial, result | {"phase": "online"})
         callback.on_experiment_end([trial])
