@@ -76,8 +76,8 @@ def test_a_trial_that_had_ended_before_a_resume_is_not_told_as_if_it_had_run() -
 
 def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
     output = io.StringIO()
-    callback = ProgressCallback({}, Console(file=output, width=40))
-    trial: Any = SimpleNamespace(trial_id="a", config={})
+    callback = ProgressCallback({}, Display(output))
+    trial = trial_called("a")
     for number in (1, 2):
         result = {"training_iteration": number, "success_warning": "`success_key` is 'a', which no info has"}
         callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
