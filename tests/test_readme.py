@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+import ray
 
 from rllib_calql import CalQLConfig
 from rllib_calql.commands.main import main
@@ -86,6 +87,7 @@ def _python_programs() -> list[Block]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     "program", _python_programs(), ids=lambda block: f"{block.document.relative_to(ROOT)}-{block.line}"
 )
@@ -94,7 +96,8 @@ def test_python_blocks_run(program: Block, tmp_path: Path) -> None:
     for pattern, shorter in _SHORTER:
         code = re.sub(pattern, shorter, code)
     script = tmp_path / "block.py"
-    script.write_text(f"import ray\nray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n{code}")
+    address = ray.get_runtime_context().gcs_address
+    script.write_text(f"import ray\nray.init(address={address!r}, log_to_driver=False)\n{code}")
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # Whatever else runs on the machine.
     run = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment

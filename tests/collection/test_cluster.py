@@ -169,10 +169,10 @@ def _lose_and_replace_a_node(folder: Path) -> dict[str, Any]:
     head = {"num_cpus": 2, "include_dashboard": False, "_system_config": _HEALTH_CHECKS}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     head_id = cluster.head_node.node_id
-    first, second = (cluster.add_node(num_cpus=1, resources={"env_runner": 1}) for _ in range(2))
     command = [sys.executable, "-c", "from rllib_calql.commands.main import main; main()", "train", "file"]
     command += [str(folder / "short.yaml"), "--address", "auto", "--storage-path", str(folder / "results")]
-    # Other tests may have a Ray on this machine; without them "auto" finds the cluster by itself.
+    # Other tests may have a Ray on this machine; without them "auto" finds the cluster by itself. The trial waits for
+    # the nodes, which start while the command does.
     train = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address})
 
     def results(num_healthy: int, *, after: int = 0) -> list[dict[str, Any]]:
@@ -184,6 +184,7 @@ def _lose_and_replace_a_node(folder: Path) -> dict[str, Any]:
         ]
 
     try:
+        first, second = (cluster.add_node(num_cpus=1, resources={"env_runner": 1}) for _ in range(2))
         _wait_for(lambda: results(2), train, "online result")
         told = {
             "head": head_id,

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
+import ray
 from click.testing import CliRunner
 
 import rllib_calql
@@ -102,12 +104,18 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def join(ray_session: None) -> list[str]:
+    """Options with which a command uses the Ray of the tests in place of one of its own."""
+    return ["--address", ray.get_runtime_context().gcs_address]
+
+
 def checkpoints_in(output: str) -> list[Path]:
     return [Path(path) for path in re.findall(r"^  checkpoint +(/.*)$", output, flags=re.MULTILINE)]
 
 
 @pytest.mark.slow
-def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tmp_path: Path) -> None:
+def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tmp_path: Path, join: list[str]) -> None:
     (tmp_path / "e.yaml").write_text(
         """
         cart:
@@ -118,12 +126,14 @@ def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tm
                    num_epochs: 1, num_env_runners: 0, model_config: {fcnet_hiddens: [8]}}
         """
     )
-    trained = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", "--num-cpus", "2")
+    trained = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", *join)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.count("  training  2/2 iterations") == 2
     checkpoints = checkpoints_in(trained.stdout)
     assert len(checkpoints) == 2
-    first, second = (run_command("evaluate", str(checkpoints[0]), "--episodes", "3", "--seed", "1") for _ in range(2))
+    arguments = ("evaluate", str(checkpoints[0]), "--episodes", "3", "--seed", "1")
+    with ThreadPoolExecutor() as both:
+        first, second = both.map(lambda _: run_command(*arguments), range(2))
     assert first.returncode == 0, first.stderr
     # CartPole pays 1 per step and cannot last longer than 500 steps.
     mean = float(re.search(r"episodes +3\nreturn +([\d.]+) \(std [\d.]+\)\n$", first.stdout)[1])  # type: ignore[index]
@@ -132,18 +142,18 @@ def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tm
 
 
 @pytest.mark.slow
-def test_a_failed_run_exits_with_1_and_names_the_cause(tmp_path: Path) -> None:
+def test_a_failed_run_exits_with_1_and_names_the_cause(tmp_path: Path, join: list[str]) -> None:
     (tmp_path / "e.yaml").write_text(
         f"bad: {{run: CalQL, env: Pendulum-v1, config: {{input_: {tmp_path}/nowhere, offline_updates: 10}}}}"
     )
-    failed = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", "--num-cpus", "1")
+    failed = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", *join)
     assert failed.returncode == 1
     assert re.search(r"Error in 'bad': FileNotFoundError: .*nowhere", failed.stderr)
     assert "Traceback" not in failed.stdout + failed.stderr
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: Path, join: list[str]) -> None:
     experiment = """
         pendulum:
           run: CalQL
@@ -153,9 +163,9 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: 
                    model_config: {actor_hiddens: [8], critic_hiddens: [8]}}
     """
     (tmp_path / "e.yaml").write_text(experiment % 10_000_000)
-    arguments = ["train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", "--num-cpus", "1"]
+    arguments = ["train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r"]
     process = subprocess.Popen(
-        [*COMMAND, *arguments],
+        [*COMMAND, *arguments, "--num-cpus", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -184,7 +194,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: 
     interrupted_at = result["num_online_env_steps_lifetime"]
     stop = interrupted_at + 1  # One more episode, of 200 steps, ends the run.
     (tmp_path / "e.yaml").write_text(experiment % stop)
-    resumed = run_command(*arguments, "--resume")
+    resumed = run_command(*arguments, "--resume", *join)
     assert resumed.returncode == 0, resumed.stderr
     steps = [int(number.replace(",", "")) for number in re.findall(r"online  ([\d,]+)/[\d,]+ env", resumed.stdout)]
     assert steps == [interrupted_at + 200]  # It went on from the checkpoint and did not begin anew.
