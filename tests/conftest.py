@@ -1,4 +1,4 @@
-"""Fixtures: one Ray for the session, one folder for data sets. Files with slow tests come first."""
+"""Fixtures: one Ray for the session, one folder for data sets. Files with slow tests and those with Ray come first."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files that have most slow tests, so that no worker is left with them alone at the end."""
-    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -num_slow[item.path])
+    """Begins with the files that take longest, so that no worker is left with one of them alone at the end."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        weights[item.path] += 10 * is_slow + ("ray_session" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session")

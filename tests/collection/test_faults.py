@@ -223,8 +223,10 @@ def test_a_full_object_store_slows_training_but_does_not_end_it(tmp_path: Path) 
         import sys
         from pathlib import Path
         import numpy as np, ray
+        from forked_workers import started_by_forks
         from tiny import line_config
-        ray.init("local", num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+        with started_by_forks():
+            ray.init("local", num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
         pinned = [ray.put(np.ones(2**20)) for _ in range(9)]  # 72 of 80 MiB, all of them in use.
         views = ray.get(pinned)
         config = line_config(Path(sys.argv[1]), offline_updates=100, updates_per_iteration=50, batch_size=256)
