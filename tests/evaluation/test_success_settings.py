@@ -78,7 +78,7 @@ RULES = [  # Reports of the steps -> any, last, fraction.
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3])
-@pytest.mark.parametrize(("reports", "expected"), RULES, ids=lambda value: repr(value))
+@pytest.mark.parametrize(("reports", "expected"), RULES, ids=lambda value: repr(value).replace(repr(ABSENT), "ABSENT"))
 @pytest.mark.parametrize(("rule", "column"), [("any", 0), ("last", 1), ("fraction", 2)])
 def test_an_episode_s_success_is_made_of_its_steps_by_the_rule(
     rule: str, column: int, reports: list[Any], expected: tuple[float | None, ...], num_chunks: int
