@@ -24,15 +24,16 @@ _RAYLET = "RAY_RAYLET_PID"  # Ray's library reads it once, when it is imported.
 
 @contextmanager
 def started_by_forks() -> Iterator[None]:
-    """The Ray that is started meanwhile forks its workers, unless there may be a GPU, which does not survive a fork."""
+    """The Ray that is started meanwhile forks its workers: on Linux, and without a GPU, which survives no fork."""
     import ray._private.parameter as parameter
+    import torch
 
     whole = parameter.RayParams
 
     def params(*args: object, **settings: object) -> object:
         return whole(*args, **{"setup_worker_path": __file__, **settings})
 
-    if not os.path.exists("/dev/nvidiactl"):
+    if sys.platform == "linux" and not torch.cuda.is_available():
         parameter.RayParams = params
     try:
         yield
