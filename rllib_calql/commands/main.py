@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rllib_calql
-from rllib_calql.checkpoints.reading import MANIFEST, CheckpointFiles, read_of_one_save
+from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.commands.dataset import dataset
 from rllib_calql.commands.setup import (
     StoppableGroup,
@@ -35,8 +35,6 @@ from rllib_calql.system.stop_signals import StopSignals, outliving_terminal
 
 if TYPE_CHECKING:
     from rllib_calql.experiments.experiment import Experiment
-
-_CONFIG_FILE = "class_and_ctor_args.pkl"  # RLlib writes one into every checkpoint of an algorithm.
 
 
 @click.group(cls=StoppableGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,28 +133,38 @@ def file(
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
+@click.option("--best", is_flag=True, help="Of a run or a trial, take the best checkpoint; without it, the newest.")
 @click.option("--episodes", type=click.IntRange(min=1), default=10, show_default=True, help="Episodes to run.")
 @click.option("--seed", type=int, help="Seed of the environment.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
-def evaluate(checkpoint: Path, episodes: int, seed: int | None, verbose: bool) -> None:
-    """Run the greedy policy of CHECKPOINT, a folder written by training, in its environment.
+def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbose: bool) -> None:
+    """Run the greedy policy of RUN_OR_CHECKPOINT in its environment.
 
-    A checkpoint is code: evaluate only one that you would run as a program. Data files are not.
+    It is the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is taken. A checkpoint
+    is code: evaluate only one that you would run as a program. Data files are not.
     """
-    # Whose own files are there is damaged, and which of them is said when it is read.
-    if not any((checkpoint / name).is_file() for name in (_CONFIG_FILE, MANIFEST)):
-        what = "is not a checkpoint of an algorithm" if checkpoint.exists() else "does not exist"
-        inside = sorted(checkpoint.glob(f"**/checkpoint_*/{_CONFIG_FILE}"))
-        hint = f" Did you mean '{inside[-1].parent}'?" if inside else ""
-        raise UsageError(f"'{checkpoint}' {what}; give the folder that `rllib train` printed as checkpoint.{hint}")
+    if "://" not in checkpoint:
+        checkpoint = str(Path(checkpoint).expanduser())
+        if not Path(checkpoint).exists():
+            raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
     prepare(verbose)
+
+    from rllib_calql.experiments.run_checkpoints import choose_checkpoint
+
     try:
-        returns, success_rate, score = _evaluate_checkpoint(checkpoint.resolve(), episodes, seed)
+        chosen = choose_checkpoint(checkpoint, best=best)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        returns, success_rate, score = _evaluate_checkpoint(chosen.path, chosen.filesystem, episodes, seed)
     except Exception as error:
         if verbose:
             raise
-        raise click.ClickException(f"Evaluating '{checkpoint}' failed: {root_cause(error)}") from error
+        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}") from error
+    if chosen.reason:
+        click.echo(f"checkpoint        {chosen.path}")
+        click.echo(f"                  {chosen.reason}")
     click.echo(f"episodes          {len(returns)}")
     click.echo(f"return            {statistics.fmean(returns):.2f} (std {statistics.pstdev(returns):.2f})")
     if success_rate is not None:
@@ -234,25 +242,27 @@ def _run(
 ) -> bool:
     """Runs one experiment to its end. Returns whether no trial failed; exits if interrupted."""
     from rllib_calql.experiments.resuming import ResumeError
+    from rllib_calql.experiments.run_checkpoints import has_checkpoint
     from rllib_calql.experiments.tune_runs import run_experiment
 
     stop.check()
     folder = f"{storage_path}/{experiment.name}"
-    earlier = f"arlier checkpoints, if any, are in '{folder}'; add `--resume` to the command to continue."
-    stop.saved = f"E{earlier}"
+    saved = f"Checkpoints are in '{folder}'; add `--resume` to the command to continue."
+    nothing = "Nothing was saved, since no checkpoint was written yet; `--resume` or `--overwrite` begins anew."
+    stop.saved = saved if has_checkpoint(folder) else nothing
+
+    def on_saved() -> None:
+        stop.saved = saved
+
     try:
-        outcome = run_experiment(experiment, storage_path, resume=resume, announce=_say, stop=stop, display=display)
+        outcome = run_experiment(
+            experiment, storage_path, resume=resume, announce=_say, stop=stop, display=display, on_saved=on_saved
+        )
     except ResumeError as error:
         raise UsageError(str(error)) from error
     if outcome.is_interrupted:
-        if outcome.is_at_once:
-            message = f"Stopped at once; e{earlier}"
-        elif outcome.has_checkpoints:
-            message = f"Checkpoints are in '{folder}'; add `--resume` to the command to continue."
-        else:
-            message = f"Nothing was trained, so there is no checkpoint in '{folder}' yet; `--resume` begins anew."
-        stop.saved = message
-        exit_interrupted(stop, message)
+        stop.saved = saved if has_checkpoint(folder) else nothing
+        exit_interrupted(stop, f"Stopped at once. {stop.saved}" if outcome.is_at_once else stop.saved)
     stop.saved = f"'{experiment.name}' has ended, its results are in '{folder}'."
     for cause in outcome.errors:
         click.echo(f"Error in '{experiment.name}': {cause if verbose else root_cause(cause)}", err=True)
@@ -265,7 +275,7 @@ def _say(message: str) -> None:
 
 
 def _evaluate_checkpoint(
-    checkpoint: Path, num_episodes: int, seed: int | None
+    checkpoint: str, filesystem: Any, num_episodes: int, seed: int | None
 ) -> tuple[list[float], float | None, float | None]:
     """Runs whole episodes with an env runner of its own; learners and data are not needed for that.
 
@@ -293,7 +303,7 @@ def _evaluate_checkpoint(
         files.restore_env_runner(runner)
         return config, runner
 
-    config, runner = read_of_one_save(checkpoint, None, restored, discard=lambda made: made[1].stop())
+    config, runner = read_of_one_save(checkpoint, filesystem, restored, discard=lambda made: made[1].stop())
     with told("An episode"):
         episodes = runner.sample(num_episodes=num_episodes, explore=False)
     metrics = runner.get_metrics()

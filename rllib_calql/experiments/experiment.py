@@ -21,7 +21,9 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.experiments.best_checkpoint import BestMetric
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
+from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.experiments.schedulers import mutations, parse_scheduler
 from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choices, substitute
 from rllib_calql.experiments.typed_settings import build_config, settings_by_method
@@ -29,8 +31,7 @@ from rllib_calql.registration import register
 from rllib_calql.system.plain_names import refuse_unplain_name
 
 _MAX_DEPTH = 50  # Of collections in collections, in a file.
-_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "checkpoint_config", "num_samples", "scheduler", "max_failures")
-_CHECKPOINT_KEYS = ("checkpoint_frequency", "checkpoint_at_end", "num_to_keep")
+_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "num_samples", "scheduler", "max_failures", *SAFETY_KEYS)
 _STOP_KEYS = (
     "training_iteration",
     "time_total_s",
@@ -65,7 +66,9 @@ class Experiment:
         stop: Metric path ("/" between levels) -> value at which a trial ends.
         num_samples: Trials per point of the grid.
         scheduler: Tune's scheduler, or None for all trials to the end.
-        checkpoint_config: Arguments of `tune.CheckpointConfig`.
+        checkpoint_config: `checkpoint_frequency`, `checkpoint_at_end` and `num_to_keep`, where they are given.
+        checkpoint_every_s: See `SafetyNet.every_s`.
+        keep_best: By what the best checkpoint is chosen; None to keep none.
         max_failures: How often a trial that died is restarted from its last checkpoint; -1 for always.
         examples: Configs with every search space replaced by a value, each foreseeable value in at least one.
     """
@@ -77,8 +80,15 @@ class Experiment:
     num_samples: int = 1
     scheduler: TrialScheduler | None = None
     checkpoint_config: dict[str, Any] = field(default_factory=dict)
+    checkpoint_every_s: float | None = None
+    keep_best: BestMetric | None = field(default_factory=BestMetric)
     max_failures: int = 0
     examples: tuple[AlgorithmConfig, ...] = ()
+
+    @property
+    def safety_net(self) -> SafetyNet:
+        """Which checkpoints are written and kept."""
+        return SafetyNet.of(self.checkpoint_config, self.checkpoint_every_s, self.keep_best)
 
     @property
     def num_cpus_of_largest_trial(self) -> int:
@@ -195,6 +205,7 @@ def _read_python(path: Path) -> Experiment:
         config=config,
         stop=_parse_stop(module.get("stop"), name),
         examples=_examples_of(config, name),
+        **safety_settings(module, config, name),
     )
 
 
@@ -250,8 +261,7 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
             f"`max_failures` of experiment '{name}' must be a whole number >= 0, or -1 to restart a trial however "
             f"often it fails; got {max_failures!r}."
         )
-    checkpoint_config = entry.get("checkpoint_config") or {}
-    refuse_unknown(checkpoint_config, _CHECKPOINT_KEYS, f"`checkpoint_config` of experiment '{name}'")
+    safety = safety_settings(entry, config, name)
     settable = {s for accepted in settings_by_method(type(config)).values() for s in accepted} & config.to_dict().keys()
     scheduler = parse_scheduler(entry.get("scheduler"), config, name, settings=settable)
     mutated = config.copy(copy_frozen=False)
@@ -264,7 +274,7 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
         stop=_parse_stop(entry.get("stop"), name),
         num_samples=num_samples,
         scheduler=scheduler,
-        checkpoint_config=checkpoint_config,
+        **safety,
         max_failures=max_failures,
         examples=_examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ()),
     )

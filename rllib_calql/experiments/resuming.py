@@ -23,6 +23,7 @@ from ray.tune.utils import flatten_dict
 
 from rllib_calql.experiments import run_state
 from rllib_calql.experiments.experiment import Experiment
+from rllib_calql.experiments.run_checkpoints import drop_results_made_again, tell_where_it_goes_on
 from rllib_calql.experiments.schedulers import mutations
 from rllib_calql.experiments.search_spaces import find_spaces
 
@@ -78,7 +79,6 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
             f"The run in '{folder}' is one of {', '.join(other)}, the experiment now one of "
             f"{experiment.algorithm.__name__}; begin it with another `--name`."
         )
-    new = [trial for trial in trials if not _has_checkpoint(trial)]
     needs_marks = run_state.has_archive(filesystem, folder)
     not_applied: dict[str, None] = {}
     for trial in trials:
@@ -87,7 +87,9 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
         _judge_by_stop(trial, experiment.stop, announce)
         if trial.storage.trial_dir_name is not None:
             run_state.drop_torn_lines(filesystem, posixpath.join(trial.storage.trial_fs_path, EXPR_RESULT_FILE))
-    _tell_without_checkpoints(trials, new, experiment.name, announce)
+    tell_where_it_goes_on(trials, experiment.name, announce)
+    for trial in trials:
+        drop_results_made_again(trial)
     if not_applied:
         announce(
             f"Not applied on --resume: {', '.join(not_applied)}. A resumed run keeps its settings, except `stop` and "
@@ -183,7 +185,7 @@ def _take_newest_checkpoint(trial: Trial, *, needs_marks: bool, announce: Callab
     if storage.trial_dir_name is None:  # It never started.
         return
     had_checkpoint = manager.latest_checkpoint_result is not None
-    newer, was_skipped = _newer_checkpoints(trial, announce)
+    newer = _newer_checkpoints(trial, announce)
     known = [result for result in manager._checkpoint_results if _is_there(result, needs_marks)]
     latest = manager.latest_checkpoint_result
     if newer:
@@ -203,36 +205,18 @@ def _take_newest_checkpoint(trial: Trial, *, needs_marks: bool, announce: Callab
                 break
             known = [other for other in known if other.checkpoint.path != result.checkpoint.path]
             if found.faults:
-                was_skipped = True
                 announce(f"Skipped the damaged checkpoint '{result.checkpoint.path}': {found.faults}.")
     manager._checkpoint_results = known + [result for _, result in newer]
     manager._latest_checkpoint_result = latest
-    if latest is not None and was_skipped:
-        announce(f"Trial '{trial}' goes on from '{latest.checkpoint.path}'.")
-    elif had_checkpoint and latest is None:
+    if had_checkpoint and latest is None:
         announce(f"No whole checkpoint of trial '{trial}' is left; it begins anew.")
 
 
-def _tell_without_checkpoints(
-    trials: list[Trial], new: list[Trial], name: str, announce: Callable[[str], None]
-) -> None:
-    """Tells of trials that had no checkpoint in the state and have none on disk."""
-    without = [trial for trial in new if not _has_checkpoint(trial) and trial.status != Trial.TERMINATED]
-    if without and len(without) == len(trials):
-        announce(f"The run '{name}' was stopped before its first checkpoint; it begins anew.")
-    elif without:
-        announce(f"{len(without)} of {len(trials)} trials of '{name}' have no checkpoint yet; they begin anew.")
-
-
-def _has_checkpoint(trial: Trial) -> bool:
-    return trial.run_metadata.checkpoint_manager.latest_checkpoint_result is not None
-
-
-def _newer_checkpoints(trial: Trial, announce: Callable[[str], None]) -> tuple[list[tuple[int, _TrainingResult]], bool]:
-    """Whole checkpoints that the state does not know, by number, and whether damaged ones were skipped."""
+def _newer_checkpoints(trial: Trial, announce: Callable[[str], None]) -> list[tuple[int, _TrainingResult]]:
+    """Whole checkpoints that the state does not know, by number."""
     storage = trial.storage
     filesystem = storage.storage_filesystem
-    newer, was_skipped = [], False
+    newer = []
     for number, path in run_state.numbered_checkpoints(filesystem, storage.trial_fs_path):
         if number <= storage.current_checkpoint_index:
             continue
@@ -241,14 +225,13 @@ def _newer_checkpoints(trial: Trial, announce: Callable[[str], None]) -> tuple[l
             newer.append((number, _TrainingResult(tune.Checkpoint(path, filesystem), found.result)))
         # What stayed there would be mixed with the files of the next checkpoint of that number.
         elif found.is_finished:
-            was_skipped = True
             faults = found.faults or f"{', '.join(map(repr, found.lost))} is missing"
             aside = run_state.set_aside(filesystem, path)
             announce(f"Skipped the damaged checkpoint '{path}': {faults}; it is now at '{aside}'.")
         else:
             filesystem.delete_dir(path)
             announce(f"Removed the unfinished checkpoint '{path}'.")
-    return newer, was_skipped
+    return newer
 
 
 def _is_there(result: Any, needs_mark: bool) -> bool:
@@ -290,8 +273,7 @@ def _apply_settings(trial: Trial, experiment: Experiment) -> list[str]:
     trial.max_failures = experiment.max_failures
     trial.run_metadata.num_failures = 0
     manager = trial.run_metadata.checkpoint_manager
-    # Tune's default for algorithms, which it knows only in a new run.
-    manager._checkpoint_config = tune.CheckpointConfig(**{"checkpoint_at_end": True} | experiment.checkpoint_config)
+    manager._checkpoint_config = experiment.safety_net.tune_config()
     try:
         experiment.algorithm.default_resource_request(changed)  # type: ignore[attr-defined]
     except Exception as error:

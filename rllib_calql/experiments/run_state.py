@@ -175,6 +175,16 @@ def mark_whole(filesystem: pyarrow.fs.FileSystem, checkpoint: str, result: dict[
     write_whole(filesystem, posixpath.join(checkpoint, _MARK), _with_sum(content))
 
 
+def remove_checkpoint(filesystem: pyarrow.fs.FileSystem, checkpoint: str) -> None:
+    """Removes a checkpoint, if that can be done. Its mark goes first, so one that is there in part looks unfinished."""
+    try:
+        if is_marked(filesystem, checkpoint):
+            filesystem.delete_file(posixpath.join(checkpoint, _MARK))
+        filesystem.delete_dir(checkpoint)
+    except OSError as error:  # Training goes on.
+        logger.warning("The checkpoint '%s' could not be removed: %s", checkpoint, error)
+
+
 def is_marked(filesystem: pyarrow.fs.FileSystem, checkpoint: str) -> bool:
     """Whether a mark is there, of a checkpoint that may have lost files since."""
     return _exists(filesystem, posixpath.join(checkpoint, _MARK))

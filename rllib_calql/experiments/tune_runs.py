@@ -11,6 +11,7 @@ from ray import tune
 from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.resuming import prepare_resume
 from rllib_calql.experiments.run_state import KeepResumable
+from rllib_calql.experiments.safety_net import SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
@@ -25,13 +26,11 @@ class Outcome:
         errors: Why trials failed.
         is_interrupted: Whether Ctrl-C or a signal ended it.
         is_at_once: Whether an interrupt did not wait for checkpoints.
-        has_checkpoints: Whether a trial has one.
     """
 
     errors: tuple[Exception, ...] = ()
     is_interrupted: bool = False
     is_at_once: bool = False
-    has_checkpoints: bool = True
 
 
 def run_experiment(
@@ -42,6 +41,7 @@ def run_experiment(
     announce: Callable[[str], None],
     stop: StopSignals | None = None,
     display: Display | None = None,
+    on_saved: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Runs all trials to their end. Ray must have been started.
 
@@ -52,6 +52,7 @@ def run_experiment(
         announce: Called with what the user should know at once.
         stop: Signals that end the run with a checkpoint. Default: Ctrl-C does.
         display: Where progress is shown, entered. Default: on standard output.
+        on_saved: Called after every checkpoint.
 
     Raises:
         ResumeError: If `resume` is set and the run cannot be continued.
@@ -59,17 +60,24 @@ def run_experiment(
     if display is None:
         with Display() as display:
             return run_experiment(
-                experiment, storage_path, resume=resume, announce=announce, stop=stop, display=display
+                experiment,
+                storage_path,
+                resume=resume,
+                announce=announce,
+                stop=stop,
+                display=display,
+                on_saved=on_saved,
             )
     display.stage("starting the run")
-    progress = ProgressCallback(experiment.stop, display)
+    safety = SafetyNetCallback(experiment.safety_net, experiment.scheduler, announce=announce, on_saved=on_saved)
+    progress = ProgressCallback(experiment.stop, display, best_of=safety.describe_best)
     interrupt = CheckpointOnInterrupt(announce, stop)
     run_config = tune.RunConfig(
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[KeepResumable(), KeepLogs(), progress, interrupt],
-        checkpoint_config=tune.CheckpointConfig(**experiment.checkpoint_config),
+        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt],
+        checkpoint_config=experiment.safety_net.tune_config(),
         failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
         verbose=0,
     )
@@ -89,11 +97,7 @@ def run_experiment(
             return Outcome(is_interrupted=True, is_at_once=True)
         finally:
             progress.close()
-    return Outcome(
-        errors=tuple(results.errors),
-        is_interrupted=interrupt.interrupted,
-        has_checkpoints=any(result.checkpoint is not None for result in results),
-    )
+    return Outcome(errors=tuple(results.errors), is_interrupted=interrupt.interrupted)
 
 
 def _restored(

@@ -151,6 +151,7 @@ def format_summary(
     status: str,
     checkpoint: str | None,
     *,
+    best_checkpoint: str | None = None,
     budget: str | None = None,
     already_ended: str | None = None,
 ) -> str:
@@ -160,6 +161,7 @@ def format_summary(
         progress: What is known of the trial.
         status: "ended" or "failed".
         checkpoint: Where its last one is.
+        best_checkpoint: What is to be said of its best one, if there is one.
         budget: What it has used of its budget, if it has one.
         already_ended: Why it had ended before the run was resumed, so that nothing was done; None if it has run.
     """
@@ -185,6 +187,8 @@ def format_summary(
     if progress.dip is not None:
         lines.append(f"  {'dip at the switch':<18} {progress.dip:.2f}")
     lines.append(f"  {'checkpoint':<18} {checkpoint or 'none'}")
+    if best_checkpoint is not None:
+        lines.append(f"  {'best checkpoint':<18} {best_checkpoint}")
     return "\n".join(lines)
 
 

@@ -21,11 +21,19 @@ class ProgressCallback(tune.Callback):
     Args:
         stop: Metric -> value at which trials end.
         display: Where it is shown.
+        best_of: What is to be said of a trial's best checkpoint; None if there is none.
     """
 
-    def __init__(self, stop: Mapping[str, float], display: Display) -> None:
+    def __init__(
+        self,
+        stop: Mapping[str, float],
+        display: Display,
+        *,
+        best_of: Callable[[Trial], str | None] = lambda trial: None,
+    ) -> None:
         self._stop = dict(stop)
         self._display = display
+        self._best_of = best_of
         self._listener: Listener | None = None
         self._trials: dict[str, TrialProgress] = {}
         self._data: set[str] = set()  # Lines about offline data that were printed; trials often share their data.
@@ -106,8 +114,14 @@ class ProgressCallback(tune.Callback):
                 already_ended = format_reached(result, self._stop) or "a scheduler or its algorithm had ended it"
             status = "failed" if trial.status == Trial.ERROR else "ended"
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
-            budget = format_budget(result, self._stop)
-            summary = format_summary(progress, status, checkpoint, budget=budget, already_ended=already_ended)
+            summary = format_summary(
+                progress,
+                status,
+                checkpoint,
+                best_checkpoint=self._best_of(trial),
+                budget=format_budget(result, self._stop),
+                already_ended=already_ended,
+            )
             self._display.print(summary)
 
     def close(self) -> None:

@@ -285,11 +285,11 @@ def measure(
     seen = 0  # Checkpoints before this start of the command.
     for index in range(num_kills + 1):
         is_last = index == num_kills
-        newest = run.newest_whole()
+        newest = newest_before = run.newest_whole()
         iteration = newest[1]["training_iteration"] if newest else 0
         if newest:
             rows_once_safe |= set(online_rows(newest[0]))
-        begin = time.monotonic()
+        begin, said_before = time.monotonic(), len(run.output()) if kills else 0
         # More than any attempt gets done; the last one makes a few iterations in each phase that is left.
         stop = max(iteration, OFFLINE_UPDATES // 2) + 5 if is_last else 100_000
         process = run.start(stop=stop, num_env_runners=rng.choice([0, 1]))
@@ -320,6 +320,12 @@ def measure(
         first = made[0] if made else None
         if kills and first is not None and first["training_iteration"] != iteration + 1:
             failures.append(f"after kill {index} the run went on at {first['training_iteration']}, not {iteration + 1}")
+        if (
+            newest_before
+            and made
+            and f" goes on from '{Path(newest_before[0]).name}' (" not in run.output()[said_before:]
+        ):
+            failures.append(f"after kill {index} the command did not say from where it goes on")
         if len([r for r in results if r is not None]) < seen:
             failures.append(f"after kill {index} a whole checkpoint had vanished")
         seen = len([r for r in results if r is not None])
@@ -361,7 +367,7 @@ def check_orderly_end(
         "a traceback": "Traceback" not in said,
         "a stack dump": "***" not in said,
         "no word about what is saved": any(
-            words in said for words in ("Checkpoints are in", "Nothing was trained", "Earlier checkpoints, if any")
+            words in said for words in ("Checkpoints are in", "Nothing was trained", "Nothing was saved")
         ),
         "no checkpoint": not is_checkpoint_due,
     }

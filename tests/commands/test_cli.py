@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +18,17 @@ import ray
 from click.testing import CliRunner
 
 import rllib_calql
+from rllib_calql.commands import main as cli
 from rllib_calql.commands.main import main
 from rllib_calql.commands.setup import root_cause
-from rllib_calql.experiments.run_state import KeepResumable, result_of_whole
+from rllib_calql.experiments import tune_runs
+from rllib_calql.experiments.run_state import KeepResumable, mark_whole, result_of_whole
+from rllib_calql.experiments.safety_net import SafetyNet, SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt
+from rllib_calql.experiments.tune_runs import Outcome
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
+from rllib_calql.system.stop_signals import StopSignals
 
 COMMAND = [sys.executable, "-c", "from rllib_calql.commands.main import main; main(prog_name='rllib')"]
 TIMEOUT_S = 120
@@ -31,8 +37,9 @@ TIMEOUT_S = 120
 def test_callbacks_survive_being_stored_with_the_experiment() -> None:
     # Tune pickles them, while a console and a signal handler belong to the process.
     with CheckpointOnInterrupt(print) as interrupt:
-        copies = pickle.loads(pickle.dumps([ProgressCallback({"a": 1}, Display()), interrupt, KeepResumable()]))
-    assert [type(copy) for copy in copies] == [ProgressCallback, CheckpointOnInterrupt, KeepResumable]
+        callbacks = [ProgressCallback({"a": 1}, Display()), interrupt, KeepResumable(), SafetyNetCallback(SafetyNet())]
+        copies = pickle.loads(pickle.dumps(callbacks))
+    assert [type(copy) for copy in copies] == [type(callback) for callback in callbacks]
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
@@ -80,6 +87,8 @@ ONE = "a: {run: CalQL, env: Pendulum-v1}\n"
         (None, ["evaluate", "missing"], r"'missing' does not exist"),
         ("", ["evaluate", "."], r"'\.' is not a checkpoint of an algorithm"),
         ("", ["evaluate", ".", "--episodes", "0"], r"--episodes"),
+        ("", ["evaluate", ".", "--best"], r"'\.' is not a checkpoint of an algorithm, nor a run or trial with any"),
+        ("", ["evaluate", "s3:/bucket/run"], r"'s3:/bucket/run' does not exist"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_a_message(
@@ -92,6 +101,37 @@ def test_wrong_usage_exits_with_2_and_a_message(
     assert outcome.exit_code == 2, outcome.output
     assert re.search(message, " ".join(outcome.output.split()))
     assert "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize("is_at_once", [False, True])
+def test_an_interrupt_says_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_at_once: bool) -> None:
+    said: list[str] = []
+
+    def run(*arguments: object, on_saved: Callable[[], None], stop: StopSignals, **more: object) -> Outcome:
+        said.append(stop.saved)  # If the command is ended now.
+        if tmp_path.joinpath("saves").exists():
+            checkpoint = tmp_path / "r" / "a" / "CalQL_x" / "checkpoint_000000"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "class_and_ctor_args.pkl").touch()
+            mark_whole(pyarrow.fs.LocalFileSystem(), str(checkpoint), {"training_iteration": 1})
+            on_saved()
+            said.append(stop.saved)
+        return Outcome(is_interrupted=True, is_at_once=is_at_once)
+
+    monkeypatch.setattr(tune_runs, "run_experiment", run)
+    monkeypatch.setattr(cli, "start_ray", lambda *arguments, **options: None)
+    monkeypatch.setattr(cli, "stop_ray", lambda: None)
+    (tmp_path / "e.yaml").write_text("a: {run: CalQL, env: Pendulum-v1, stop: {training_iteration: 1}}\n")
+    arguments = ["train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r"]
+    nothing = "Nothing was saved, since no checkpoint was written yet; `--resume` or `--overwrite` begins anew."
+    outcome = CliRunner().invoke(main, arguments)
+    assert outcome.exit_code == 130
+    assert outcome.stderr.splitlines()[-1] == ("Stopped at once. " if is_at_once else "") + nothing
+    (tmp_path / "saves").touch()
+    outcome = CliRunner().invoke(main, arguments)
+    saved = f"Checkpoints are in '{tmp_path}/r/a'; add `--resume` to the command to continue."
+    assert outcome.stderr.splitlines()[-1] == ("Stopped at once. " if is_at_once else "") + saved
+    assert said == [nothing, nothing, saved]
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

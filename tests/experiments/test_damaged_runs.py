@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named(
     said: list[str] = []
     assert resumed_at(trial, said) == 2
     assert said[0].startswith(f"Skipped the damaged checkpoint '{path}': '{name}' ")
-    assert said[1:] == [f"Trial '{trial}' goes on from '{path.with_name('checkpoint_000001')}'."]
+    assert len(said) == 1
     assert trial.storage.current_checkpoint_index == 2  # The next one gets a folder of its own.
     with_a_flipped_bit(path.with_name("checkpoint_000001") / name)
     assert resumed_at(trial, said) == 1
@@ -202,7 +202,6 @@ def test_a_damaged_checkpoint_that_the_state_does_not_know_is_moved_aside(
         assert message.startswith(f"Skipped the damaged checkpoint '{folder / f'checkpoint_00000{number}'}': '{name}' ")
         assert message.endswith(f"; it is now at '{folder / f'damaged_1_checkpoint_00000{number}'}'.")
     assert said[2] == f"Removed the unfinished checkpoint '{folder / 'checkpoint_000005'}'."
-    assert said[3] == f"Trial '{trial}' goes on from '{folder / 'checkpoint_000002'}'."
     names = [f"checkpoint_00000{number}" for number in range(3)] + [path.name for path in aside]
     assert sorted(os.listdir(folder)) == sorted(names)
 
@@ -272,7 +271,8 @@ def test_a_run_with_one_damaged_file_of_each_kind_is_continued_exactly(tmp_path:
         "",
     ]
     assert "'learner_group/learner/state.pkl' has other content than was saved" in said[1]
-    assert said[2].endswith("/checkpoint_000001'.")
+    assert " goes on from 'checkpoint_000001' (iteration 2, offline, 4 updates and 0 env steps, 0:" in said[2]
+    assert said[2].endswith(" old); iteration 3 is made again.")
     assert said[3].startswith("'tuner.pkl' in ")
     newest = run_state.numbered_checkpoints(LOCAL, str(folder))[-1][1]
     manifest = json.loads((Path(newest) / "calql.json").read_text())

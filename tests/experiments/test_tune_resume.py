@@ -28,7 +28,6 @@ from rllib_calql.experiments.resuming import (
     _apply_settings,
     _judge_by_stop,
     _take_newest_checkpoint,
-    _tell_without_checkpoints,
     prepare_resume,
 )
 from rllib_calql.experiments.tune_runs import run_experiment
@@ -140,6 +139,7 @@ def test_max_failures_restarts_a_trial_and_a_resume_brings_the_rest_up_to_date(t
     assert run_state.result_of_whole(LOCAL, str(folder / "checkpoint_000006")) is not None
     assert [message.split("'")[0].split(".")[0] for message in said] == [
         "Removed the unfinished checkpoint ",
+        "Trial ",
         "Not applied on --resume: `gamma` (the run has 0",
     ]
     last = json.loads((folder / "result.json").read_text().splitlines()[-1])
@@ -315,19 +315,6 @@ def test_a_known_checkpoint_that_lost_files_gives_way_to_the_one_before(tmp_path
     _take_newest_checkpoint(trial, needs_marks=True, announce=said.append)
     assert latest_iteration(trial) is None
     assert said == [f"No whole checkpoint of trial '{trial}' is left; it begins anew."]
-
-
-def test_a_resume_without_a_checkpoint_is_said_to_begin_anew(tmp_path: Path) -> None:
-    said: list[str] = []
-    started, saved = make_trial(tmp_path), make_trial(tmp_path, num_known=1)
-    _tell_without_checkpoints([started], [started], "a", said.append)
-    assert said == ["The run 'a' was stopped before its first checkpoint; it begins anew."]
-    said.clear()
-    _tell_without_checkpoints([started, saved], [started], "a", said.append)
-    assert said == ["1 of 2 trials of 'a' have no checkpoint yet; they begin anew."]
-    said.clear()
-    _tell_without_checkpoints([saved], [], "a", said.append)
-    assert not said
 
 
 @pytest.mark.parametrize(
