@@ -244,6 +244,8 @@ class SafetyNetCallback(tune.Callback):
     ) -> None:
         """Asks for a checkpoint of this result if it is due."""
         now = self._clock()
+        if trial.trial_id not in self._timings:
+            self.on_trial_start(iteration, trials, trial)
         timing = self._timings[trial.trial_id]
         timing.iterations_s.append(now - timing.begun)
         timing.begun = timing.result = now

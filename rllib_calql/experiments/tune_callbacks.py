@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.result import EXPR_PROGRESS_FILE, EXPR_RESULT_FILE, SHOULD_CHECKPOINT
@@ -16,6 +20,8 @@ from rllib_calql.experiments.run_state import write_whole
 from rllib_calql.system.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_COPIES = 60.0  # Of a log to a storage where every copy is a whole one.
 
 
 class CheckpointOnInterrupt(tune.Callback):
@@ -95,21 +101,58 @@ class CheckpointOnInterrupt(tune.Callback):
 
 
 class KeepLogs(tune.Callback):
-    """Keeps the results of a trial that fails and is restarted.
+    """Keeps the results of a trial that fails and is restarted, and of a run that is killed and resumed.
 
     Tune's loggers then begin with the files in the storage, where the last results may be missing: they are copied
     there in the background, once in a while. `rllib train file` uses it before those loggers.
     """
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._copied_at: dict[str, float] = {}  # Trial -> when.
+
+    def __reduce__(self) -> tuple[type[KeepLogs], tuple[()]]:
+        """Tune pickles callbacks with the experiment; a fresh one has the same meaning."""
+        return KeepLogs, ()
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Copies the files of the trial's loggers to the storage."""
-        storage = trial.storage
         # Without a checkpoint the loggers go on with the files that they have.
         for name in (EXPR_RESULT_FILE, EXPR_PROGRESS_FILE) if trial.checkpoint else ():
-            local = Path(storage.trial_driver_staging_path, name)
-            if local.is_file():
-                try:
-                    storage.syncer.wait()  # What is on its way may be older.
-                    write_whole(storage.storage_filesystem, f"{storage.trial_fs_path}/{name}", local.read_bytes())
-                except Exception as error:  # Of any storage; the trial goes on.
-                    logger.warning("'%s' could not be saved to '%s': %s", name, storage.trial_fs_path, error)
+            _bring_to_storage(trial, name, can_append=False)
+
+    def on_trial_save(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Copies the results, so that those before a checkpoint are there as well as the checkpoint."""
+        is_local = isinstance(trial.storage.storage_filesystem, pyarrow.fs.LocalFileSystem)
+        now = self._clock()
+        if is_local or now - self._copied_at.get(trial.trial_id, -math.inf) >= _SECONDS_BETWEEN_COPIES:
+            self._copied_at[trial.trial_id] = now
+            _bring_to_storage(trial, EXPR_RESULT_FILE, can_append=is_local)
+
+
+def _bring_to_storage(trial: Trial, name: str, *, can_append: bool) -> None:
+    storage = trial.storage
+    local, path = Path(storage.trial_driver_staging_path, name), f"{storage.trial_fs_path}/{name}"
+    if not local.is_file():
+        return
+    try:
+        storage.syncer.wait()  # What is on its way may be older.
+        if can_append:
+            _append_rest(local, Path(path))
+        else:
+            write_whole(storage.storage_filesystem, path, local.read_bytes())
+    except Exception as error:  # Of any storage; the trial goes on.
+        logger.warning("'%s' could not be saved to '%s': %s", name, storage.trial_fs_path, error)
+
+
+def _append_rest(source: Path, target: Path) -> None:
+    """Makes a log that grows at its end, and of which `target` is an earlier copy, the same there."""
+    size = target.stat().st_size if target.is_file() else 0
+    with source.open("rb") as log:
+        log.seek(size)
+        rest = log.read()
+    if rest:
+        with target.open("ab") as copy:
+            copy.write(rest)
+            copy.flush()
+            os.fsync(copy.fileno())

@@ -342,6 +342,9 @@ def measure(
     newest = run.newest_whole()
     assert newest is not None
     failures += check_end(newest[0], rows_once_safe)
+    logged = [json.loads(line) for line in (Path(newest[0]).parent / "result.json").read_text().splitlines()]
+    if (iterations := [result["training_iteration"] for result in logged]) != list(range(1, len(logged) + 1)):
+        failures.append(f"the log of results has the iterations {iterations}")
     remains.wait()
     if max(remains.others_s) > OTHERS_LIMIT_S or max(remains.agents_s, default=0) >= AGENTS_LIMIT_S:
         failures.append(f"processes of a killed command were left for {remains.others_s} s, agents {remains.agents_s}")

@@ -23,6 +23,7 @@ from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import read_experiments
 from rllib_calql.experiments.run_checkpoints import choose_checkpoint, drop_results_made_again, tell_where_it_goes_on
 from rllib_calql.experiments.safety_net import SafetyNet, SafetyNetCallback
+from rllib_calql.experiments.tune_callbacks import KeepLogs
 
 LOCAL = pyarrow.fs.LocalFileSystem()
 
@@ -417,6 +418,8 @@ def test_a_resume_says_from_where_each_trial_goes_on_and_what_is_made_again(tmp_
     lines = [json.dumps({"training_iteration": iteration}) + "\n" for iteration in range(1, 8)]
     for trial in (saved, new, ended):
         Path(trial.storage.trial_fs_path, "result.json").write_text("".join(lines))
+        table = 'a,training_iteration\n1,4\n"2,5",5\n3,6\n4,'
+        Path(trial.storage.trial_fs_path, "progress.csv").write_text(table)
     ended.set_status(Trial.TERMINATED)
     said: list[str] = []
     tell_where_it_goes_on([saved, new, ended], "run", said.append, clock=lambda: 590.0)
@@ -429,6 +432,27 @@ def test_a_resume_says_from_where_each_trial_goes_on_and_what_is_made_again(tmp_
         drop_results_made_again(trial)
     left = [Path(trial.storage.trial_fs_path, "result.json").read_text() for trial in (saved, new, ended)]
     assert left == ["".join(lines[:5]), "", "".join(lines)]
+    tables = [Path(trial.storage.trial_fs_path, "progress.csv").read_text() for trial in (saved, new, ended)]
+    assert tables == ['a,training_iteration\n1,4\n"2,5",5\n', "a,training_iteration\n", table]
+
+
+def test_the_results_before_a_checkpoint_are_in_the_storage_with_it(tmp_path: Path) -> None:
+    local, stored = tmp_path / "staging" / "result.json", tmp_path / "storage" / "result.json"
+    for path in (local, stored):
+        path.parent.mkdir()
+    storage = SimpleNamespace(
+        storage_filesystem=LOCAL,
+        trial_fs_path=str(stored.parent),
+        trial_driver_staging_path=str(local.parent),
+        syncer=SimpleNamespace(wait=lambda: None),
+    )
+    trial: Any = SimpleNamespace(trial_id="t", storage=storage)
+    keep = KeepLogs()
+    for iteration in range(1, 4):
+        with local.open("a") as log:
+            log.write(f'{{"training_iteration": {iteration}}}\n')
+        keep.on_trial_save(0, [trial], trial)
+        assert stored.read_text() == local.read_text()
 
 
 def test_a_run_without_any_checkpoint_is_said_to_begin_anew(tmp_path: Path) -> None:
