@@ -83,6 +83,7 @@ def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help=f"PNG file (default: {_DEFAULT_PLOT}).")
 @click.option("--no-plot", is_flag=True, help="Write no picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--env", metavar="ID", help="Environment to compare the data with, as `env` in an experiment file.")
 @_reading_options
 def inspect(
     inputs: tuple[str, ...],
@@ -90,19 +91,28 @@ def inspect(
     plot: Path | None,
     no_plot: bool,
     as_json: bool,
+    env: str | None,
     options: ReadOptions,
 ) -> None:
     """Report what data hold and what looks wrong.
 
     INPUT is a file, a folder, a URI, or minari:<dataset id>; the report covers all inputs together. A picture shows
-    the distributions of returns and episode lengths. Nothing in data is run, wherever they come from.
+    the distributions of returns and episode lengths. With --env the report says whether the data fit the spaces of
+    the environment, which is made for it. Nothing in data is run, wherever they come from.
     """
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")
     file = _plot_file(plot, no_plot)
+    spaces = _spaces_of(env)
     with errors_in_one_line():
-        report = _report_on(inputs, options, failure_reward, keep_distributions=file is not None)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+        report = _report_on(inputs, options, failure_reward, spaces, keep_distributions=file is not None)
+    compared = _compared(env, report, *spaces) if env is not None and None not in spaces else {}
+    if as_json:
+        click.echo(json.dumps(report.to_dict() | compared, indent=2))
+    else:
+        click.echo(str(report))
+        for line in _lines_on_environment(compared):
+            click.echo(line)
     if file is not None:
         from rllib_calql.datasets.report.plots import plot_report
 
@@ -197,14 +207,76 @@ def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
     return file
 
 
+def _spaces_of(env: str | None) -> tuple[Any, Any]:
+    """Observation and action space of an environment."""
+    if env is None:
+        return None, None
+    from rllib_calql.common.spaces import check_action_space, check_observation_space
+    from rllib_calql.environments.resolving import resolve_env
+
+    try:
+        with errors_in_one_line((RuntimeError, OSError)):
+            made = resolve_env(env, "`--env`").make()
+        spaces = made.observation_space, made.action_space
+        made.close()  # type: ignore[no-untyped-call]  # Gymnasium's.
+        check_observation_space(spaces[0], f"The observation space of `--env` {env!r}")
+        check_action_space(spaces[1], f"The action space of `--env` {env!r}")
+    except (ValueError, TypeError, ImportError) as error:
+        raise click.UsageError(str(error)) from error
+    return spaces
+
+
+def _compared(env: str, report: DatasetReport, observation_space: Any, action_space: Any) -> dict[str, Any]:
+    """What comparing data with an environment shows, for JSON."""
+    from rllib_calql.datasets.report.comparison import findings_on_spaces, mismatches
+
+    wrong = mismatches(report, observation_space, action_space)
+    content = {
+        "id": env,
+        "observation_space": str(observation_space),
+        "action_space": str(action_space),
+        "matches": not wrong,
+        "mismatches": wrong,
+        "findings": findings_on_spaces(report, observation_space, action_space),
+    }
+    return {"environment": content}
+
+
+def _lines_on_environment(compared: dict[str, Any]) -> Iterator[str]:
+    if not compared:
+        return
+    content = compared["environment"]
+    verdict = "keys and shapes match" if content["matches"] else "the data do not fit"
+    yield f"\nCompared with {content['id']}: {verdict}"
+    yield f"  observations  {content['observation_space']}"
+    yield f"  actions       {content['action_space']}"
+    for wrong in content["mismatches"]:
+        yield f"  does not fit: {wrong}."
+    for finding in content["findings"]:
+        yield f"  Warning: {finding}."
+
+
 def _report_on(
-    inputs: Iterable[str], options: ReadOptions, failure_reward: float | None, *, keep_distributions: bool
+    inputs: Iterable[str],
+    options: ReadOptions,
+    failure_reward: float | None,
+    spaces: tuple[Any, Any],
+    *,
+    keep_distributions: bool,
 ) -> DatasetReport:
     from rllib_calql.datasets.readers.opening import open_input
     from rllib_calql.datasets.report.report import ReportBuilder
 
-    builder = ReportBuilder(failure_reward, keep_distributions=keep_distributions)
     readers = open_input(list(inputs), options)
+    # What an RLModule put out is clipped on the way to the environment only.
+    is_module = any(reader.info.actions == "module" for reader in readers)
+    builder = ReportBuilder(
+        failure_reward,
+        keep_distributions=keep_distributions,
+        observation_space=spaces[0],
+        action_space=None if is_module else spaces[1],
+        measures_images=True,
+    )
     with _progress(readers) as advance:
         for reader in readers:
             for block in reader.blocks():

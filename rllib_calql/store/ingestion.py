@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from ray.rllib.core.columns import Columns
 
 from rllib_calql.common.encoding import flat_size, flatten_observations
 from rllib_calql.common.returns import possible_returns
-from rllib_calql.common.spaces import fixed_dimensions
+from rllib_calql.common.spaces import fixed_dimensions, leaves_of
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
 from rllib_calql.store.offline_table import EpisodeColumns
 from rllib_calql.store.returns_connector import AddReturnsToGo
@@ -54,6 +55,7 @@ class Conversion:
         action_bounds = [self.action_space.low.tolist(), self.action_space.high.tolist()]
         return {
             "observation_space": str(self.observation_space),
+            "observation_bounds": self._bounds_digest(),
             "encoding": _ENCODING,
             "action_bounds": action_bounds,
             "rewards": asdict(self.connector.settings),
@@ -61,6 +63,14 @@ class Conversion:
             "reference": self.reference_column,
             "obs_dtype": str(self.obs_dtype),
         }
+
+    def _bounds_digest(self) -> str:
+        """Of the bounds that the report compares observations with: the text of a space leaves out the middle ones."""
+        digest = hashlib.blake2b(digest_size=16)
+        for _, leaf in leaves_of(self.observation_space):
+            if isinstance(leaf, gym.spaces.Box):
+                digest.update(leaf.low.tobytes() + leaf.high.tobytes())
+        return digest.hexdigest()
 
     def columns(self, reader: EpisodeReader, block: EpisodeBlock) -> EpisodeColumns:
         """Converts one block.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
 from rllib_calql.datasets.report.report import DatasetReport, ReportBuilder
 from rllib_calql.store.offline_table import (
@@ -24,6 +26,7 @@ from rllib_calql.system import activity
 
 logger = logging.getLogger(__name__)
 
+Spaces = tuple[gym.Space[Any] | None, gym.Space[Any] | None]
 ToColumns = Callable[[EpisodeReader, EpisodeBlock], EpisodeColumns]
 
 
@@ -67,6 +70,7 @@ def load_table(
     *,
     action_dim: int,
     failure_reward: float | None,
+    spaces: Spaces = (None, None),
     check: Callable[[DatasetReport], None] = lambda report: None,
     sharing: Sharing | None = None,
 ) -> tuple[OfflineTable, DatasetReport] | None:
@@ -78,6 +82,7 @@ def load_table(
         settings: Where the table may lie.
         action_dim: Size of an action.
         failure_reward: Tells the report which episodes failed.
+        spaces: Observation and action space that the report compares the data with; None: not compared.
         check: Raises a ValueError if the data are not to be used; called before they are put into the cache.
         sharing: Used where it pays: for a table of some size that fits into memory. None: the table is not shared.
 
@@ -94,7 +99,7 @@ def load_table(
             return shared
         sharing = None
     builder = OfflineTableBuilder(action_dim=action_dim, num_rows=num_rows)
-    report = ReportBuilder(failure_reward=failure_reward)
+    report = _report_builder(failure_reward, spaces)
     cache = TableCache(settings.cache_dir)
     key: str | None = None
     writer: TableWriter | None = None
@@ -137,6 +142,7 @@ def load_parts(
     *,
     action_dim: int,
     failure_reward: float | None,
+    spaces: Spaces = (None, None),
 ) -> dict[str, Any] | None:
     """Reads all episodes in memory, into a form that goes through the object store without a copy.
 
@@ -146,6 +152,7 @@ def load_parts(
         max_nbytes: Bytes that they may take.
         action_dim: Size of an action.
         failure_reward: Tells the report which episodes failed.
+        spaces: Observation and action space that the report compares the data with; None: not compared.
 
     Returns:
         The arrays of an `OfflineTable` and the report about the data; None if they are too large.
@@ -155,7 +162,7 @@ def load_parts(
         OSError: If they cannot be read.
     """
     builder = OfflineTableBuilder(action_dim=action_dim, num_rows=_num_rows_of(readers))
-    report = ReportBuilder(failure_reward=failure_reward)
+    report = _report_builder(failure_reward, spaces)
     for columns in _columns(readers, to_columns, report):
         if builder.nbytes_with(columns) > max_nbytes:
             return None
@@ -167,6 +174,10 @@ def load_parts(
         "columns": {RECORDS: table.records, FINAL_OBSERVATIONS: table.final_observations, **builder.episodes()},
         "report": report.build().to_dict(),
     }
+
+
+def _report_builder(failure_reward: float | None, spaces: Spaces) -> ReportBuilder:
+    return ReportBuilder(failure_reward, observation_space=spaces[0], action_space=spaces[1])
 
 
 def _find_shared(

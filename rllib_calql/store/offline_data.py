@@ -25,9 +25,10 @@ from rllib_calql.common.spaces import (
 )
 from rllib_calql.datasets.episodes.reader import REPEATED, DatasetInfo, EpisodeReader, ReadOptions
 from rllib_calql.datasets.readers.opening import open_input
+from rllib_calql.datasets.report.comparison import findings_on_spaces
 from rllib_calql.datasets.report.report import DatasetReport
 from rllib_calql.store.ingestion import Conversion
-from rllib_calql.store.loading import Sharing, StorageSettings, load_parts, load_table
+from rllib_calql.store.loading import Sharing, Spaces, StorageSettings, load_parts, load_table
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.resolution import check_resolution, remark_on_rewards
 from rllib_calql.store.returns_connector import AddReturnsToGo
@@ -117,6 +118,7 @@ class CalQLOfflineData(OfflineData):
             reference_column=self.config.reference_column,
             obs_dtype=store.obs_dtype,
         )
+        compared = observation_space, self._compared_action_space(action_space)
         loaded = load_table(
             self.readers,
             conversion.columns,
@@ -128,8 +130,9 @@ class CalQLOfflineData(OfflineData):
             ),
             action_dim=flat_size(action_space),
             failure_reward=self.config.failure_reward,
+            spaces=compared,
             check=self._check_report,
-            sharing=self._sharing(conversion),
+            sharing=self._sharing(conversion, compared),
         )
         if loaded is None:
             done = "".join(f" ({count} {what})" for reader in self.readers for what, count in reader.remarks.items())
@@ -145,6 +148,8 @@ class CalQLOfflineData(OfflineData):
             is_normalized=self.config.normalize_observations,
             warn=self.warn,
         )
+        for finding in findings_on_spaces(self.report, *compared):
+            self.warn(finding)
         rewards = connector.settings.transform(np.array(self.report.reward_range)).tolist()
         if remark := remark_on_rewards(*rewards):
             self.warn(remark)
@@ -162,7 +167,14 @@ class CalQLOfflineData(OfflineData):
         if self._shared_tables is not None:
             self._shared_tables.close()
 
-    def _sharing(self, conversion: Conversion) -> Sharing | None:
+    def _compared_action_space(self, action_space: gym.spaces.Box) -> gym.spaces.Box | None:
+        """Space that the data's actions are to be in; None where RLlib recorded what it clips later."""
+        if any(reader.info.actions == "module" for reader in self.readers):
+            return None
+        is_module = self.config.action_space_of_data == "module"
+        return gym.spaces.Box(-1.0, 1.0, action_space.shape) if is_module else action_space
+
+    def _sharing(self, conversion: Conversion, compared: Spaces) -> Sharing | None:
         """How the table is shared; None where no other trial can be."""
         if not (self.config.share_offline_data and is_in_actor()):
             return None
@@ -173,6 +185,7 @@ class CalQLOfflineData(OfflineData):
             self.config.read_options,
             replace(conversion, _stored={}),  # What has been seen so far belongs to the readers of this process.
             self.config.failure_reward,
+            compared,
         )
         obs_nbytes = conversion.obs_dtype.itemsize * flat_size(conversion.observation_space)
         row_nbytes = obs_nbytes + 4 * (flat_size(conversion.action_space) + 2)  # Reward and return are float32, too.
@@ -228,7 +241,12 @@ class CalQLOfflineData(OfflineData):
 
 
 def _load_elsewhere(
-    input_: Any, read_options: ReadOptions, conversion: Conversion, failure_reward: float | None, max_nbytes: int
+    input_: Any,
+    read_options: ReadOptions,
+    conversion: Conversion,
+    failure_reward: float | None,
+    spaces: Spaces,
+    max_nbytes: int,
 ) -> dict[str, Any] | None:
     """Runs `load_parts` in a process that has nothing but these arguments."""
     return load_parts(
@@ -237,6 +255,7 @@ def _load_elsewhere(
         max_nbytes,
         action_dim=flat_size(conversion.action_space),
         failure_reward=failure_reward,
+        spaces=spaces,
     )
 
 

@@ -80,6 +80,70 @@ def test_inspect_prints_json_that_is_the_report(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.png")) == []
 
 
+TANK = """
+import gymnasium as gym
+from gymnasium.spaces import Box, Dict, Text
+
+class Tank(gym.Env):
+    observation_space = Dict(level=Box(0, 2, (1,)), temperature=Box(15, 100, (1,)))
+    action_space = Box(0, 100, (1,))
+    def __init__(self, config=None): pass
+
+class Talking(Tank):
+    observation_space = Text(9)
+
+class Broken(Tank):
+    def __init__(self, config=None): raise OSError("no such port")
+"""
+
+
+@pytest.fixture
+def tank_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Swapped columns, and openings of a valve as shares of 1; and a module with the environment."""
+    (tmp_path / "inspected_tank.py").write_text(TANK)
+    monkeypatch.syspath_prepend(tmp_path)
+    t = np.linspace(0, 1, 300)
+    columns = {"observations/level": 20 + 30 * t[:, None], "observations/temperature": 1.5 * t[:, None]}
+    rest = {"actions": t[:, None], "rewards": t, "terminals": np.arange(300) == 299}
+    np.savez(tmp_path / "tank.npz", **columns, **rest)
+    return "tank.npz"
+
+
+def test_inspect_compares_data_with_an_environment(tank_data: str) -> None:
+    result = run("inspect", tank_data, "--no-plot", "--env", "inspected_tank:Tank")
+    assert result.exit_code == 0, result.output
+    assert "Compared with inspected_tank:Tank: keys and shapes match" in result.stdout
+    assert "100 % of the values lie outside [0, 2], the bounds of the observation space" in result.stdout
+    assert "actions[0]: the values use 1 % of the action space's range [0, 100]" in result.stdout
+    content = json.loads(run("inspect", tank_data, "--no-plot", "--json", "--env", "inspected_tank:Tank").stdout)
+    assert content["environment"]["matches"] is True
+    assert len(content["environment"]["findings"]) == 3
+    assert [(info["path"], info["share_outside"], info["constant"]) for info in content["observations"]] == [
+        ("level", [1.0], [False]),
+        ("temperature", [1.0], [False]),
+    ]
+    other = json.loads(run("inspect", tank_data, "--no-plot", "--json", "--env", "Pendulum-v1").stdout)["environment"]
+    assert other["matches"] is False
+    assert other["mismatches"]
+
+
+@pytest.mark.parametrize(
+    ("env", "exit_code", "message"),
+    [
+        ("Pendlum-v1", 2, "`--env` 'Pendlum-v1' is not registered. Did you mean 'Pendulum-v1'"),
+        ("inspected_tank:Talking", 2, "The observation space of `--env` 'inspected_tank:Talking' is a Text space"),
+        ("CartPole-v1", 2, "The action space of `--env` 'CartPole-v1' must be a Box(n,) of real numbers"),
+        ("inspected_tank:Broken", 1, "OSError: no such port"),
+    ],
+)
+def test_an_environment_that_cannot_be_compared_with_is_told(
+    tank_data: str, env: str, exit_code: int, message: str
+) -> None:
+    result = run("inspect", tank_data, "--no-plot", "--env", env)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert message in " ".join(result.stderr.split())
+
+
 def test_several_inputs_are_one_report_and_the_picture_goes_where_it_is_told(tmp_path: Path) -> None:
     files = [str(write_rows(tmp_path / name)) for name in ("one.parquet", "two.parquet")]
     result = run("inspect", *files, "--plot", "both.png")

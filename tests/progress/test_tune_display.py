@@ -82,3 +82,14 @@ def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
         result = {"training_iteration": number, "success_warning": "`success_key` is 'a', which no info has"}
         callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
     assert output.getvalue().count("`success_key` is 'a', which no info has.") == 1
+
+
+def test_what_looks_wrong_in_the_data_is_printed_once_a_line_each_whatever_number_of_trials_has_it() -> None:
+    output = io.StringIO()
+    callback = ProgressCallback({}, Display(output))
+    for name in ("a", "b"):
+        trial = trial_called(name)
+        result = {"training_iteration": 1, "offline_data_warnings": "actions[0]: units\nobservations[2]: swapped"}
+        callback.on_trial_result(iteration=1, trials=[trial], trial=trial, result=result)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("Warning")]
+    assert lines == ["Warning, offline data: actions[0]: units.", "Warning, offline data: observations[2]: swapped."]

@@ -217,3 +217,25 @@ def test_an_environment_is_warned_of_once(
         )
         == 1
     )
+
+
+def test_swapped_columns_and_wrong_units_are_warned_of_before_training_also_of_a_cached_table(
+    tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = Dict(level=Box(0, 2, (1,)), temperature=Box(15, 100, (1,)))
+    obs = {"temperature": np.linspace(0.5, 1.5, 151)[:, None], "level": np.linspace(20, 60, 151)[:, None]}
+    columns = {f"observations/{key}": values[:-1] for key, values in obs.items()}
+    columns |= {f"next_observations/{key}": values[1:] for key, values in obs.items()}
+    rest = rest_of_columns() | {"actions": np.linspace(0, 1, 150)[:, None]}
+    np.savez(tmp_path / "data.npz", **columns, **rest)
+    for limit in (None, 1, 1):
+        caplog.clear()
+        config = config_of(tmp_path / "data.npz", space, store_memory_limit=limit, cache_dir=str(tmp_path / "cache"))
+        config.environment(action_space=Box(0.0, 100.0, (1,)))
+        algo = config.build()
+        found = algo.offline_data.warnings
+        algo.stop()
+        assert len(found) == 3
+        assert ["'level'[0] and 'temperature'[0] would fit" in found[0], "use 1 %" in found[2]] == [True, True]
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert all(any(finding in message for message in told) for finding in found)

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import tree
 from numpy.typing import NDArray
 
 from rllib_calql.common.returns import failure_tolerance
 from rllib_calql.common.spaces import WIDEST
-from rllib_calql.datasets.episodes.reader import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader, Nested
+from rllib_calql.datasets.episodes.reader import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader
+from rllib_calql.datasets.report.arrays import ArrayCollector
+from rllib_calql.datasets.report.comparison import bounds_of
 from rllib_calql.datasets.report.magnitudes import Magnitudes
 from rllib_calql.datasets.report.summary import (
     ArrayInfo,
@@ -27,15 +29,12 @@ from rllib_calql.datasets.report.summary import (
     Distribution,
     format_number,
     format_share,
-    is_wide,
 )
 
 __all__ = ["ArrayInfo", "DatasetReport", "Distribution", "ReportBuilder"]
 
 _SMALL_PART = 0.1  # Of the width of the action bounds.
 _REMARKABLE_SHARE = 0.01  # Of the episodes.
-_ROWS_AT_ONCE = 64
-_MOST_MEASURED = 4096  # Dimensions of an observation whose range is kept.
 
 
 class ReportBuilder:
@@ -44,12 +43,23 @@ class ReportBuilder:
     Args:
         failure_reward: Reward of every step of a failed episode (environment units), or None.
         keep_distributions: Whether the report keeps the return and the length of every episode.
+        observation_space: Space to compare observations with; None: not compared.
+        action_space: Space to compare actions with; None: not compared.
+        measures_images: Whether pictures are measured as well, which takes long, all numbers of one as one.
 
     Raises:
         ValueError: If `failure_reward` is not finite.
     """
 
-    def __init__(self, failure_reward: float | None = None, *, keep_distributions: bool = False) -> None:
+    def __init__(
+        self,
+        failure_reward: float | None = None,
+        *,
+        keep_distributions: bool = False,
+        observation_space: gym.Space[Any] | None = None,
+        action_space: gym.Space[Any] | None = None,
+        measures_images: bool = False,
+    ) -> None:
         if failure_reward is not None and not math.isfinite(failure_reward):
             raise ValueError(f"`failure_reward` must be a finite number or None, got {failure_reward}.")
         self._failure_reward = failure_reward
@@ -64,8 +74,10 @@ class ReportBuilder:
         self._num_failed = 0
         self._reward_range = (math.inf, -math.inf)
         self._magnitudes = Magnitudes()
-        self._observations: dict[str, ArrayInfo] = {}
-        self._actions: dict[str, ArrayInfo] = {}
+        self._observations, self._actions = (
+            ArrayCollector(column, partial(bounds_of, space), measures_images=measures_images)
+            for column, space in (("obs", observation_space), ("actions", action_space))
+        )
 
     def add(self, block: EpisodeBlock) -> None:
         """Adds the episodes of a block.
@@ -74,9 +86,8 @@ class ReportBuilder:
             ValueError: If observations or actions have another structure or shape than in earlier blocks, or the
                 rewards of an episode sum to more than float32 can hold.
         """
-        observations = _infos_of(block.observations, measure=_is_to_be_measured)
-        self._observations = _merged("obs", self._observations, observations, block)
-        self._actions = _merged("actions", self._actions, _infos_of(block.actions), block)
+        self._observations.add(block.observations, block)
+        self._actions.add(block.actions, block)
         rewards = np.asarray(block.rewards, dtype=np.float64)
         starts = np.cumsum(block.lengths) - block.lengths
         self._returns.frombytes(_returns(block, rewards, starts).tobytes())
@@ -136,8 +147,8 @@ class ReportBuilder:
             failure_reward=self._failure_reward,
             share_failed=None if self._failure_reward is None else self._num_failed / num_episodes,
             normalized_scores=_normalized_scores(self._infos, return_distribution),
-            observations=tuple(self._observations.values()),
-            actions=tuple(self._actions.values()),
+            observations=self._observations.build(),
+            actions=self._actions.build(),
             ignored_columns=tuple(dict.fromkeys(name for info in self._infos for name in info.ignored_columns)),
             remarks={remark: count for remark, count in self._remarks.items() if count},
             notes=(),
@@ -164,68 +175,6 @@ def _returns(block: EpisodeBlock, rewards: NDArray[np.float64], starts: NDArray[
             f"{returns[episode]:.3g}, but training stores returns as float32; repair or scale the rewards."
         )
     return returns
-
-
-def _is_to_be_measured(rows: NDArray[Any]) -> bool:
-    """Whether numbers of these observations may differ and still be one number in float32; pictures are none such."""
-    return is_wide(rows.dtype) and rows.shape[1] <= _MOST_MEASURED
-
-
-def _infos_of(values: Nested, *, measure: Callable[[NDArray[Any]], bool] = lambda rows: True) -> dict[str, ArrayInfo]:
-    infos = {}
-    for keys, values_at in tree.flatten_with_path(values):
-        path = "/".join(map(str, keys))
-        rows = values_at.reshape(len(values_at), -1)
-        low, high = _range_of(rows) if measure(rows) else ((), ())
-        infos[path] = ArrayInfo(path, str(values_at.dtype), tuple(values_at.shape[1:]), low, high)
-    return infos
-
-
-def _range_of(rows: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Least and largest value of each column."""
-    num_long = len(rows) // _ROWS_AT_ONCE
-    split = num_long * _ROWS_AT_ONCE
-
-    def extreme(reduce: Callable[..., Any]) -> tuple[float, ...]:
-        if not num_long:
-            return tuple(map(float, reduce(rows, axis=0)))
-        # NumPy reduces long rows 15 times faster than the same numbers in rows of 8.
-        folded = reduce(rows[:split].reshape(num_long, -1), axis=0).reshape(_ROWS_AT_ONCE, -1)
-        return tuple(map(float, reduce(np.concatenate([folded, rows[split:]]), axis=0)))
-
-    return extreme(np.min), extreme(np.max)
-
-
-def _merged(
-    column: str, known: dict[str, ArrayInfo], new: dict[str, ArrayInfo], block: EpisodeBlock
-) -> dict[str, ArrayInfo]:
-    """Unites what is known of a column's arrays with those of one more block."""
-    if not known:
-        return new
-    shapes, new_shapes = ({path: info.shape for path, info in infos.items()} for infos in (known, new))
-    if shapes != new_shapes:
-        raise ValueError(
-            f"`{column}` of {block.where(0)} has {_described(new_shapes)}, the data before it {_described(shapes)}; "
-            "inspect data sets of different environments one by one."
-        )
-    return {path: _united(info, new[path]) for path, info in known.items()}
-
-
-def _described(shapes: dict[str, tuple[int, ...]]) -> str:
-    if list(shapes) == [""]:
-        return f"shape {shapes['']}"
-    return "shapes " + ", ".join(f"{path} {shape}" for path, shape in shapes.items())
-
-
-def _united(one: ArrayInfo, other: ArrayInfo) -> ArrayInfo:
-    dtypes = dict.fromkeys([*one.dtype.split(" and "), other.dtype])
-    return replace(
-        one,
-        dtype=" and ".join(dtypes),
-        # Parts of the data in a narrower type are not measured.
-        low=tuple(map(min, one.low, other.low)) if one.low and other.low else one.low or other.low,
-        high=tuple(map(max, one.high, other.high)) if one.high and other.high else one.high or other.high,
-    )
 
 
 def _normalized_scores(infos: Sequence[DatasetInfo], returns: Distribution) -> tuple[float, float, float] | None:

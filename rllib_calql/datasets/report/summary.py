@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rllib_calql.common.encoding import flat_places, leaf_name
 from rllib_calql.datasets.report.magnitudes import OUTLIER_FACTOR
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -17,6 +18,7 @@ _QUANTILE_NAMES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max", "mean"
 _ARRAYS = ("returns", "lengths")  # Not part of what is stored.
 _WIDTH = 110  # Columns of a terminal.
 _LABEL_WIDTH = 18
+_MOST_ROWS = 40  # Of one array in a table of ranges.
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,14 @@ class ArrayInfo:
         path: Keys that lead to it in nested data, joined by "/"; "" for plain arrays.
         dtype: As stored, e.g. "float32"; several, joined by " and ", if they differ between parts of the data.
         shape: Of one row.
-        low: Least value per dimension (row-major order); empty where it is not measured, as with observations that
-            float32 holds exactly.
-        high: Largest value per dimension.
+        low: Least value per dimension (row-major order). One for all dimensions of pictures and very long rows, or none
+            where these are not measured.
+        high: Largest value, likewise.
+        mean: Mean, likewise.
+        std: Population's standard deviation, likewise.
+        constant: Whether all values are one, up to rounding, likewise.
+        share_outside: Share of the values outside the bounds of the space that the data were compared with, in [0, 1],
+            per dimension; empty without such bounds.
     """
 
     path: str
@@ -66,6 +73,10 @@ class ArrayInfo:
     shape: tuple[int, ...]
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    constant: tuple[bool, ...] = ()
+    share_outside: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,18 +210,20 @@ class DatasetReport:
         if self.normalized_scores is not None:
             rewards.append(("normalised score", "min {:.2f}, mean {:.2f}, max {:.2f}".format(*self.normalized_scores)))
         arrays = [("observations", _array_line(info)) for info in self.observations]
+        ranges = [*range_table("observations", self.observations), *range_table("actions", self.actions)]
         for info in self.actions:
             arrays += [("actions", _array_line(info)), ("action range", _range_line(info))]
         ends = [("ignored columns", ", ".join(self.ignored_columns) or "none")]
         ends += [("remarks", f"{remark}: {count:,}") for remark, count in self.remarks.items()]
         ends += [("notes", note) for note in self.notes or ("nothing looks wrong",)]
         table = _table(("return", self.return_distribution), ("episode length", self.length_distribution))
-        return "\n".join([*_aligned(counts), *table, *_aligned(rewards + arrays + ends)])
+        return "\n".join([*_aligned(counts), *table, *_aligned(rewards + arrays), *ranges, *_aligned(ends)])
 
 
 def _array_info(content: Mapping[str, Any]) -> ArrayInfo:
     values: dict[str, Any] = dict(content)
-    return ArrayInfo(**values | {name: tuple(content[name]) for name in ("shape", "low", "high")})
+    names = ("shape", "low", "high", "mean", "std", "constant", "share_outside")
+    return ArrayInfo(**values | {name: tuple(content[name]) for name in names})
 
 
 def format_number(value: float) -> str:
@@ -239,6 +252,34 @@ def _range_line(info: ArrayInfo) -> str:
     if len(set(intervals)) == 1 and len(intervals) > 1:
         return f"{intervals[0]} in each of {len(intervals)} dimensions"
     return "  ".join(interval.replace(", ", ",\u00a0") for interval in intervals)
+
+
+def range_table(column: str, infos: Iterable[ArrayInfo]) -> list[str]:
+    """Lines with range, mean and deviation of every number, and what stands out: constants, values out of bounds."""
+    rows: list[tuple[str, ...]] = []
+    for info in infos:
+        is_whole = len(info.low) == 1 and np.prod(info.shape) != 1
+        places = [" (all numbers)"] if is_whole else flat_places(info.shape, len(info.low))
+        for number in range(min(len(info.low), _MOST_ROWS)):
+            share = info.share_outside[number] if info.share_outside else 0.0
+            remarks = ["constant"] * info.constant[number] + [f"{format_share(share)} out of bounds"] * (share > 0.0)
+            values = (values[number] for values in (info.low, info.high, info.mean, info.std))
+            name = f"{leaf_name(info.path)}{places[number]}".strip() or "value"
+            rows.append((name, *map(format_number, values), ", ".join(remarks)))
+        if len(info.low) > _MOST_ROWS:
+            rows.append((f"{leaf_name(info.path)} and {len(info.low) - _MOST_ROWS} more", "", "", "", "", "see --json"))
+    if not rows:
+        return []
+    rows = [(f"{column}", "min", "max", "mean", "std", ""), *rows]
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
+    return [
+        (
+            row[0].ljust(max(widths[0], _LABEL_WIDTH - 2))
+            + "".join(map(str.rjust, row[1:5], widths[1:5]))
+            + f"  {row[5]}"
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
