@@ -50,6 +50,7 @@ def completed_result(
     }
     if offline_data is not None and offline_data.report is not None:
         completed[keys.OFFLINE_DATA] = offline_data.report.headline
+        completed[keys.STORE][keys.OFFLINE_RETURN_MEAN] = offline_data.report.return_distribution.mean
         if offline_data.warnings:
             completed[keys.OFFLINE_DATA_WARNINGS] = "\n".join(offline_data.warnings)
     if (speed := parts.updater.take_speed()) is not None:

@@ -223,6 +223,7 @@ def test_files_that_are_named_exist(document: Path) -> None:
         "evaluations.parquet",
         "study.json",
         "play.parquet",
+        "progress.png",
     }  # By the commands described.
     places = (document.parent, ROOT, ROOT / "rllib_calql", ROOT / "tests" / "datasets" / "readers")
     assert [n for n in named if n not in written and not any((place / n).exists() for place in places)] == []

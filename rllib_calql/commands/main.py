@@ -18,6 +18,7 @@ import click
 import rllib_calql
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.commands.dataset import dataset
+from rllib_calql.commands.report import report
 from rllib_calql.commands.setup import (
     StoppableGroup,
     UsageError,
@@ -28,7 +29,7 @@ from rllib_calql.commands.setup import (
     start_ray,
     stop_ray,
 )
-from rllib_calql.commands.study import report, study
+from rllib_calql.commands.study import study
 from rllib_calql.progress.display import Display
 from rllib_calql.system.plain_names import refuse_unplain_name
 from rllib_calql.system.stop_signals import StopSignals, outliving_terminal

@@ -1,4 +1,4 @@
-"""The commands `rllib study` and `rllib report`. Ray is imported only once trials are run."""
+"""The command `rllib study`. Ray is imported only once trials are run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rllib_calql.commands.report import report_on_studies
 from rllib_calql.commands.setup import (
     UsageError,
     errors_in_one_line,
@@ -93,29 +94,11 @@ def study(
         for name, cause in outcome.errors:
             click.echo(f"Error in '{name}': {cause if verbose else root_cause(cause)}", err=True)
         if outcome.num_finished:
-            click.echo(f"Wrote {_report([folder], folder)}")
+            click.echo(f"Wrote {report_on_studies([folder], folder)}")
         if outcome.errors:
             raise click.ClickException(f"{len(outcome.errors)} of {len(plan.trials)} trials failed.")
-
-
-@click.command(epilog="Example: rllib report ~/ray_results/studies/pointmaze-umaze --output report")
-@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the report (default: the first RESULTS).")
-def report(results: tuple[Path, ...], output: Path | None) -> None:
-    """Write the report on RESULTS, folders that `rllib study` wrote, without running anything.
-
-    Several folders make one report over all their tasks.
-    """
-    click.echo(f"Wrote {_report(list(results), output or results[0])}")
 
 
 def _say(line: str) -> None:
     with outliving_terminal():
         click.echo(line, err=True)
-
-
-def _report(results: list[Path], folder: Path) -> Path:
-    from rllib_calql.study.report import write_report
-
-    with errors_in_one_line():
-        return write_report(results, folder)

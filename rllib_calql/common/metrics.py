@@ -27,6 +27,7 @@ REGRET = "regret"  # Mean over the evaluations since the switch of 1 - score, se
 # Below "store"
 STORE = "store"  # Parent key of the sizes below.
 NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
+OFFLINE_RETURN_MEAN = "offline_return_mean"  # Mean undiscounted return of the offline episodes, recorded rewards.
 NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
 
 # Below "collection"

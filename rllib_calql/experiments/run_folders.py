@@ -12,13 +12,15 @@ from pathlib import Path
 import pyarrow.fs
 from ray.train._internal.storage import get_fs_and_path
 
+from rllib_calql.progress.runs import RUN_LOCK
 from rllib_calql.system.file_lock import held_lock
 
-_LOCK = ".rllib_calql_run.lock"
+_LOCK = RUN_LOCK
 # What Tune, its schedulers and this package write to the folder of a run.
 _OF_RUN = re.compile(
     r"(tmp-)?(experiment_state|basic-variant-state|searcher-state|search_gen_state|callback-states)-.+\.(json|pkl)"
     r"|tuner\.pkl|trainable\.pkl|\.validate_storage_marker|pb[t2]_(global|policy_.+)\.txt|\.?rllib_calql_.+"
+    r"|(progress|comparison)\.(html|png)(\.new)?"
 )
 # Tune names the folder of a trial so, and it and its loggers write this there.
 _TRIAL = re.compile(r".+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")

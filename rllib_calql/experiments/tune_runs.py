@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.train._internal.storage import get_fs_and_path
 
 from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.resuming import prepare_resume
-from rllib_calql.experiments.run_state import KeepResumable
+from rllib_calql.experiments.run_state import KeepResumable, write_whole
 from rllib_calql.experiments.safety_net import SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
+from rllib_calql.progress import report
 from rllib_calql.progress.display import Display
+from rllib_calql.progress.results_table import ResultsTable
+from rllib_calql.progress.runs import read_run
 from rllib_calql.progress.tune_display import ProgressCallback
 from rllib_calql.system.stop_signals import StopSignals
 
@@ -76,7 +81,7 @@ def run_experiment(
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt],
+        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt, ResultsTable()],
         checkpoint_config=experiment.safety_net.tune_config(),
         failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
         verbose=0,
@@ -97,7 +102,37 @@ def run_experiment(
             return Outcome(is_interrupted=True, is_at_once=True)
         finally:
             progress.close()
+        _write_page(experiment, storage_path, display)
     return Outcome(errors=tuple(results.errors), is_interrupted=interrupt.interrupted)
+
+
+def _write_page(experiment: Experiment, storage_path: str, display: Display) -> None:
+    """Writes what came out into the run's folder, as a page and a picture. Its failure is not the run's."""
+    display.stage(f"writing {report.PAGE}")
+    filesystem, root = get_fs_and_path(storage_path)
+    folder = posixpath.join(root, experiment.name)
+    try:
+        trials = report.named_trials([read_run(filesystem, folder, is_running=False)])
+        if not any(trial.points for trial in trials.values()):
+            return
+        picture = None
+        try:
+            picture = report.draw(trials, experiment.name)
+            write_whole(filesystem, posixpath.join(folder, report.PICTURE), picture)
+        except ImportError as error:
+            display.print(f"There are no curves in {report.PAGE}. {error}")
+        page = report.page(experiment.name, trials, picture, settings=_settings_of(experiment), stop=experiment.stop)
+        write_whole(filesystem, posixpath.join(folder, report.PAGE), page.encode())
+        display.print(f"What came out is drawn in {storage_path}/{experiment.name}/{report.PAGE}")
+    except Exception as error:  # Of any storage, and of whatever the results hold.
+        display.print(f"{report.PAGE} could not be written to '{folder}': {type(error).__name__}: {error}")
+
+
+def _settings_of(experiment: Experiment) -> dict[str, str]:
+    """What the experiment sets, as text."""
+    default = experiment.algorithm.get_default_config().to_dict()  # type: ignore[attr-defined]
+    settings = {setting: repr(value) for setting, value in experiment.config.to_dict().items()}
+    return {setting: text for setting, text in settings.items() if text != repr(default.get(setting))}
 
 
 def _restored(

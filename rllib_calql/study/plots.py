@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rllib_calql.progress.drawing import COLOURS, line_style, new_figure, png, shown_name
 from rllib_calql.study.evaluations import Evaluation
 from rllib_calql.study.statistics import Interval, curve_interval, on_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; then the same with another line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("solid", "dashed", "dotted")
 _NUM_POINTS = 41
-_MAX_NAME = 48  # Characters of a task or an algorithm.
 _OFFLINE_SHARE = 0.6  # Width of the offline panel, the online one being 1.
 
 Trials = Mapping[str, Mapping[str, Sequence[Sequence[Evaluation]]]]  # Task -> algorithm -> trials.
@@ -34,7 +28,7 @@ def curves(trials: Trials, quantity: str, label: str) -> bytes:
         quantity: "score" or a column of `Evaluation`.
         label: Of the vertical axis.
     """
-    figure = _figure(10.0, 0.9 + 2.9 * len(trials))
+    figure = new_figure(10.0, 0.9 + 2.9 * len(trials))
     panels = figure.subplots(
         len(trials), 2, squeeze=False, sharey="row", gridspec_kw={"width_ratios": [_OFFLINE_SHARE, 1.0]}
     )
@@ -47,8 +41,8 @@ def curves(trials: Trials, quantity: str, label: str) -> bytes:
                     handles.setdefault(algorithm, line)
             axes.grid(alpha=0.3)
         offline.set_ylabel(label)
-        offline.set_title(f"{_shown(task)}: offline", fontsize=10, parse_math=False)
-        online.set_title(f"{_shown(task)}: online", fontsize=10, parse_math=False)
+        offline.set_title(f"{shown_name(task)}: offline", fontsize=10, parse_math=False)
+        online.set_title(f"{shown_name(task)}: online", fontsize=10, parse_math=False)
         offline.set_xlabel("gradient updates")
         online.set_xlabel("env steps since the switch")
     legend = figure.legend(
@@ -60,8 +54,8 @@ def curves(trials: Trials, quantity: str, label: str) -> bytes:
     )
     for text, name in zip(legend.get_texts(), handles, strict=True):
         text.set_parse_math(False)
-        text.set_text(_shown(name))
-    return _png(figure)
+        text.set_text(shown_name(name))
+    return png(figure)
 
 
 def _curve(axes: Axes, trials: Sequence[Sequence[Evaluation]], number: int, quantity: str, *, online: bool) -> Any:
@@ -75,9 +69,9 @@ def _curve(axes: Axes, trials: Sequence[Sequence[Evaluation]], number: int, quan
     if not known.any():
         return None
     middle, low, high = curve_interval([values[known] for values in per_seed])
-    colour = COLOURS[number % len(COLOURS)]
-    (line,) = axes.plot(grid[known], middle, color=colour, linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)])
-    axes.fill_between(grid[known], low, high, color=colour, alpha=0.15, linewidth=0.0)
+    style = line_style(number)
+    (line,) = axes.plot(grid[known], middle, **style)
+    axes.fill_between(grid[known], low, high, color=style["color"], alpha=0.15, linewidth=0.0)
     return line
 
 
@@ -89,7 +83,7 @@ def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str) -> bytes
         label: Of the horizontal axis.
     """
     num_rows = max(len(its) for its in intervals.values())
-    figure = _figure(2.2 + 3.4 * len(intervals), 1.1 + 0.36 * num_rows)
+    figure = new_figure(2.2 + 3.4 * len(intervals), 1.1 + 0.36 * num_rows)
     panels = figure.subplots(1, len(intervals), squeeze=False)[0]
     for (task, its), axes in zip(intervals.items(), panels, strict=True):
         for number, one in enumerate(its.values()):
@@ -99,33 +93,9 @@ def forest(intervals: Mapping[str, Mapping[str, Interval]], label: str) -> bytes
             axes.annotate(
                 f"{one.value:.2f}", (one.value, number), xytext=(0, 6), textcoords="offset points", fontsize=8
             )
-        axes.set_yticks(range(len(its)), [_shown(name) for name in its], parse_math=False)
+        axes.set_yticks(range(len(its)), [shown_name(name) for name in its], parse_math=False)
         axes.set_ylim(len(its) - 0.4, -0.7)
         axes.set_xlabel(label)
-        axes.set_title(_shown(task), fontsize=10, parse_math=False)
+        axes.set_title(shown_name(task), fontsize=10, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
-    return _png(figure)
-
-
-def _shown(name: str) -> str:
-    """A name on one line, its middle left out if it is long. A `$` in it is no formula: `parse_math` is off."""
-    line = " ".join(name.split())
-    half = _MAX_NAME // 2
-    return line if len(line) <= _MAX_NAME else f"{line[:half]}…{line[-half:]}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # A name in a script that the font does not have.
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

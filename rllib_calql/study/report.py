@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import math
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rllib_calql.progress import pages
 from rllib_calql.study import plots
 from rllib_calql.study.evaluations import (
     EVALUATIONS_FILE,
@@ -30,14 +30,6 @@ _METHOD = (
     "interquartile mean. Score: success rate, or the normalised score / 100 where the environment reports no success."
 )  # In every page, so that one can be told from another program's.
 _MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]#|~$])")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1a1a1a; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .7em; text-align: right; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; }
-td { border-bottom: 1px solid #ddd; } img { max-width: 100%; }
-pre { background: #f5f5f5; padding: 1em; overflow: auto; }
-"""
 _PICTURES = {
     "learning_curves.png": (
         "Learning curves",
@@ -210,12 +202,6 @@ def _as_markdown(name: str) -> str:
     return html.escape(_MARKDOWN_SIGNS.sub(r"\\\1", " ".join(name.split())), quote=False)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
 def _over_all_tasks(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
     """Aggregate over tasks of the algorithms that ran on all of them, the seeds drawn anew task by task."""
     names = [name for name in next(iter(fates.values())) if all(name in its for its in fates.values())]
@@ -224,7 +210,7 @@ def _over_all_tasks(fates: Mapping[str, Mapping[str, list[Fate]]]) -> str:
         strata = [its[name] for its in fates.values()]
         final = _shown([[fate.final for fate in its] for its in strata])
         rows.append([name, final, _shown([[fate.regret for fate in its] for its in strata], mean)])
-    return _table(("algorithm", "final score (IQM)", "regret (mean)"), rows)
+    return pages.table(("algorithm", "final score (IQM)", "regret (mean)"), rows)
 
 
 def _page(
@@ -243,16 +229,13 @@ def _page(
         episodes = {one.num_episodes for its in trials[task].values() for trial in its for one in trial}
         parts.append(f"<h2>{html.escape(task)}</h2>")
         parts.append(f"<p>{' or '.join(map(str, sorted(episodes)))} episodes per evaluation.</p>")
-        parts.append(_table(_HEADINGS, table))
+        parts.append(pages.table(_HEADINGS, table))
     if len(fates) > 1:
         parts.append("<h2>Over all tasks</h2>" + _over_all_tasks(fates))
     for name, (title, text) in _PICTURES.items():
         if name in pictures:
-            source = base64.b64encode(pictures[name]).decode()
-            image = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{source}">'
+            image = pages.image(title, pictures[name])
             parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{image}")
     parts.append("<h2>Settings and versions</h2>")
     parts += [f"<pre>{html.escape(json.dumps(study, indent=1))}</pre>" for study in studies]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{html.escape(names)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+    return pages.page(names, parts)

@@ -46,6 +46,18 @@ class LockedError(RuntimeError):
         return type(self), (self.path, self.holder)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock now; the file stays as it is."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # There is no such file, or no lock can be had there.
+        return False
+    return False
+
+
 @contextmanager
 def held_lock(path: Path, *, wait: bool = False, waiting: str | None = None) -> Iterator[None]:
     """Holds the lock at `path` against other processes, and against other threads of this one.

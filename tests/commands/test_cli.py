@@ -168,7 +168,10 @@ def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tm
     )
     trained = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", *join)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("  training  2/2 iterations") == 2
+    assert trained.stdout.startswith("0:00  loading RLlib\n")
+    assert len(set(re.findall(r"(PPO\S+)  training  2/2 iterations", trained.stdout))) == 2
+    assert (tmp_path / "r" / "cart" / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "r" / "cart" / "progress.html").read_text().count("<td>ended</td>") == 2
     checkpoints = checkpoints_in(trained.stdout)
     assert len(checkpoints) == 2
     arguments = ("evaluate", str(checkpoints[0]), "--episodes", "3", "--seed", "1")
@@ -227,6 +230,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: 
     (checkpoint,) = checkpoints_in(output)
     assert (checkpoint / "class_and_ctor_args.pkl").is_file()
     assert f"Checkpoints are in '{tmp_path}/r/pendulum'" in output
+    assert "<td>interrupted</td>" in (tmp_path / "r" / "pendulum" / "progress.html").read_text()
     assert "Traceback" not in output
 
     result = result_of_whole(pyarrow.fs.LocalFileSystem(), str(checkpoint))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tiny import line_config
 
@@ -28,10 +30,14 @@ def test_every_kind_of_work_is_said_when_it_begins_and_counted_as_it_goes_on(
     config.evaluation(evaluation_interval=1, evaluation_duration=3)
     algo = config.build()
     for _ in range(3):
-        algo.train()
+        result = algo.train()
     env_steps = algo.num_online_env_steps
     algo.save_to_path(tmp_path / "checkpoint")
     algo.stop()
+    rewards: dict[str, float] = defaultdict(float)
+    for row in pq.read_table(tmp_path / "line.parquet", columns=["eps_id", "rewards"]).to_pylist():
+        rewards[row["eps_id"]] += row["rewards"]
+    assert result["store"]["offline_return_mean"] == pytest.approx(sum(rewards.values()) / len(rewards))
     told = [work.told() for work in works]
     texts = [one.text for one in told]
     assert texts[:3] == [

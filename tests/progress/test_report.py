@@ -1,0 +1,190 @@
+"""Runs compared: what their folders tell, the table, the page, and the command."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+from click.testing import CliRunner
+
+from rllib_calql.commands.main import main
+from rllib_calql.progress import report
+from rllib_calql.progress.runs import read_run
+
+LOCAL = pyarrow.fs.LocalFileSystem()
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def result(
+    iteration: int, updates: int, steps: int, episode_return: float | None = None, **more: Any
+) -> dict[str, Any]:
+    evaluation = {} if episode_return is None else {"evaluation": evaluated(episode_return, iteration)}
+    return {
+        "training_iteration": iteration,
+        "phase": "online" if steps else "offline",
+        "num_offline_updates_lifetime": updates,
+        "num_online_env_steps_lifetime": steps,
+        "time_total_s": 10.0 * iteration,
+        "store": {"offline_return_mean": -500.0},
+        "learners": {"default_policy": {"calibration_gap_offline": -1.0, "td_loss_q1": 0.25, "td_loss_q2": 0.75}},
+        **evaluation,
+        **more,
+    }
+
+
+def evaluated(episode_return: float, number: int) -> dict[str, Any]:
+    return {"env_runners": {"episode_return_mean": episode_return, "num_episodes_lifetime": 10 * number}}
+
+
+RESULTS = [
+    result(1, 1_000, 0),
+    result(2, 2_000, 0, -300.0),
+    result(3, 2_000, 200, None, evaluation=evaluated(-300.0, 2)),  # RLlib repeats the last evaluation.
+    result(4, 2_000, 400, -350.0, fine_tuning={"dip": -50.0, "regret": 0.5}),
+    result(5, 2_000, 600, -200.0, fine_tuning={"dip": -50.0, "regret": 0.25}, done=True),
+]
+
+
+def run_in(folder: Path, results: list[dict[str, Any]], *, trial: str = "CalQL_a", error: bool = False) -> Path:
+    inside = folder / f"{trial}_2026-01-02_03-04-05"
+    inside.mkdir(parents=True)
+    (folder / "tuner.pkl").touch()
+    (inside / "result.json").write_text("".join(json.dumps(one) + "\n" for one in results))
+    (inside / "params.json").write_text(json.dumps({"gamma": 0.9, "tau": len(results)}))
+    if error:
+        (inside / "error.txt").write_text("ValueError")
+    return folder
+
+
+def test_the_table_has_final_and_best_dip_regret_and_the_returns_of_the_data(tmp_path: Path) -> None:
+    (row,) = report.rows(report.named_trials([read_run(LOCAL, str(run_in(tmp_path / "r", RESULTS)))]))
+    known = {name: value for name, value in row.items() if value is not None}
+    assert known == {
+        "run": "r",
+        "status": "ended",
+        "final return": -200.0,
+        "best return": -200.0,
+        "dip": -50.0,
+        "regret": 0.25,
+        "data return": -500.0,
+        "offline updates": 2_000,
+        "env steps": 600,
+        "time s": 50.0,
+    }
+
+
+def test_an_evaluation_that_rllib_repeats_counts_once_and_iterations_made_again_replace_those_before(
+    tmp_path: Path,
+) -> None:
+    again = [*RESULTS[:4], result(3, 2_000, 180, -310.0)]
+    (trial,) = read_run(LOCAL, str(run_in(tmp_path, again))).trials
+    assert trial.known("episode_return") == [-300.0, -310.0]
+    assert [point.iteration for point in trial.points] == [1, 2, 3]
+    assert trial.points[0].td_loss == 0.5
+
+
+def test_a_run_is_running_while_its_lock_is_held_and_asking_does_not_take_it(tmp_path: Path) -> None:
+    run_in(tmp_path / "r", RESULTS[:2], error=True)
+    lock = tmp_path / "r" / ".rllib_calql_run.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert [trial.status for trial in read_run(LOCAL, str(tmp_path / "r")).trials] == ["running"]
+    assert [trial.status for trial in read_run(LOCAL, str(tmp_path / "r")).trials] == ["failed"]
+    assert lock.exists()  # `--resume` tells by it that the run was killed.
+    run_in(tmp_path / "s", RESULTS[:2])
+    assert [trial.status for trial in read_run(LOCAL, str(tmp_path / "s")).trials] == ["interrupted"]
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    run_in(tmp_path, RESULTS[:2])
+    (file,) = tmp_path.glob("*/result.json")
+    file.write_text(file.read_text() + '{"training_iteration": 3, "pha')
+    (trial,) = read_run(LOCAL, str(tmp_path)).trials
+    assert len(trial.points) == 2
+
+
+def test_the_command_compares_runs_in_one_table_and_one_page(tmp_path: Path) -> None:
+    one, two = run_in(tmp_path / "one", RESULTS), run_in(tmp_path / "two", RESULTS[:3])
+    done = CliRunner().invoke(main, ["report", str(one), str(two), "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    one_row = ["one", "ended", "-200.00", "-200.00", "-50.00", "0.25", "-500.00", "2,000", "600", "0:50"]
+    two_row = ["two", "interrupted", "-300.00", "-300.00", "-", "-", "-500.00", "2,000", "200", "0:30"]
+    assert [re.split(r"  +", line) for line in lines[1:3]] == [one_row, two_row]
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(PNG)
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "data:image/png;base64," in page
+    assert not re.search(r"<script|https?://|src=\"(?!data:)", page)  # It opens without a network.
+    assert "<td>tau</td><td>5</td><td>3</td>" in page
+    assert "gamma" not in page  # The same in both.
+
+
+def test_the_command_prints_json_and_writes_nothing_then(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "one", RESULTS)
+    before = sorted(folder.rglob("*"))
+    done = CliRunner().invoke(main, ["report", str(folder), "--json"])
+    (row,) = json.loads(done.output)
+    assert (row["run"], row["final return"], row["final success"]) == ("one", -200.0, None)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_without_matplotlib_the_page_has_tables_and_a_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = run_in(tmp_path / "one", RESULTS)
+    done = CliRunner().invoke(main, ["report", str(folder)])
+    assert done.exit_code == 0
+    assert 'pip install "rllib-calql[plots]"' in done.output
+    page = (folder / "progress.html").read_text()
+    assert "-200.00" in page
+    assert "<img" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], r"'nowhere' does not exist; give the folder of a run"),
+        (["file"], r"'file' is a file; give the folder of a run"),
+        (["empty"], r"'empty' is neither the folder of a run nor of a study\."),
+        (["."], r"'\.' is neither .* There are runs in it: 'run'"),
+        (["run/CalQL_a_2026-01-02_03-04-05/checkpoint_000000"], r"is a checkpoint; give .*'/.*/run'\."),
+        (["run", "study"], r"on runs or on studies, got the run 'run' and the study 'study'"),
+        (["study", "--json"], r"`--json` is for runs"),
+    ],
+)
+def test_folders_that_are_neither_or_both_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run_in(tmp_path / "run", RESULTS) / "CalQL_a_2026-01-02_03-04-05" / "checkpoint_000000"
+    checkpoint.mkdir()
+    (checkpoint / "calql.json").touch()
+    for name in ("empty", "study"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "study" / "study.json").write_text("{}")
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["report", *arguments])
+    assert done.exit_code == 2, done.output
+    assert re.search(message, " ".join(done.output.split()))
+
+
+def test_a_page_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "one", RESULTS)
+    (folder / "progress.html").write_text("<h1>Notes</h1>")
+    done = CliRunner().invoke(main, ["report", str(folder)])
+    assert done.exit_code == 1
+    assert "is of no report" in done.output
+    assert (folder / "progress.html").read_text() == "<h1>Notes</h1>"
+
+
+def test_a_run_without_results_is_said_to_have_none(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["report", str(run_in(tmp_path / "one", []))])
+    assert done.exit_code == 1
+    assert "There is no result yet in" in done.output
