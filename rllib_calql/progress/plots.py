@@ -92,6 +92,8 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
     panels = [(quantity, label) for quantity, label in panels if any(t.known(quantity) for t in trials.values())]
     panels = panels or [("time_s", "seconds of training")]
     figure = new_figure(9.5, 1.0 + 2.3 * len(panels))
+    if len(trials) > _MAX_NAMED:
+        title = f"{title}: {len(trials)} trials"
     figure.suptitle(title, parse_math=False, fontsize=11)
     all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (quantity, label) in zip(all_axes, panels, strict=True):
@@ -161,10 +163,11 @@ def _mark_dip(axes: Axes, trial: TrialRecord, scale: _Scale) -> None:
     axes.annotate("", (scale.of(worst), value), (scale.of(worst), value - trial.dip), arrowprops={"arrowstyle": "->"})
     axes.annotate(
         f"dip {trial.dip:.4g}",
-        (scale.of(worst), value - trial.dip / 2),
-        xytext=(5, 0),
+        (scale.of(worst), value - trial.dip),
+        xytext=(0, 2),
         textcoords="offset points",
-        va="center",
+        ha="center",
+        va="bottom",
         fontsize=8.5,
     )
 

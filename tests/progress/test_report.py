@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import re
 import sys
@@ -13,8 +14,13 @@ import pyarrow.fs
 import pytest
 from click.testing import CliRunner
 
+from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.commands.main import main
+from rllib_calql.experiments.experiment import Experiment
+from rllib_calql.experiments.run_folders import foreign_entries
+from rllib_calql.experiments.tune_runs import _write_page
 from rllib_calql.progress import report
+from rllib_calql.progress.display import Display
 from rllib_calql.progress.runs import read_run
 
 LOCAL = pyarrow.fs.LocalFileSystem()
@@ -182,6 +188,39 @@ def test_a_page_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "is of no report" in done.output
     assert (folder / "progress.html").read_text() == "<h1>Notes</h1>"
+
+
+def written_at_the_end(storage: Path, name: str) -> str:
+    experiment = Experiment(name, CalQL, CalQLConfig().training(gamma=0.9), stop={"training_iteration": 5})
+    output = io.StringIO()
+    _write_page(experiment, str(storage), Display(output))
+    return output.getvalue()
+
+
+def test_at_the_end_a_run_gets_a_page_with_its_budget_and_what_it_sets(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "one", RESULTS[:3], error=True)
+    assert f"What came out is drawn in {folder}/progress.html" in written_at_the_end(tmp_path, "one")
+    page = (folder / "progress.html").read_text()
+    assert "<td>failed</td>" in page
+    assert "3 of 5 iterations" in page
+    assert "<td>gamma</td><td>0.9</td>" in page
+    assert "<td>tau</td>" not in page  # Not set.
+    assert (folder / "progress.png").read_bytes().startswith(PNG)
+    assert foreign_entries(LOCAL, str(folder)) == []  # So `--overwrite` may remove them.
+
+
+def test_a_picture_that_cannot_be_made_is_said_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in(tmp_path / "one", RESULTS)
+
+    def fail(*arguments: Any) -> bytes:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(report, "draw", fail)
+    assert re.search(
+        r"progress.html could not be written to '.*/one': RuntimeError: no font", written_at_the_end(tmp_path, "one")
+    )
 
 
 def test_a_run_without_results_is_said_to_have_none(tmp_path: Path) -> None:

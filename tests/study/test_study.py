@@ -391,7 +391,9 @@ def test_a_report_is_one_page_that_needs_nothing_else_and_is_the_same_each_time(
 
 def test_the_report_command_names_what_is_wrong(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "holds no results of a study" in result.output
+    assert result.exit_code == 2
+    assert "is neither the folder of a run nor of a study" in result.output
+    (tmp_path / "study.json").write_text("{}")
+    assert "holds no results of a study" in CliRunner().invoke(main, ["report", str(tmp_path)]).output
     write_results(tmp_path, [], {"name": "empty"})
     assert "No trial in" in CliRunner().invoke(main, ["report", str(tmp_path)]).output
