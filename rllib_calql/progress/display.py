@@ -180,7 +180,8 @@ class Display:
                     self._write(self._timed(self._summary() if self._trials else self._lasting(self._stage)))
             else:
                 for trial in self._trials.values():
-                    is_new = trial.progress.phase == STARTING and _kind(trial.told) != trial.printed_kind
+                    is_starting = trial.progress.phase == STARTING and trial.measured is None
+                    is_new = is_starting and _kind(trial.told) != trial.printed_kind
                     if is_new or self._clock() - trial.printed_at >= self._interval_s:
                         self._print_line(trial, self._line(trial))
 

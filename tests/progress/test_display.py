@@ -91,10 +91,13 @@ def test_what_a_trial_told_before_the_switch_does_not_take_it_back_there() -> No
 def test_while_a_trial_starts_each_kind_of_work_gets_a_line_at_once_but_percentages_do_not() -> None:
     scene = Scene()
     scene.display.show("a", TrialProgress("CalQL_a"), TOTALS)
-    for text in ("building (networks on cpu)", "reading data 10 % (a)", "reading data 60 % (a)", "first updates"):
+    for text in ("building (networks on cpu)", "reading data 10 % (a)", "reading data 60 % (a)"):
         scene.told["a"] = Told(text)
         scene.pass_time(1.0)
-    shown = [line.partition("starting  ")[2] for line in scene.lines]
+    for text in ("first updates", "updating"):
+        scene.told["a"] = Told(text, {UPDATES: 10})
+        scene.pass_time(1.0)
+    shown = [line.rpartition("  ")[2] for line in scene.lines]
     assert shown == ["its process", "building (networks on cpu)", "reading data 10 % (a)", "first updates"]
 
 
