@@ -118,7 +118,8 @@ class Conversion:
                 names = ", ".join(map(str, observations))
                 remedy = (
                     f"join the groups into one array, `numpy.concatenate([{names}], axis=1)`, in the order that the "
-                    "environment has, or give it a Dict space."
+                    "environment has, or name the parts: a Dict as the space of the environment, or without one as "
+                    "`observation_space`."
                 )
             raise ValueError(
                 f"{where}: observations do not fit the observation space {space}: {err}; {remedy}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.datasets.episodes.boundaries import RowBlock
 from rllib_calql.datasets.episodes.reader import Nested, ReadOptions
 
@@ -125,9 +126,29 @@ def extra_columns_of(episode: SingleAgentEpisode, options: ReadOptions) -> tuple
 
 
 def observation_space_of(episode: SingleAgentEpisode) -> gym.Space[Any] | None:
-    """The recorded observation space, unless a connector changed the observations without changing it."""
-    space = episode.observation_space
-    return space if space is not None and space.contains(episode.get_observations(0)) else None
+    """The recorded observation space, unless a connector changed the observations without changing it.
+
+    Numbers may be of another type than the space's, or a little out of its bounds, and flattened ones still are what
+    the space flattens to.
+    """
+    space: gym.Space[Any] | None = episode.observation_space
+    if space is None:
+        return None
+    one = _with_axis_of_time(episode.get_observations(0))
+    try:
+        flatten_observations(space, one)
+    except (ValueError, TypeError, IndexError, KeyError):
+        return None
+    return space
+
+
+def _with_axis_of_time(observation: Any) -> Nested:
+    """One observation as a stretch of one; lists of numbers are arrays."""
+    if isinstance(observation, Mapping):
+        return {key: _with_axis_of_time(part) for key, part in observation.items()}
+    if isinstance(observation, tuple):
+        return tuple(_with_axis_of_time(part) for part in observation)
+    return np.asarray(observation)[None]
 
 
 def _check_ends(episode: SingleAgentEpisode, where: str) -> None:
@@ -177,13 +198,25 @@ def _stacked(values: Any, column: str, id_: str, where: str) -> Nested:
         return values
     try:
         if values and isinstance(values[0], (dict, tuple)):
-            return tree.map_structure(lambda *entries: np.stack(entries), *values)
+            return _stacked_parts(values)
         return np.asarray(values)
     except (ValueError, TypeError) as err:
         raise ValueError(
             f"`{column}` of episode {id_!r} ({where}) differs in shape or structure between steps ({err}); every step "
             "must have the same."
         ) from err
+
+
+def _stacked_parts(values: Sequence[Any]) -> Nested:
+    """Parts of dicts and tuples stacked, one entry per step. Lists are no structure but numbers, as in JSON."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        if any(not isinstance(value, Mapping) or value.keys() != first.keys() for value in values):
+            raise ValueError(f"not every step has the parts {sorted(map(str, first))}")
+        return {key: _stacked_parts([value[key] for value in values]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_stacked_parts(entries) for entries in zip(*values, strict=True))
+    return np.stack([np.asarray(value) for value in values])
 
 
 def _check_layout(chunk: Chunk, layouts: dict[str, tuple[Any, str]]) -> int:
