@@ -21,6 +21,7 @@ RUN_LOCK = ".rllib_calql_run.lock"  # In a run's folder: held as long as the run
 _RESULTS, _SETTINGS, _ERROR = "result.json", "params.json", "error.txt"
 _DATE = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d$")
 _RETURN = "env_runners/episode_return_mean"
+_NUM_EPISODES = "env_runners/num_episodes_lifetime"
 _LEARNER = "learners/default_policy"
 
 
@@ -130,12 +131,14 @@ def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool
         return None
     points: list[Point] = []
     last: Mapping[str, Any] = {}
+    marks_before: list[float | None] = []  # Of the evaluation in the result before.
     dip = regret = data_return = None
     for result in _results(filesystem, posixpath.join(folder, _RESULTS)):
         # RLlib repeats the last evaluation in the results of iterations without one.
-        is_new = result.get("evaluation") != last.get("evaluation")
-        last = result
-        point = _point(result, result.get("evaluation") or {} if is_new else {})
+        evaluation = result.get("evaluation") or {}
+        marks, last = [_number(evaluation, path) for path in (_RETURN, _NUM_EPISODES)], result
+        point = _point(result, evaluation if marks != marks_before else {})
+        marks_before = marks
         while points and points[-1].iteration >= point.iteration:  # Made again after a failure or a resume.
             points.pop()
         points.append(point)
