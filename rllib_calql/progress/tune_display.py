@@ -112,7 +112,7 @@ class ProgressCallback(tune.Callback):
                     continue
                 progress = observe(TrialProgress(label=str(trial)), result, self._totals(trial))
                 already_ended = format_reached(result, self._stop) or "a scheduler or its algorithm had ended it"
-            status = "failed" if trial.status == Trial.ERROR else "ended"
+            status = {Trial.ERROR: "failed", Trial.TERMINATED: "ended"}.get(trial.status, "interrupted")
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
             summary = format_summary(
                 progress,
