@@ -242,4 +242,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_can_be_resumed(tmp_path: 
     resumed = run_command(*arguments, "--resume", *join)
     assert resumed.returncode == 0, resumed.stderr
     steps = [int(number.replace(",", "")) for number in re.findall(r"online  ([\d,]+)/[\d,]+ env", resumed.stdout)]
-    assert steps == [interrupted_at + 200]  # It went on from the checkpoint and did not begin anew.
+    # It went on from the checkpoint and did not begin anew. On a slow machine a line comes in between.
+    assert f" goes on from '{checkpoint.name}' (" in resumed.stderr
+    assert steps[-1] == interrupted_at + 200
+    assert min(steps) >= interrupted_at
