@@ -24,6 +24,8 @@ from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.config import CalQLConfig
+from rllib_calql.environments.resolving import resolve_env
+from rllib_calql.environments.sharing import offer, provide
 from rllib_calql.evaluation.evaluating import completed_evaluation, say_evaluating
 from rllib_calql.parts import Parts, Spaces, build_parts
 from rllib_calql.registration import register
@@ -59,6 +61,24 @@ class CalQL(CQL):
         return CalQLConfig()
 
     # --- Setting up --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @override(Algorithm)
+    def default_resource_request(cls, config: Any) -> Any:
+        """RLlib's, asked by Ray Tune before a trial begins; makes the trial's environment known to its process."""
+        overrides = config.get("evaluation_config") or {}
+        for settings in (config, overrides):
+            offer(settings.get("env"))
+        return super().default_resource_request(config)
+
+    @staticmethod
+    @override(Algorithm)
+    def _get_env_id_and_creator(env_specifier: Any, config: Any) -> tuple[Any, Any]:
+        """RLlib's; finds more forms of a name, takes functions, and says what is wrong with a name of nothing."""
+        if env_specifier is None:
+            return None, lambda env_config: None
+        provide(env_specifier)
+        return env_specifier, resolve_env(env_specifier).creator
 
     @override(CQL)
     def setup(self, config: CalQLConfig) -> None:

@@ -15,6 +15,7 @@ from rllib_calql.collection.connectors import ActionsForEnv, EncodedEpisodes, Fl
 from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.spaces import check_observation_space, is_flat_or_image
 from rllib_calql.datasets.episodes.reader import ReadOptions
+from rllib_calql.environments.sharing import SharedEnv, shared_env
 from rllib_calql.settings.calql_settings import CalQLSettings
 from rllib_calql.settings.checks import validate_config
 from rllib_calql.settings.input_settings import filesystem_of
@@ -55,6 +56,8 @@ class CalQLConfig(CalQLSettings):
         from rllib_calql.store.offline_data import CalQLOfflineData
 
         super().__init__(algo_class=algo_class or CalQL)
+
+        self._shared_env: SharedEnv | None = None  # Set in copies for other processes, see `__getstate__`.
 
         # RLlib's settings whose inherited defaults do not fit; the first group is refused if set (settings/refused.py).
         self.lr = None
@@ -181,7 +184,30 @@ class CalQLConfig(CalQLSettings):
             is_minus_one = isinstance(value, (int, float)) and value == -1
             if is_minus_one and getattr(defaults, name, None) != -1:
                 state[name] = value
-        return state
+        return state | self._env_for_others()
+
+    @classmethod
+    @override(AlgorithmConfig)
+    def from_state(cls, state: dict[str, Any]) -> Any:
+        """RLlib's, and registers the environment where this process does not know it."""
+        config = super().from_state(state)
+        if isinstance(config, CalQLConfig) and config._shared_env is not None:
+            config._shared_env.restore()
+        return config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold; the latter go to processes that lack an id registered in this one."""
+        return vars(self) | self._env_for_others()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes that over."""
+        vars(self).update(state)
+        if self._shared_env is not None:
+            self._shared_env.restore()
+
+    def _env_for_others(self) -> dict[str, Any]:
+        own = self._shared_env if self._shared_env is not None and self._shared_env.name == self.env else None
+        return {"_shared_env": shared_env(self.env) or own}
 
     @override(CQLConfig)
     def validate(self) -> None:

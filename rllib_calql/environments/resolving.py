@@ -68,13 +68,14 @@ class ResolvedEnv:
         return made
 
 
-def resolve_env(env: Any, setting: str = "`env`") -> ResolvedEnv:
+def resolve_env(env: Any, setting: str = "`env`", *, ask_ray: bool = True) -> ResolvedEnv:
     """Finds an environment. Modules that its name leads to are imported; nothing is made.
 
     Args:
         env: An id that Gymnasium knows, "module:id", "module:Class", "module.Class", a name of
             `ray.tune.register_env`, a class, or a function. Classes and functions take `env_config` as one argument.
         setting: What the user set, for messages.
+        ask_ray: Whether names of `ray.tune.register_env` count.
 
     Raises:
         ValueError: If nothing has that name; with names that are similar and the ways that work.
@@ -82,7 +83,7 @@ def resolve_env(env: Any, setting: str = "`env`") -> ResolvedEnv:
         TypeError: If it leads to something that is no environment.
     """
     if isinstance(env, str):
-        return _resolve_name(env, setting)
+        return _resolve_name(env, setting, ask_ray)
     if isinstance(env, gym.Env):
         raise TypeError(f"{setting} is an environment that has been made, {env}; give its class, or a function.")
     if not callable(env):
@@ -92,9 +93,9 @@ def resolve_env(env: Any, setting: str = "`env`") -> ResolvedEnv:
     return ResolvedEnv(name, "callable", env)
 
 
-def _resolve_name(name: str, setting: str) -> ResolvedEnv:
+def _resolve_name(name: str, setting: str, ask_ray: bool) -> ResolvedEnv:
     what = f"{setting} {name!r}"
-    if creator := _registered_with_ray(name):
+    if ask_ray and (creator := _registered_with_ray(name)):
         return ResolvedEnv(name, "ray name", creator)
     if ":" in name:
         module, _, attribute = name.partition(":")
