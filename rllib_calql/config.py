@@ -19,6 +19,7 @@ from rllib_calql.environments.sharing import SharedEnv, shared_env
 from rllib_calql.settings.calql_settings import CalQLSettings
 from rllib_calql.settings.checks import validate_config
 from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.settings.keywords import check_keys, with_checked_keywords
 from rllib_calql.settings.shown_defaults import with_shown_defaults
 from rllib_calql.store.table_cache import default_memory_limit
 
@@ -33,6 +34,7 @@ _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy wort
 _RETURNS_TO_GO = "returns_to_go"
 
 
+@with_checked_keywords
 @with_shown_defaults
 class CalQLConfig(CalQLSettings):
     """Configures Cal-QL: offline pre-training with calibrated CQL, then online fine-tuning.
@@ -201,13 +203,26 @@ class CalQLConfig(CalQLSettings):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes that over."""
-        vars(self).update(state)
+        self.__dict__.update(state)
         if self._shared_env is not None:
             self._shared_env.restore()
 
     def _env_for_others(self) -> dict[str, Any]:
         own = self._shared_env if self._shared_env is not None and self._shared_env.name == self.env else None
         return {"_shared_env": shared_env(self.env) or own}
+
+    @override(AlgorithmConfig)
+    def update_from_dict(self, config_dict: dict[str, Any]) -> Self:
+        """RLlib's, which takes any key for a setting; here unknown ones are refused.
+
+        Raises:
+            TypeError: Naming the key and the settings that are similar.
+        """
+        check_keys(self, config_dict)
+        settings = dict(config_dict)
+        networks = settings.pop("model_config", None)  # RLlib's own dictionaries have it under its private name.
+        super().update_from_dict(settings)
+        return self if networks is None else self.rl_module(model_config=networks)
 
     @override(CQLConfig)
     def validate(self) -> None:

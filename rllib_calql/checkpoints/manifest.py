@@ -15,6 +15,7 @@ from rllib_calql.checkpoints.versions import versions_here
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import flat_size
 from rllib_calql.common.spaces import description_of, difference_of, is_flattening
+from rllib_calql.environments.sharing import import_folders
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -88,6 +89,7 @@ def manifest_of(
                 "space": str(action_space),
             },
         },
+        "environment": {"import_folders": import_folders(config.env)},
         "versions": versions_here(),
     }
 

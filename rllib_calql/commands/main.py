@@ -18,6 +18,7 @@ import click
 import rllib_calql
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.commands.dataset import dataset
+from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
 from rllib_calql.commands.report import report
 from rllib_calql.commands.setup import (
     StoppableGroup,
@@ -95,6 +96,7 @@ def file(
         raise UsageError("`--resume` continues a run and `--overwrite` removes it; drop one.")
     display = click.get_current_context().with_resource(Display())
     display.stage("loading RLlib")
+    use_folder_of(file)
     prepare(verbose)
 
     from rllib_calql.experiments.errors import ExperimentError
@@ -149,6 +151,7 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
         checkpoint = str(Path(checkpoint).expanduser())
         if not Path(checkpoint).exists():
             raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
+    use_folder_of()
     prepare(verbose)
 
     from rllib_calql.experiments.run_checkpoints import choose_checkpoint
@@ -157,12 +160,14 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
         chosen = choose_checkpoint(checkpoint, best=best)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
     try:
         returns, success_rate, score = _evaluate_checkpoint(chosen.path, chosen.filesystem, episodes, seed)
     except Exception as error:
         if verbose:
             raise
-        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}") from error
+        hint = f" {remedy}" if isinstance(error, ImportError) else ""
+        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}{hint}") from error
     if chosen.reason:
         click.echo(f"checkpoint        {chosen.path}")
         click.echo(f"                  {chosen.reason}")
@@ -290,6 +295,8 @@ def _evaluate_checkpoint(
     from rllib_calql.collection.success_key import infos_seen_by
     from rllib_calql.common import metrics as keys
     from rllib_calql.common.success import unseen_key_message
+    from rllib_calql.environments.resolving import resolve_env
+    from rllib_calql.environments.sharing import provide
 
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
         config = files.config()
@@ -299,6 +306,8 @@ def _evaluate_checkpoint(
         config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
         config.debugging(seed=seed)
         config.callbacks([EpisodeOutcomeCallback])
+        provide(config.env)
+        resolve_env(config.env)
         with told("Making the environment"):
             runner = SingleAgentEnvRunner(config=config, worker_index=0)
         files.restore_env_runner(runner)

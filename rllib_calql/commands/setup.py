@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from rllib_calql.commands.import_path import worker_folders
 from rllib_calql.system import ray_processes
 from rllib_calql.system.stop_signals import StopSignals
 
@@ -70,8 +71,11 @@ def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: 
         UsageError: If there is no such cluster, or `num_cpus` is too small.
     """
     import ray
+    from ray.job_config import JobConfig
 
-    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    # Modules of the user, such as that of an environment, lie where the driver finds them.
+    job = JobConfig(_py_driver_sys_path=worker_folders())
+    quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR, "job_config": job}
     if address is not None:
         if num_cpus is not None:
             raise UsageError("`--num-cpus` sizes a Ray that is started here; drop it or `--address`.")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rllib_calql.commands.import_path import use_folder_of
 from rllib_calql.commands.report import report_on_studies
 from rllib_calql.commands.setup import (
     UsageError,
@@ -47,6 +48,7 @@ def study(
     Checkpoints, also those that `pretrained` in FILE names, are code: use only those that you would run as programs.
     """
     stop.grace_s, stop.saved = grace, "No trial was begun."
+    use_folder_of(file)
     prepare(verbose)
 
     from rllib_calql.datasets.report.plots import require_matplotlib

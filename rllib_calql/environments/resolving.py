@@ -68,14 +68,28 @@ class ResolvedEnv:
         return made
 
 
-def resolve_env(env: Any, setting: str = "`env`", *, ask_ray: bool = True) -> ResolvedEnv:
+@dataclass(frozen=True)
+class EnvOfName:
+    """Stands in Ray's registry for "module:Class" and "module.Class", and finds the class where it is called.
+
+    Attributes:
+        name: The name.
+    """
+
+    name: str
+
+    def __call__(self, config: Any) -> Any:
+        """Makes the environment."""
+        return resolve_env(self.name).creator(config)
+
+
+def resolve_env(env: Any, setting: str = "`env`") -> ResolvedEnv:
     """Finds an environment. Modules that its name leads to are imported; nothing is made.
 
     Args:
         env: An id that Gymnasium knows, "module:id", "module:Class", "module.Class", a name of
             `ray.tune.register_env`, a class, or a function. Classes and functions take `env_config` as one argument.
         setting: What the user set, for messages.
-        ask_ray: Whether names of `ray.tune.register_env` count.
 
     Raises:
         ValueError: If nothing has that name; with names that are similar and the ways that work.
@@ -83,7 +97,7 @@ def resolve_env(env: Any, setting: str = "`env`", *, ask_ray: bool = True) -> Re
         TypeError: If it leads to something that is no environment.
     """
     if isinstance(env, str):
-        return _resolve_name(env, setting, ask_ray)
+        return _resolve_name(env, setting)
     if isinstance(env, gym.Env):
         raise TypeError(f"{setting} is an environment that has been made, {env}; give its class, or a function.")
     if not callable(env):
@@ -93,9 +107,9 @@ def resolve_env(env: Any, setting: str = "`env`", *, ask_ray: bool = True) -> Re
     return ResolvedEnv(name, "callable", env)
 
 
-def _resolve_name(name: str, setting: str, ask_ray: bool) -> ResolvedEnv:
+def _resolve_name(name: str, setting: str) -> ResolvedEnv:
     what = f"{setting} {name!r}"
-    if ask_ray and (creator := _registered_with_ray(name)):
+    if creator := _registered_with_ray(name):
         return ResolvedEnv(name, "ray name", creator)
     if ":" in name:
         module, _, attribute = name.partition(":")
@@ -184,7 +198,7 @@ def _registered_with_ray(name: str) -> Callable[[Any], Any] | None:
     if not _global_registry.contains(ENV_CREATOR, name):
         return None
     creator: Callable[[Any], Any] = _global_registry.get(ENV_CREATOR, name)
-    return creator
+    return None if isinstance(creator, EnvOfName) else creator
 
 
 def _known_names() -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
 from rllib_calql.environments.imported import attribute_of
-from rllib_calql.environments.resolving import is_known_id, resolve_env
+from rllib_calql.environments.resolving import EnvOfName, is_known_id, resolve_env
 
 _OFFERED = "rllib_calql/offered/"  # Before the name, in Ray's registry of environments.
 
@@ -72,21 +71,6 @@ class _Unavailable:
         )
 
 
-@dataclass(frozen=True)
-class _OfName:
-    """Makes the environment of a name like "module:Class", wherever the module can be imported."""
-
-    name: str
-
-    def __call__(self, config: Any) -> Any:
-        return resolve_env_of_path(self.name)(config)
-
-
-def resolve_env_of_path(name: str) -> Callable[[Any], Any]:
-    """The class or function that "module:Class" or "module.Class" names, whatever stands in Ray's registry."""
-    return resolve_env(name, ask_ray=False).creator
-
-
 def shared_env(env: Any) -> SharedEnv | None:
     """The registration of an environment's name that other processes may lack; None if they need none.
 
@@ -101,7 +85,7 @@ def shared_env(env: Any) -> SharedEnv | None:
         from ray.tune.registry import ENV_CREATOR, _global_registry
 
         registry, content = "ray", _global_registry.get(ENV_CREATOR, env)
-        if isinstance(content, (_OfName, _Unavailable)):
+        if isinstance(content, (EnvOfName, _Unavailable)):
             return None
     else:
         registry, content = "gymnasium", registration.registry.get(env)
@@ -142,7 +126,7 @@ def provide(env: Any) -> None:
     except (ValueError, ImportError, TypeError):
         return
     if is_path:
-        _register_with_ray(env, _OfName(env))
+        _register_with_ray(env, EnvOfName(env))
 
 
 def offer(env: Any) -> None:

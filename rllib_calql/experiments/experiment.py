@@ -26,6 +26,7 @@ from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.experiments.schedulers import mutations, parse_scheduler
 from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choices, substitute
+from rllib_calql.experiments.sources import check_sources
 from rllib_calql.experiments.typed_settings import build_config, settings_by_method
 from rllib_calql.registration import register
 from rllib_calql.system.plain_names import refuse_unplain_name
@@ -221,6 +222,8 @@ def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, .
             example.validate()
             _check_places(example)
         examples.append(example)
+    with reported(f"Experiment '{name}'"):
+        check_sources(examples)
     return tuple(examples)
 
 

@@ -13,12 +13,15 @@ def checked_input(input_: Any, *, is_local: bool = True) -> Any:
     What is there under a relative path is named by its absolute one, because Tune runs trials in folders of their own.
 
     Args:
-        input_: What the user set.
+        input_: What the user set; or `tune.grid_search` of several.
         is_local: Whether paths are those of this machine, and not of an `input_filesystem`.
 
     Raises:
         TypeError: If it is none of the things that can be read.
     """
+    if isinstance(input_, dict) and list(input_) == ["grid_search"]:
+        input_["grid_search"] = [checked_input(choice, is_local=is_local) for choice in input_["grid_search"]]
+        return input_
     if isinstance(input_, (list, tuple)) and not _is_list_of_episodes(input_):
         parts = [_checked_part(part, is_local) for part in input_]
         if parts and None not in parts:

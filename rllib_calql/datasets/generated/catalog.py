@@ -165,6 +165,22 @@ def is_generated(dataset_id: str) -> bool:
     return dataset_id in _GENERATORS
 
 
+def check_packages(dataset_id: str) -> None:
+    """Checks that a dataset is there or that what generates it is installed, without importing it.
+
+    Raises:
+        ImportError: If a package is not installed.
+        ValueError: If the id is not one of `generated_dataset_ids()`.
+    """
+    generator = _generator(dataset_id)
+    _import_package("minari", dataset_id)
+    if minari_storage.is_dataset(minari_storage.dataset_path(dataset_id)):
+        return
+    for package in generator.packages:
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, dataset_id)
+
+
 def ensure_dataset(dataset_id: str, *, seed: int = 0, progress: bool | None = None) -> None:
     """Generates a dataset unless it is in the local Minari folder already.
 
@@ -235,10 +251,14 @@ def _import_package(package: str, dataset_id: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as err:
-        raise ImportError(
-            f"Generating the dataset {dataset_id!r} needs the `{package}` package: "
-            f'pip install "rllib-calql[{_generator(dataset_id).extra}]"'
-        ) from err
+        raise _missing(package, dataset_id) from err
+
+
+def _missing(package: str, dataset_id: str) -> ImportError:
+    return ImportError(
+        f"Generating the dataset {dataset_id!r} needs the `{package}` package: "
+        f'pip install "rllib-calql[{_generator(dataset_id).extra}]"'
+    )
 
 
 def _build(dataset_id: str, target_id: str, *, seed: int, num_steps: int | None, progress: bool | None) -> bool:

@@ -231,6 +231,21 @@ def _check_metadata(file: Path) -> None:
         )
 
 
+def check_dataset(dataset_id: str) -> None:
+    """Checks that a data set is on this machine or can be generated here.
+
+    Raises:
+        ImportError: If a package is missing.
+        FileNotFoundError: If there is no such data set on this machine.
+        ValueError: If the id is none, or the data set cannot be opened.
+    """
+    refuse_unplain_id(dataset_id, "The id of a Minari dataset")
+    if catalog.is_generated(dataset_id):
+        catalog.check_packages(dataset_id)
+    else:
+        _load(dataset_id)
+
+
 def _load(dataset_id: str) -> tuple[Any, int]:
     """The data set and the number of its steps."""
     try:

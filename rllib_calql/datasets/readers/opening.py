@@ -15,7 +15,7 @@ from rllib_calql.datasets.episodes.other_tools import what_it_is
 from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
 from rllib_calql.datasets.readers import parquet
 from rllib_calql.datasets.readers.in_memory import DatasetReader, EpisodesReader
-from rllib_calql.datasets.readers.minari import SCHEME, MinariReader
+from rllib_calql.datasets.readers.minari import SCHEME, MinariReader, check_dataset
 from rllib_calql.datasets.readers.rllib_recorded import (
     RecordedEpisodesReader,
     RecordedRowsReader,
@@ -66,6 +66,31 @@ def open_input(input_: InputPart | Sequence[InputPart], options: ReadOptions | N
     if not parts:
         raise ValueError("`input_` is an empty list; name at least one data set, file or folder.")
     return [_open(part, options) for part in _with_episodes_joined(parts)]
+
+
+def check_input(input_: Any, options: ReadOptions | None = None) -> None:
+    """Checks that the files, folders and data sets of `input_` are there, without reading or generating any.
+
+    Data behind URIs and on other file systems are not looked for, since that takes time.
+
+    Args:
+        input_: As in `open_input`.
+        options: As in `open_input`.
+
+    Raises:
+        FileNotFoundError: If a file, folder or data set is missing; the message names what resembles it.
+        ValueError: If a folder is empty, or its files are of no format that can be read, or of several.
+        ImportError: If a package is missing.
+    """
+    is_local = options is None or options.filesystem is None
+    for part in input_ if isinstance(input_, (list, tuple)) else [input_]:
+        if not isinstance(part, (str, os.PathLike)):
+            continue
+        name = os.fspath(part)
+        if name.startswith(SCHEME):
+            check_dataset(name[len(SCHEME) :])
+        elif is_local and "://" not in name:
+            _format_of(name, find_files(name, tuple(_FORMATS)))
 
 
 def _with_episodes_joined(parts: Sequence[Any]) -> list[Any]:
