@@ -5,14 +5,17 @@ It overrides RLlib's hooks and hands on to its parts, see `parts.py`.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
+from ray.rllib.algorithms.utils import _get_env_runner_bundles, _get_learner_bundles
 from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
@@ -33,6 +36,7 @@ from rllib_calql.results import completed_result
 from rllib_calql.store.offline_data import with_spaces_of_data
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.system import activity
+from rllib_calql.system.ray_resources import refuse_unavailable, refuse_unavailable_here
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -65,11 +69,18 @@ class CalQL(CQL):
     @classmethod
     @override(Algorithm)
     def default_resource_request(cls, config: Any) -> Any:
-        """RLlib's, asked by Ray Tune before a trial begins; makes the trial's environment known to its process."""
+        """RLlib's, asked by Ray Tune before a trial begins; makes the trial's environment known to its process.
+
+        Raises:
+            ValueError: If Ray has been started and can never give that.
+        """
         overrides = config.get("evaluation_config") or {}
         for settings in (config, overrides):
             offer(settings.get("env"))
-        return super().default_resource_request(config)
+        request: Any = super().default_resource_request(config)
+        if isinstance(config, dict) and ray.is_initialized():  # Ray Tune asks with a dictionary.
+            refuse_unavailable(request.bundles)
+        return request
 
     @staticmethod
     @override(Algorithm)
@@ -95,6 +106,7 @@ class CalQL(CQL):
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
         if config.env is None:
             config = with_spaces_of_data(config)
+        _refuse_places_that_are_not_there(config)
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
         # in Python would be in each of them; they stay with the algorithm alone.
         self.config = _with_input(config, with_handles(config.input_))
@@ -351,6 +363,27 @@ class CalQL(CQL):
         if config is not None and not isinstance(config, CalQLConfig):
             raise TypeError(f"`config` must be a `CalQLConfig`, got {type(config).__name__}.")
         return built_from_checkpoint(cls, path, filesystem, config=config)
+
+
+def _refuse_places_that_are_not_there(config: CalQLConfig) -> None:
+    """Refuses remote workers, and GPUs of the local learner, that Ray can never give a program of the user.
+
+    A trial of Ray Tune has been given all its places before it begins.
+    """
+    if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
+        return
+    bundles = _get_env_runner_bundles(config)
+    if config.evaluation_interval and config.evaluation_num_env_runners:
+        bundles += _get_env_runner_bundles(config.get_evaluation_config_object())
+    local: list[dict[str, float]] = []
+    if config.num_learners:
+        bundles += _get_learner_bundles(config)
+    elif config.num_gpus_per_learner:
+        local = [{"GPU": config.num_gpus_per_learner}]
+    if local or (bundles and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ):
+        refuse_unavailable_here(local or bundles, who="The algorithm")
+    if bundles and ray.is_initialized():
+        refuse_unavailable(bundles, who="The algorithm")
 
 
 def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:

@@ -219,7 +219,7 @@ class CalQLConfig(CalQLSettings):
             TypeError: Naming the key and the settings that are similar.
         """
         check_keys(self, config_dict)
-        settings = dict(config_dict)
+        settings = dict(config_dict.items())
         networks = settings.pop("model_config", None)  # RLlib's own dictionaries have it under its private name.
         super().update_from_dict(settings)
         return self if networks is None else self.rl_module(model_config=networks)

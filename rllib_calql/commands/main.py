@@ -121,7 +121,7 @@ def file(
         for experiment in experiments
     ]
     with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
-        needed = max(run.num_cpus_of_largest_trial for run in runs)
+        needed = [request for run in runs for request in run.requests]
         display.stage("starting Ray" if address is None else f"joining the Ray cluster at {address}")
         start_ray(needed, stop, num_cpus=num_cpus, address=address, verbose=verbose)
         try:

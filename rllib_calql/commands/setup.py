@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
 from rllib_calql.commands.import_path import worker_folders
+from rllib_calql.commands.ray_start import cause_of_failed_start
 from rllib_calql.system import ray_processes
+from rllib_calql.system.ray_resources import UnavailableError, refuse_unavailable, refuse_unavailable_here
 from rllib_calql.system.stop_signals import StopSignals
 
 _ENVIRONMENT = {
@@ -64,13 +67,25 @@ def prepare(verbose: bool) -> None:
         logging.getLogger("ray.tune.tune").addFilter(lambda record: _OUT_OF_TUNE_LOG not in str(record.msg))
 
 
-def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: str | None, verbose: bool) -> None:
-    """Starts Ray here with at least the `needed` CPUs, or joins the cluster at `address`; `stop_ray` ends it.
+def start_ray(
+    requests: Sequence[Any], stop: StopSignals, *, num_cpus: int | None, address: str | None, verbose: bool
+) -> None:
+    """Starts Ray here with at least the CPUs of the largest trial, or joins a cluster; `stop_ray` ends it.
+
+    Args:
+        requests: What each trial asks Ray for, as `PlacementGroupFactory`.
+        stop: Signals that may come meanwhile.
+        num_cpus: CPUs that Ray is told to have; None for those of the machine, or what a trial needs.
+        address: Of the cluster; None to start Ray here.
+        verbose: Whether the logs of Ray are shown.
 
     Raises:
-        UsageError: If there is no such cluster, or `num_cpus` is too small.
+        UsageError: If there is no such cluster, `num_cpus` is too small, or a trial asks for what is not there.
+        click.ClickException: If Ray does not start.
     """
     import ray
+
+    needed = max(1, math.ceil(max((request.required_resources.get("CPU", 0) for request in requests), default=1)))
     from ray.job_config import JobConfig
 
     # Modules of the user, such as that of an environment, lie where the driver finds them.
@@ -84,22 +99,46 @@ def start_ray(needed: int, stop: StopSignals, *, num_cpus: int | None, address: 
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(f"There is no Ray cluster at '{address}': {error}") from error
+        with _refused():
+            for request in requests:
+                refuse_unavailable(request.bundles)
         return
     if num_cpus is not None and num_cpus < needed:
         raise UsageError(
             f"A trial needs {needed} CPUs (one, and one per env runner and learner), `--num-cpus` is {num_cpus}; raise "
             "it or lower `num_env_runners`. It may exceed the CPUs of the machine."
         )
+    num_cpus = num_cpus or max(needed, os.cpu_count() or 1)
+    with _refused():
+        for request in requests:
+            refuse_unavailable_here(request.bundles, num_cpus=num_cpus)
     ray_processes.mark()
     stop.before_end = ray_processes.end_marked
     os.environ[_PRELOADED] = "rllib_calql.system.worker_signals"
     try:
         with stop.while_starting_ray():
-            num_cpus = num_cpus or max(needed, os.cpu_count() or 1)
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     except KeyboardInterrupt:
         stop_ray()
         raise
+    except Exception as error:
+        stop_ray()
+        if verbose:
+            raise
+        raise click.ClickException(f"Ray could not be started: {cause_of_failed_start(error)}") from error
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Ends the command where a trial asks for what Ray can never give."""
+    import ray
+
+    try:
+        yield
+    except UnavailableError as error:
+        if ray.is_initialized():
+            stop_ray()
+        raise UsageError(str(error)) from error
 
 
 def stop_ray() -> None:

@@ -55,7 +55,7 @@ def study(
     from rllib_calql.experiments.errors import ExperimentError
     from rllib_calql.study.folder import claimed, mark, new_tune_folder
     from rllib_calql.study.plan import read_study
-    from rllib_calql.study.runner import num_cpus_of_largest_trial, run_study, unfinished_trials
+    from rllib_calql.study.runner import requests, run_study, unfinished_trials
     from rllib_calql.system.file_lock import LockedError
 
     try:
@@ -80,7 +80,7 @@ def study(
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
         if waiting:
-            start_ray(num_cpus_of_largest_trial(plan), stop, num_cpus=num_cpus, address=address, verbose=verbose)
+            start_ray(requests(plan), stop, num_cpus=num_cpus, address=address, verbose=verbose)
             stop.saved = f"What the trials wrote before is in '{folder}'; give the same command to continue."
         try:
             outcome = run_study(plan, waiting, folder, _say, stop)

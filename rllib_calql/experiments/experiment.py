@@ -92,12 +92,14 @@ class Experiment:
         return SafetyNet.of(self.checkpoint_config, self.checkpoint_every_s, self.keep_best)
 
     @property
+    def requests(self) -> list[PlacementGroupFactory]:
+        """What each of `examples` asks Ray for."""
+        return [self.algorithm.default_resource_request(config) for config in self.examples]  # type: ignore[attr-defined]
+
+    @property
     def num_cpus_of_largest_trial(self) -> int:
         """CPUs that the largest trial asks Ray for."""
-        return num_cpus_of_largest(
-            self.algorithm.default_resource_request(config)  # type: ignore[attr-defined]
-            for config in self.examples
-        )
+        return num_cpus_of_largest(self.requests)
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with the config's seed set."""

@@ -15,6 +15,7 @@ from rllib_calql.experiments.resuming import prepare_resume
 from rllib_calql.experiments.run_state import KeepResumable, write_whole
 from rllib_calql.experiments.safety_net import SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
+from rllib_calql.experiments.waiting import SayWaiting
 from rllib_calql.progress import report
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.results_table import ResultsTable
@@ -81,7 +82,7 @@ def run_experiment(
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt, ResultsTable()],
+        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt, ResultsTable(), SayWaiting(announce)],
         checkpoint_config=experiment.safety_net.tune_config(),
         failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
         verbose=0,

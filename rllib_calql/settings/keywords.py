@@ -38,7 +38,7 @@ def check_keys(config: Any, settings: Mapping[str, Any]) -> None:
     Raises:
         TypeError: Naming the key and the settings that are similar.
     """
-    for key in settings:
+    for key in settings.keys():  # noqa: SIM118 - RLlib hands whole configs over, too.
         name = config._translate_special_keys(key, warn_deprecated=False)
         if name in vars(config) or key in _KEYS_OF_RLLIB or str(key).startswith("_"):
             continue

@@ -16,7 +16,6 @@ from ray import tune
 import rllib_calql
 from rllib_calql.algorithm import CalQL
 from rllib_calql.experiments.errors import ExperimentError
-from rllib_calql.experiments.experiment import num_cpus_of_largest
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
@@ -43,9 +42,9 @@ class Outcome:
     is_interrupted: bool = False
 
 
-def num_cpus_of_largest_trial(study: Study) -> int:
-    """CPUs that the largest trial asks Ray for."""
-    return num_cpus_of_largest(_resources(trial) for trial in study.trials)
+def requests(study: Study) -> list[Any]:
+    """What each trial asks Ray for."""
+    return [_resources(trial) for trial in study.trials]
 
 
 def run_study(
