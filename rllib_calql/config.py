@@ -52,14 +52,14 @@ class CalQLConfig(CalQLSettings):
         >>> algo = config.build()
     """
 
+    _shared_env: SharedEnv | None = None  # In copies and pickles, for processes that do not know the environment.
+
     def __init__(self, algo_class: type | None = None) -> None:
         from rllib_calql.algorithm import CalQL
         from rllib_calql.collection.callbacks import OWN_CALLBACKS
         from rllib_calql.store.offline_data import CalQLOfflineData
 
         super().__init__(algo_class=algo_class or CalQL)
-
-        self._shared_env: SharedEnv | None = None  # Set in copies for other processes, see `__getstate__`.
 
         # RLlib's settings whose inherited defaults do not fit; the first group is refused if set (settings/refused.py).
         self.lr = None
@@ -209,7 +209,8 @@ class CalQLConfig(CalQLSettings):
 
     def _env_for_others(self) -> dict[str, Any]:
         own = self._shared_env if self._shared_env is not None and self._shared_env.name == self.env else None
-        return {"_shared_env": shared_env(self.env) or own}
+        shared = shared_env(self.env) or own
+        return {} if shared is None and self._shared_env is None else {"_shared_env": shared}
 
     @override(AlgorithmConfig)
     def update_from_dict(self, config_dict: dict[str, Any]) -> Self:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import warnings
@@ -85,7 +84,9 @@ def start_ray(
     """
     import ray
 
-    needed = max(1, math.ceil(max((request.required_resources.get("CPU", 0) for request in requests), default=1)))
+    from rllib_calql.experiments.experiment import num_cpus_of_largest
+
+    needed = num_cpus_of_largest(requests)
     from ray.job_config import JobConfig
 
     # Modules of the user, such as that of an environment, lie where the driver finds them.

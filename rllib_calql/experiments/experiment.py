@@ -26,9 +26,9 @@ from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.experiments.schedulers import mutations, parse_scheduler
 from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choices, substitute
-from rllib_calql.experiments.sources import check_sources
 from rllib_calql.experiments.typed_settings import build_config, settings_by_method
 from rllib_calql.registration import register
+from rllib_calql.sources import check_sources
 from rllib_calql.system.plain_names import refuse_unplain_name
 
 _MAX_DEPTH = 50  # Of collections in collections, in a file.

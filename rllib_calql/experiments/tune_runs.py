@@ -15,12 +15,12 @@ from rllib_calql.experiments.resuming import prepare_resume
 from rllib_calql.experiments.run_state import KeepResumable, write_whole
 from rllib_calql.experiments.safety_net import SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import CheckpointOnInterrupt, KeepLogs
-from rllib_calql.experiments.waiting import SayWaiting
 from rllib_calql.progress import report
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.results_table import ResultsTable
 from rllib_calql.progress.runs import read_run
 from rllib_calql.progress.tune_display import ProgressCallback
+from rllib_calql.progress.waiting import SayWaiting
 from rllib_calql.system.stop_signals import StopSignals
 
 

@@ -121,7 +121,6 @@ EFFECTIVE_SETTINGS: dict[str, str] = {
 PRIVATE_SETTINGS: dict[str, str] = {
     "algo_class": "the algorithm that the config belongs to; given to its constructor",
     "in_evaluation": "RLlib marks the config of evaluation runners by it",
-    "_shared_env": "the registration of `env`, for processes that lack it; follows from `env`",
     "_is_frozen": "RLlib's mark of a config that may not be changed any more",
     "_is_online": "replaced by `CalQLConfig.is_online`, which follows from the environment",
     "simple_optimizer": "given up by RLlib, whose own checks still set it",

@@ -21,11 +21,12 @@ from tiny import TINY_NETWORKS, write_line_data
 from rllib_calql.checkpoints.integrity import write_manifest
 from rllib_calql.commands.main import main
 from rllib_calql.experiments.errors import ExperimentError
+from rllib_calql.experiments.experiment import num_cpus_of_largest
 from rllib_calql.study import trial as trials
 from rllib_calql.study.evaluations import Evaluation, read_results, write_results
 from rllib_calql.study.plan import Study, read_study
 from rllib_calql.study.report import group, summary_rows, write_report
-from rllib_calql.study.runner import num_cpus_of_largest_trial
+from rllib_calql.study.runner import requests
 from rllib_calql.study.statistics import fate_of
 from rllib_calql.study.trial import finished_evaluations, run_trial
 
@@ -103,7 +104,7 @@ def test_every_algorithm_gets_the_tasks_settings_and_its_own(tmp_path: Path) -> 
 def test_ray_gets_whole_cpus_for_trials_that_need_parts_of_one(tmp_path: Path) -> None:
     shared_cores = {"num_env_runners": 1, "num_cpus_per_env_runner": 0.5}
     study = study_of(tmp_path, algorithms={"Cal-QL": {}, "two runners to a core": shared_cores})
-    assert num_cpus_of_largest_trial(study) == 2  # 1.5, of the second algorithm.
+    assert num_cpus_of_largest(requests(study)) == 2  # 1.5, of the second algorithm.
 
 
 def test_the_fingerprint_tells_settings_and_schedule_apart_and_not_seeds(tmp_path: Path) -> None:

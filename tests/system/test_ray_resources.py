@@ -15,8 +15,8 @@ from ray.tune import PlacementGroupFactory
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.commands.main import main
 from rllib_calql.commands.ray_start import cause_of_failed_start
-from rllib_calql.experiments import waiting
-from rllib_calql.experiments.waiting import SayWaiting
+from rllib_calql.progress import waiting
+from rllib_calql.progress.waiting import SayWaiting
 from rllib_calql.system import ray_resources
 from rllib_calql.system.ray_resources import described, refuse_unavailable, refuse_unavailable_here
 
