@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,22 @@ def test_an_environment_that_remote_runners_cannot_make_is_told(where: str, told
         config.build()
 
 
-@pytest.mark.parametrize(("num_env_runners", "told"), [(0, "Environment"), (1, r"gymnasium\.error\.NameNotFound: En")])
-def test_an_id_that_the_runner_s_process_does_not_know_is_told_with_the_ways_out(
-    num_env_runners: int, told: str
-) -> None:
-    if num_env_runners:
-        gym.register("OnlyHere-v0", entry_point=BrokenEnv)
+def test_an_id_that_nobody_registered_is_told_with_the_ways_out() -> None:
+    with pytest.raises(ValueError, match=r"`env` 'OnlyHere-v0' is not registered.*'MODULE:ID'.*register_env"):
+        config_of("OnlyHere-v0").build()
+
+
+def test_an_id_whose_registration_cannot_be_sent_to_the_runner_is_told_with_the_ways_out() -> None:
+    lock = threading.Lock()
+    gym.register("OnlyHere-v0", entry_point=lambda: BrokenEnv({"lock": lock}))
     try:
         with pytest.raises(
             RuntimeError,
-            match=rf"could not be started, .*{told}.* doesn't exist.*`env` 'OnlyHere-v0' has to be registered in the "
-            r"processes of the env runners.*'MODULE:OnlyHere-v0'.*class.*`ray\.tune\.register_env\('OnlyHere-v0', ",
+            match=r"could not be started, .*gymnasium\.error\.NameNotFound: En.* doesn't exist.*`env` 'OnlyHere-v0' "
+            r"has to be registered in the processes of the env runners.*'MODULE:OnlyHere-v0'.*class.*"
+            r"`ray\.tune\.register_env\('OnlyHere-v0', ",
         ):
-            config_of("OnlyHere-v0").env_runners(num_env_runners=num_env_runners).build()
+            config_of("OnlyHere-v0").env_runners(num_env_runners=1).build()
     finally:
         gym.registry.pop("OnlyHere-v0", None)
 
