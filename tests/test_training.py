@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from ray.rllib.core.columns import Columns
+from ray.tune.utils import flatten_dict
 from tiny import TINY_NETWORKS, LineEnv, line_config, write_line_data
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import flatten_observations
+from rllib_calql.learning.diagnostics import metric_names
+from rllib_calql.result_metrics import metrics_of
 from rllib_calql.store.replay import IS_OFFLINE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -261,6 +265,17 @@ def test_all_diagnostics_are_logged_in_both_phases(tmp_path: Path) -> None:
         for name in common + [template.format(c=c) for template in per_critic for c in (1, 2)]:
             assert np.isfinite(learner[name]), name
     assert np.isfinite(online["learners"]["default_policy"][keys.CALIBRATION_GAP_ONLINE])
+    # What `stop` is checked by: every name of ours and of RLlib that the results have, and no other of ours.
+    clipped = {keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE}  # Of normalised observations alone.
+    assert metric_names(num_critics=2) - clipped <= online["learners"]["default_policy"].keys()
+    metrics = metrics_of(config)
+    for path, value in flatten_dict({key: value for key, value in online.items() if key != "config"}).items():
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and not re.search("throughput|_parameters|actor_manager|pid", path)
+        ):
+            assert not metrics.fault_of(path), path
     assert keys.CALIBRATION_GAP_ONLINE not in offline["learners"]["default_policy"]
     assert online[keys.FINE_TUNING][keys.DIP] == min(
         0.0,

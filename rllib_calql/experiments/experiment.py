@@ -5,11 +5,10 @@ The YAML format is the one of RLlib's former `rllib train file`: `name: {run, en
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
-from rllib_calql.common import metrics as keys
 from rllib_calql.experiments.best_checkpoint import BestMetric
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
@@ -29,21 +27,11 @@ from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choic
 from rllib_calql.experiments.typed_settings import build_config, settings_by_method
 from rllib_calql.registration import register
 from rllib_calql.sources import check_sources
+from rllib_calql.stopping import parse_stop
 from rllib_calql.system.plain_names import refuse_unplain_name
 
 _MAX_DEPTH = 50  # Of collections in collections, in a file.
 _EXPERIMENT_KEYS = ("run", "env", "stop", "config", "num_samples", "scheduler", "max_failures", *SAFETY_KEYS)
-_STOP_KEYS = (
-    "training_iteration",
-    "time_total_s",
-    "num_env_steps_sampled_lifetime",
-    "num_env_steps_trained_lifetime",
-    keys.NUM_OFFLINE_UPDATES_LIFETIME,
-    keys.NUM_ONLINE_UPDATES_LIFETIME,
-    keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
-    keys.NUM_ONLINE_EPISODES_LIFETIME,
-    keys.Q_OUT_OF_RANGE,
-)
 
 
 def num_cpus_of_largest(requests: Iterable[PlacementGroupFactory]) -> int:
@@ -202,12 +190,13 @@ def _read_python(path: Path) -> Experiment:
             f"'{path}' must define `config`, an algorithm's config like `CalQLConfig()`, got {type(config).__name__}."
         )
     name = str(module.get("name", path.stem))
+    examples = _examples_of(config, name)
     return Experiment(
         name=name,
         algorithm=config.algo_class,
         config=config,
-        stop=_parse_stop(module.get("stop"), name),
-        examples=_examples_of(config, name),
+        stop=_stop_of(module.get("stop"), name, config, examples),
+        examples=examples,
         **safety_settings(module, config, name),
     )
 
@@ -272,17 +261,31 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
     mutated = config.copy(copy_frozen=False)
     for setting, space in mutations(scheduler).items():
         setattr(mutated, setting, space)
+    examples = _examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ())
     return Experiment(
         name=name,
         algorithm=algorithm,
         config=config,
-        stop=_parse_stop(entry.get("stop"), name),
+        stop=_stop_of(entry.get("stop"), name, config, examples, scheduler),
         num_samples=num_samples,
         scheduler=scheduler,
         **safety,
         max_failures=max_failures,
-        examples=_examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ()),
+        examples=examples,
     )
+
+
+def _stop_of(
+    stop: Any,
+    name: str,
+    config: AlgorithmConfig,
+    examples: Sequence[AlgorithmConfig],
+    scheduler: TrialScheduler | None = None,
+) -> dict[str, float]:
+    try:
+        return parse_stop(stop, name, config, examples, scheduler)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def _find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
@@ -295,22 +298,3 @@ def _find_algorithm(run: Any, name: str) -> tuple[type, AlgorithmConfig]:
         )
     algorithm, config = registry.ALGORITHMS[run]()
     return algorithm, config
-
-
-def _parse_stop(stop: Any, name: str) -> dict[str, float]:
-    if stop is None:
-        return {}
-    if not isinstance(stop, dict):
-        raise ExperimentError(f"`stop` of experiment '{name}' must map metrics to numbers, got {stop!r}.")
-    flat: dict[str, float] = {}
-    for key, value in stop.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}/{inner}": number for inner, number in _parse_stop(value, name).items()}
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise ExperimentError(f"`stop` of experiment '{name}': `{key}` must be a number, got {value!r}.")
-        elif key not in _STOP_KEYS and difflib.get_close_matches(str(key), _STOP_KEYS, cutoff=0.85):
-            # A metric that never appears would let the run go on for ever.
-            raise ExperimentError(f"Unknown metric `{key}` in `stop` of '{name}'{did_you_mean(str(key), _STOP_KEYS)}")
-        else:
-            flat[str(key)] = value
-    return flat

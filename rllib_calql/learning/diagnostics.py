@@ -77,6 +77,25 @@ def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tenso
     }
 
 
+def metric_names(*, num_critics: int) -> frozenset[str]:
+    """Names of all that the learner reports of its losses and updates, some of it with some settings alone."""
+    of_critics = (
+        *(keys.TD_LOSS_OF_CRITIC, keys.GAP_OF_CRITIC, keys.Q_DATA_OF_CRITIC, keys.Q_UNIFORM_OF_CRITIC),
+        *(keys.Q_CURRENT_OF_CRITIC, keys.Q_NEXT_OF_CRITIC, keys.Q_STD_OF_CRITIC),
+        *(keys.BOUND_RATE_CURRENT_OF_CRITIC, keys.BOUND_RATE_NEXT_OF_CRITIC),
+    )
+    return frozenset(
+        {
+            *(template.format(c=c + 1) for template in of_critics for c in range(num_critics)),
+            *(keys.QF_LOSS, keys.POLICY_LOSS, keys.ALPHA_LOSS, keys.ALPHA_VALUE, keys.ALPHA_PRIME),
+            *(keys.ALPHA_PRIME_LOSS, keys.CQL_LOSS, keys.LOG_PROB, keys.TARGET_Q, keys.REFERENCE_VALUE_MEAN),
+            *(keys.CALIBRATION_GAP, keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
+            *(keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE),
+            *(keys.NUM_UPDATES_LIFETIME, keys.NUM_SKIPPED_UPDATES_LIFETIME, keys.NUM_SKIPPED_UPDATES_IN_A_ROW),
+        }
+    )
+
+
 class MeanAccumulator:
     """Running sums of scalar tensors on their device, read once."""
 

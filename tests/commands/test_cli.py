@@ -66,7 +66,7 @@ def test_version_and_help_are_there() -> None:
     assert all(f"--{option}" in help_text for option in (*options, "num-cpus", "address", "verbose"))
 
 
-ONE = "a: {run: CalQL, env: Pendulum-v1}\n"
+ONE = "a: {run: CalQL, env: Pendulum-v1, stop: {}}\n"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ ONE = "a: {run: CalQL, env: Pendulum-v1}\n"
         (ONE, ["train", "file", "e.yaml", "--resume", "--storage-path", "r"], r"nothing to resume at '.*/r/a'"),
         (ONE, ["train", "file", "e.yaml", "--num-cpus", "2", "--address", "auto"], r"drop it or `--address`"),
         (
-            "a: {run: CalQL, env: Pendulum-v1, config: {num_env_runners: 4}}",
+            "a: {run: CalQL, env: Pendulum-v1, stop: {}, config: {num_env_runners: 4}}",
             ["train", "file", "e.yaml", "--num-cpus", "2"],
             r"A trial needs 5 CPUs.*`--num-cpus` is 2",
         ),
@@ -188,7 +188,7 @@ def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tm
 def test_a_failed_run_exits_with_1_and_names_the_cause(tmp_path: Path, join: list[str]) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     (tmp_path / "e.yaml").write_text(
-        f"bad: {{run: CalQL, env: Pendulum-v1, config: {{input_: {tmp_path}/torn.parquet, offline_updates: 10}}}}"
+        f"bad: {{run: CalQL, env: Pendulum-v1, stop: {{}}, config: {{input_: {tmp_path}/torn.parquet, offline_updates: 9}}}}"
     )
     failed = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", *join)
     assert failed.returncode == 1

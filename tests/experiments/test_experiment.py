@@ -28,7 +28,7 @@ def read_one(tmp_path: Path, text: str) -> Experiment:
 
 
 def config_of(tmp_path: Path, settings: str, run: str = "CalQL") -> Any:
-    return read_one(tmp_path, f"e:\n  run: {run}\n  env: Pendulum-v1\n  config: {{{settings}}}\n").config
+    return read_one(tmp_path, f"e:\n  run: {run}\n  env: Pendulum-v1\n  stop: {{}}\n  config: {{{settings}}}\n").config
 
 
 def test_an_experiment_has_its_algorithm_environment_stop_and_settings(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_an_experiment_has_its_algorithm_environment_stop_and_settings(tmp_path:
           stop: {num_online_env_steps_lifetime: 4000, evaluation: {env_runners: {episode_return_mean: -150.5}}}
           num_samples: 3
           checkpoint_config: {checkpoint_frequency: 5}
-          config: {min_q_weight: 1.5, warmup_env_steps: 200, num_env_runners: 2, seed: 7}
+          config: {min_q_weight: 1.5, warmup_env_steps: 200, num_env_runners: 2, seed: 7, evaluation_interval: 1}
         """,
     )
     assert experiment.name == "swing-up"
@@ -70,7 +70,7 @@ def test_env_runners_need_a_place_but_no_whole_cpu(tmp_path: Path, text: str, nu
 
 
 def test_a_file_may_hold_several_experiments_in_order(tmp_path: Path) -> None:
-    path = write(tmp_path, "b: {run: CalQL, env: Pendulum-v1}\na: {run: PPO, env: CartPole-v1}\n")
+    path = write(tmp_path, "b: {run: CalQL, env: Pendulum-v1, stop: {}}\na: {run: PPO, env: CartPole-v1, stop: {}}\n")
     assert [(e.name, e.algorithm) for e in read_experiments(path)] == [("b", CalQL), ("a", PPO)]
 
 
@@ -114,7 +114,7 @@ def test_settings_go_through_the_typed_methods(tmp_path: Path) -> None:
 
 
 def test_names_of_rllibs_yaml_files_are_understood(tmp_path: Path) -> None:
-    config = read_one(tmp_path, "e: {run: PPO, env: CartPole-v1, config: {lambda: 0.8}}").config
+    config = read_one(tmp_path, "e: {run: PPO, env: CartPole-v1, stop: {}, config: {lambda: 0.8}}").config
     assert config.lambda_ == 0.8  # type: ignore[attr-defined]
 
 
@@ -133,6 +133,7 @@ def test_search_spaces_reach_the_config_at_any_depth(tmp_path: Path) -> None:
         e:
           run: CalQL
           env: Pendulum-v1
+          stop: {}
           config:
             min_q_weight: {grid_search: [1, 5e0]}
             actor_lr: {loguniform: [1e-5, 1e-3]}
@@ -159,7 +160,7 @@ def test_every_foreseeable_value_is_checked_before_training(tmp_path: Path) -> N
 
 
 def test_a_trial_is_sized_by_the_largest_value_of_the_grid(tmp_path: Path) -> None:
-    text = "e: {run: CalQL, env: Pendulum-v1, config: {num_env_runners: {grid_search: [0, 3, 1]}}}"
+    text = "e: {run: CalQL, env: Pendulum-v1, stop: {}, config: {num_env_runners: {grid_search: [0, 3, 1]}}}"
     assert read_one(tmp_path, text).num_cpus_of_largest_trial == 4
 
 
@@ -174,7 +175,7 @@ def test_a_scheduler_judges_by_the_evaluation_return_unless_told(tmp_path: Path)
 
 
 def test_the_seed_of_the_command_replaces_that_of_the_file(tmp_path: Path) -> None:
-    experiment = read_one(tmp_path, "e: {run: CalQL, env: Pendulum-v1, config: {seed: 1}}")
+    experiment = read_one(tmp_path, "e: {run: CalQL, env: Pendulum-v1, stop: {}, config: {seed: 1}}")
     assert experiment.with_seed(5).config.seed == 5
     assert experiment.config.seed == 1
 

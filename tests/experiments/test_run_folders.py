@@ -37,7 +37,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Res
         raise ReachedRay("start")
 
     monkeypatch.setattr(cli, "start_ray", start_ray)
-    (tmp_path / "e.yaml").write_text("a: {run: CalQL, env: Pendulum-v1}\n")
+    (tmp_path / "e.yaml").write_text("a: {run: CalQL, env: Pendulum-v1, stop: {}}\n")
     arguments = ["train", "file", str(tmp_path / "e.yaml"), "--storage-path", str(tmp_path / "r"), *options]
     return CliRunner().invoke(main, arguments)
 
@@ -174,7 +174,9 @@ def test_all_experiments_of_a_file_are_checked_before_the_first_is_removed(
     write(tmp_path / "r" / "a", *OF_A_RUN)
     write(tmp_path / "r" / "b", "notes.txt")
     train(tmp_path, monkeypatch)
-    (tmp_path / "e.yaml").write_text("a: {run: CalQL, env: Pendulum-v1}\nb: {run: CalQL, env: Pendulum-v1}\n")
+    (tmp_path / "e.yaml").write_text(
+        "a: {run: CalQL, env: Pendulum-v1, stop: {}}\nb: {run: CalQL, env: Pendulum-v1, stop: {}}\n"
+    )
     arguments = ["train", "file", str(tmp_path / "e.yaml"), "--storage-path", str(tmp_path / "r"), "--overwrite"]
     outcome = CliRunner().invoke(main, arguments)
     assert outcome.exit_code == 2
@@ -217,15 +219,15 @@ def test_a_name_given_to_the_command_is_refused_and_nothing_is_made(
 
 
 def test_names_in_experiment_files_are_refused(tmp_path: Path) -> None:
-    experiment = "{run: CalQL, env: Pendulum-v1}"
+    experiment = "{run: CalQL, env: Pendulum-v1, stop: {}}"
     (tmp_path / "e.yaml").write_text(f"{json.dumps('../other')}: {experiment}")
     with pytest.raises(ExperimentError, match=r"The name of an experiment in '.*e\.yaml' must be a plain name"):
         read_experiments(tmp_path / "e.yaml")
     (tmp_path / "e.yaml").write_text(f"~: {experiment}\n'None': {experiment}")
     with pytest.raises(ExperimentError, match="have the same name"):
         read_experiments(tmp_path / "e.yaml")
-    python = "from rllib_calql import CalQLConfig\nconfig = CalQLConfig().environment('Pendulum-v1')\nname = '/abs'"
-    (tmp_path / "e.py").write_text(python)
+    python = "from rllib_calql import CalQLConfig\nconfig = CalQLConfig().environment('Pendulum-v1')\nstop = {}\n"
+    (tmp_path / "e.py").write_text(python + "name = '/abs'")
     with pytest.raises(ExperimentError, match="must be a plain name"):
         read_experiments(tmp_path / "e.py")
 

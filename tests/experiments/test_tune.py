@@ -191,6 +191,7 @@ PBT = """
 e:
   run: CalQL
   env: Pendulum-v1
+  stop: {}
   config: {evaluation_interval: 1}
   scheduler: {type: pbt, perturbation_interval: 4, hyperparam_mutations: %s}
 """
@@ -231,8 +232,8 @@ def test_mutations_that_make_no_sense_are_refused(tmp_path: Path, mutations: str
 
 @pytest.mark.parametrize("value", ["-2", "1.5", "true", "often"])
 def test_max_failures_is_a_whole_number(tmp_path: Path, value: str) -> None:
-    text = "e: {run: CalQL, env: Pendulum-v1, max_failures: %s}"
+    text = "e: {run: CalQL, env: Pendulum-v1, stop: {}, max_failures: %s}"
     assert _read(tmp_path, text % 3).max_failures == 3
-    assert _read(tmp_path, "e: {run: CalQL, env: Pendulum-v1}").max_failures == 0
+    assert _read(tmp_path, "e: {run: CalQL, env: Pendulum-v1, stop: {}}").max_failures == 0
     with pytest.raises(ExperimentError, match=r"`max_failures` of experiment 'e' must be a whole number >= 0, or -1"):
         _read(tmp_path, text % value)

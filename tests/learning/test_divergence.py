@@ -169,7 +169,7 @@ def test_rllib_train_prints_the_warning_once_per_trial_and_phase() -> None:
 
 
 def test_a_run_can_stop_by_it_and_a_misspelt_one_is_refused() -> None:
-    entry = {"run": "CalQL", "env": "Pendulum-v1", "stop": {"q_out_of_range": OUT_OF_RANGE}}
-    assert parse_experiment("mine", entry).stop == {keys.Q_OUT_OF_RANGE: OUT_OF_RANGE}
+    entry = {"run": "CalQL", "env": "Pendulum-v1", "stop": {"q_out_of_range": OUT_OF_RANGE, "time_total_s": 60}}
+    assert parse_experiment("mine", entry).stop == {keys.Q_OUT_OF_RANGE: OUT_OF_RANGE, "time_total_s": 60}
     with pytest.raises(ExperimentError, match="did you mean `q_out_of_range`"):
         parse_experiment("mine", entry | {"stop": {"q_out_of_rnge": 1.0}})

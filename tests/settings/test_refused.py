@@ -271,7 +271,7 @@ def test_a_learner_connector_is_refused() -> None:
 def test_a_setting_is_refused_in_an_experiment_file_also_as_a_search_space(tmp_path: Path) -> None:
     for value in ("true", "{grid_search: [true, true]}"):
         file = tmp_path / "experiment.yaml"
-        file.write_text(f"e: {{run: CalQL, env: Pendulum-v1, config: {{clip_rewards: {value}}}}}")
+        file.write_text(f"e: {{run: CalQL, env: Pendulum-v1, stop: {{}}, config: {{clip_rewards: {value}}}}}")
         with pytest.raises(ExperimentError, match=r"`clip_rewards` is not used by CalQL, got True: .*`reward_scale`"):
             read_experiments(file)
 
