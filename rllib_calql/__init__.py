@@ -12,12 +12,17 @@ from rllib_calql.registration import register, register_once_loaded
 
 if TYPE_CHECKING:
     from rllib_calql.algorithm import CalQL
+    from rllib_calql.collection.budget import BudgetSpentError
     from rllib_calql.config import CalQLConfig
 
 __version__ = "0.1.0"
-__all__ = ["CalQL", "CalQLConfig", "__version__", "register"]
+__all__ = ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
 
-_MODULES = {"CalQL": "rllib_calql.algorithm", "CalQLConfig": "rllib_calql.config"}
+_MODULES = {
+    "BudgetSpentError": "rllib_calql.collection.budget",
+    "CalQL": "rllib_calql.algorithm",
+    "CalQLConfig": "rllib_calql.config",
+}
 
 
 def __getattr__(name: str) -> Any:

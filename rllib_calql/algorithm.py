@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import time
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -23,6 +24,7 @@ from ray.rllib.utils.checkpoints import Checkpointable
 
 from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
 from rllib_calql.collection.env_errors import start_failures_told, told
+from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
 from rllib_calql.common.lifetime import Lifetime
@@ -41,6 +43,8 @@ from rllib_calql.system.ray_resources import refuse_unavailable, refuse_unavaila
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
     from typing_extensions import Self
+
+_IDLE_SECONDS = 0.01
 
 
 class CalQL(CQL):
@@ -145,26 +149,31 @@ class CalQL(CQL):
 
     @override(Algorithm)
     def step(self) -> dict[str, Any]:
-        """One iteration, RLlib's; begins with the networks of `pretrained`, where they are still due."""
+        """One iteration, RLlib's; begins with the networks of `pretrained`, where they are still due.
+
+        Raises:
+            BudgetSpentError: If `max_online_env_steps` are spent, which the result before has said by `done`.
+            RuntimeError: If the offline phase is over and there is no environment to go on with.
+        """
         self._parts.pretrained.load_if_due()
+        if self.phase == keys.ONLINE:
+            if self.env_runner_group is None:
+                raise RuntimeError(
+                    f"The offline phase is over after {self.num_offline_updates} updates and there is no environment; "
+                    "set `.environment(...)` to fine-tune, or raise `offline_updates`."
+                )
+            self._parts.collection.refuse_more(self._parts.updater)
         results: dict[str, Any] = super().step()
         return results
 
     @override(CQL)
     def training_step(self) -> None:
-        """One iteration of the phase we are in.
-
-        Raises:
-            RuntimeError: If the offline phase is over and there is no environment to go on with.
-        """
+        """One iteration of the phase we are in."""
         self._phase_of_result = self.phase
         if num_left := self.lifetime.num_offline_updates_left:
             self._parts.updater.update(min(self.config.updates_per_iteration, num_left), online=False)
-        elif self.env_runner_group is None:
-            raise RuntimeError(
-                f"The offline phase is over after {self.num_offline_updates} updates and there is no environment; set "
-                "`.environment(...)` to fine-tune, or raise `offline_updates`."
-            )
+        elif self._is_done():
+            time.sleep(_IDLE_SECONDS)  # RLlib asks again until `min_time_s_per_iteration` is over.
         else:
             self._parts.collection.step(self._parts.updater)
 
@@ -211,8 +220,15 @@ class CalQL(CQL):
             eval_results,
             self._parts,
             phase=self._phase_of_result,
+            is_done=self._is_done(),
             offline_data=self.offline_data,
         )
+
+    def _is_done(self) -> bool:
+        """Whether nothing is left to train: the offline phase is over, and there are no env steps to take."""
+        if self.phase == keys.OFFLINE:
+            return False
+        return self.env_runner_group is None or self._parts.collection.is_complete(self._parts.updater)
 
     @property
     def store(self) -> TransitionStore:

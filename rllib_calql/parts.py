@@ -12,6 +12,7 @@ import gymnasium as gym
 from rllib_calql.checkpoints.manifest import manifest_of
 from rllib_calql.checkpoints.pretrained import Pretrained
 from rllib_calql.checkpoints.saving import Saving
+from rllib_calql.collection.budget import EnvStepBudget
 from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
 from rllib_calql.collection.success_key import SuccessKeyWatch
@@ -145,6 +146,7 @@ def build_parts(
         env_runner_group,
         store=store,
         lifetime=lifetime,
+        budget=EnvStepBudget(lifetime, config.max_online_env_steps, config.num_envs_per_env_runner),
         keeper=keeper,
         weights=weights,
         metrics=metrics,
@@ -165,7 +167,14 @@ def build_parts(
             action_space=spaces.action,
         )
 
-    pretrained = Pretrained(config.pretrained, learners=updater, lifetime=lifetime, manifest=manifest, on_loaded=align)
+    pretrained = Pretrained(
+        config.pretrained,
+        learners=updater,
+        lifetime=lifetime,
+        manifest=manifest,
+        on_loaded=align,
+        offline_updates=config.num_offline_updates,
+    )
     saving = Saving(
         lifetime=lifetime,
         store=store,

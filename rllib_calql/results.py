@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
+from ray.tune.result import DONE
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.evaluating import known_results
@@ -21,6 +22,7 @@ def completed_result(
     parts: Parts,
     *,
     phase: str,
+    is_done: bool,
     offline_data: CalQLOfflineData | None,
 ) -> dict[str, Any]:
     """RLlib's result, completed so that schedulers and loggers find the same keys in both phases.
@@ -30,14 +32,19 @@ def completed_result(
         evaluation: RLlib's results of an evaluation in this iteration, if there was one; the history takes it in.
         parts: The algorithm's.
         phase: What this iteration's updates belong to.
+        is_done: Whether there is nothing left to train; Tune then ends the trial.
         offline_data: Where the report on the data is; None without.
     """
     completed = {**results, keys.PHASE: phase, **parts.lifetime.counters()}
+    if is_done:
+        completed[DONE] = True
     completed[keys.Q_OUT_OF_RANGE] = parts.divergence.out_of_range
     if parts.divergence.warning is not None:
         completed[keys.Q_WARNING] = parts.divergence.warning
     if parts.success_key.warning is not None:
         completed[keys.SUCCESS_WARNING] = parts.success_key.warning
+    if parts.pretrained.remark is not None:
+        completed[keys.PRETRAINED_WARNING] = parts.pretrained.remark
     completed[keys.COLLECTION] = {
         **results.get(keys.COLLECTION, {}),
         keys.NUM_ENV_STEPS_BEHIND: parts.lifetime.num_env_steps_behind,

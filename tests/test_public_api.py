@@ -29,7 +29,7 @@ def run(code: str, timeout_s: float = 120.0) -> str:
 
 
 def test_the_package_exports_its_four_names() -> None:
-    assert rllib_calql.__all__ == ["CalQL", "CalQLConfig", "__version__", "register"]
+    assert rllib_calql.__all__ == ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
     assert dir(rllib_calql) == sorted(rllib_calql.__all__)
     assert all(hasattr(rllib_calql, name) for name in rllib_calql.__all__)
 
@@ -176,6 +176,7 @@ SIGNATURES = {
         "sample_async",
         "max_staleness_env_steps",
         "max_episode_env_steps",
+        "max_online_env_steps",
         "pretrained",
     ],
     "evaluation": ["success_key", "success_rule", "kwargs"],

@@ -46,6 +46,7 @@ class Pretrained:
         lifetime: Goes on from the checkpoint's offline updates.
         manifest: Makes the manifest of this run.
         on_loaded: Brings env runners in line with the learners, and waits for it.
+        offline_updates: Offline updates that the config asks for, or None.
     """
 
     def __init__(
@@ -56,13 +57,21 @@ class Pretrained:
         lifetime: Lifetime,
         manifest: Callable[[], dict[str, Any]],
         on_loaded: Callable[[], None],
+        offline_updates: int | None = None,
     ) -> None:
+        self._offline_updates = offline_updates
+        self._remark: str | None = None
         self._path = path
         self._learners = learners
         self._lifetime = lifetime
         self._manifest = manifest
         self._on_loaded = on_loaded
         self._is_due = path is not None and not _is_restoring.get()
+
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of the updates that were taken over; None if nothing."""
+        return self._remark
 
     def forget(self) -> None:
         """Nothing is taken over any more: the run has been restored."""
@@ -96,9 +105,23 @@ class Pretrained:
             )
         self._learners.set_learner_state(_adopt, learner_state)
         self._lifetime.continue_from(stored)
+        self._tell_updates()
         self._is_due = False
         self._on_loaded()
         return True
+
+    def _tell_updates(self) -> None:
+        """Says what `offline_updates` means here: the total of both runs, so that the phase may be over already."""
+        brought, total = self._lifetime.num_offline_updates, self._offline_updates
+        if not brought or not total:
+            return
+        left = self._lifetime.num_offline_updates_left
+        then = f"{left} are left before it goes online" if left else "so this run goes online at once"
+        self._remark = (
+            f"{brought} offline updates come along with the networks and count for `offline_updates`, {total}: {then}. "
+            f"For {total} more of them set `offline_updates` to {brought + total}"
+        )
+        logger.warning("`pretrained`: %s.", self._remark)
 
 
 def _adopt(learner: Any, state: dict[str, Any]) -> None:

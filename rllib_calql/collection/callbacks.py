@@ -37,10 +37,12 @@ class EpisodeCutCallback(RLlibCallback):
 
     @override(RLlibCallback)
     def on_episode_step(self, *, episode: Any, env_runner: Any = None, env_index: int = 0, **kwargs: Any) -> None:
-        """Marks the episode as truncated once it is long enough."""
+        """Marks the episode as truncated once it is long enough, or as the last step is made that it was granted."""
         activity.count(ENV_STEPS)
         limit = getattr(env_runner.config, "episode_limit_env_steps", None)
-        if limit is not None and episode.t >= limit and not episode.is_done:
+        is_long = limit is not None and episode.t >= limit
+        meter = getattr(env_runner, "_calql_meter", None)
+        if (is_long or (meter is not None and meter.cuts_episode)) and not episode.is_done:
             episode.is_truncated = True
             self._last_observations[env_index] = episode.get_observations(-1)
 

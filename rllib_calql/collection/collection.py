@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, ENV_RUNNER_SAMPLING_TIMER, TIMERS
 
+from rllib_calql.collection.budget import BudgetSpentError, EnvStepBudget
 from rllib_calql.collection.callbacks import ENV_STEPS
 from rllib_calql.collection.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.collection.env_errors import told
@@ -38,6 +39,7 @@ class EpisodeCollection:
         env_runner_group: RLlib's `EnvRunnerGroup`; None without an environment, and `step` is not called then.
         store: Says whether there are rows to update with, and draws the seeds of requests.
         lifetime: Says how many updates are due.
+        budget: Grants the env steps.
         keeper: Gets the episodes.
         weights: What the policy is to collect with.
         metrics: RLlib's `MetricsLogger`.
@@ -51,6 +53,7 @@ class EpisodeCollection:
         *,
         store: TransitionStore,
         lifetime: Lifetime,
+        budget: EnvStepBudget,
         keeper: EpisodeKeeper,
         weights: WeightPublisher,
         metrics: Any,
@@ -61,6 +64,7 @@ class EpisodeCollection:
         self._group = env_runner_group
         self._store = store
         self._lifetime = lifetime
+        self._budget = budget
         self._keeper = keeper
         self._weights = weights
         self._metrics = metrics
@@ -75,12 +79,16 @@ class EpisodeCollection:
                 timeout_s=config.sample_timeout_s,
                 num_envs=config.num_envs_per_env_runner,
                 max_requests=config.max_requests_in_flight_per_env_runner,
+                budget=budget,
             )
 
     # --- One training step -------------------------------------------------------------------------------------------
 
     def step(self, updater: Updater) -> None:
         """Collects an episode of every environment, and has the updates made that they owe.
+
+        As the budget of env steps is spent, the episodes under way are cut and stored, and all updates are made that
+        are still owed.
 
         Raises:
             RuntimeError: If the environment or all env runners fail again and again.
@@ -89,11 +97,32 @@ class EpisodeCollection:
         if self._collector is not None and self._config.sample_async:
             self._collect_and_update(self._collector, updater)
             return
-        with self._metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            episodes, metrics = self._collect_round()
-        self._take_in(episodes, metrics)
+        if not self._budget.is_spent:
+            with self._metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+                episodes, metrics = self._collect_round()
+            self._take_in(episodes, metrics)
+        if self._budget.is_spent:
+            self._take_in(self._cut(), [])
         if num_updates := self._num_updates_due(updater):
             updater.update(num_updates, online=True)
+
+    def is_complete(self, updater: Updater) -> bool:
+        """Whether the budget of env steps is spent and all updates that it owes are made."""
+        return self._budget.is_spent and not self._num_updates_due(updater)
+
+    def refuse_more(self, updater: Updater) -> None:
+        """Refuses another step once this `is_complete`.
+
+        Raises:
+            BudgetSpentError: Naming the way out.
+        """
+        if self.is_complete(updater):
+            limit, taken = self._budget.limit, self._lifetime.num_online_env_steps_taken
+            raise BudgetSpentError(
+                f"`max_online_env_steps` is {limit}, and {taken} env steps have been taken; the environment is not "
+                "touched any more. To go on, raise it: `CalQL.from_checkpoint(path, config=...)` in Python, in the "
+                "experiment's file with `--resume`."
+            )
 
     def _collect_round(self) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """One round of every env runner: an episode each, or with several sub-environments a share of steps."""
@@ -101,30 +130,67 @@ class EpisodeCollection:
         is_vectorised = self._config.num_envs_per_env_runner > 1
         arguments = self._request(self._num_env_steps_per_round() if is_vectorised else None)
         if self._collector is not None:
-            return self._collector.collect_round(lambda _: partial(collect_or_tell, **arguments))
-        with told("Collecting an episode"):
-            collected = collect(self._group.local_env_runner, **arguments | {"weights": None})
+            return self._collector.collect_round(
+                lambda _, granted: partial(collect_or_tell, **arguments, max_env_steps=granted),
+                max_granted=self._env_steps_of_a_request,
+            )
+        granted, taken = self._budget.grant(self._env_steps_of_a_request()), 0
+
+        def note(num_env_steps: int) -> None:
+            nonlocal taken
+            taken = num_env_steps
+
+        try:
+            with told("Collecting an episode"):
+                arguments |= {"weights": None, "max_env_steps": granted, "on_taken": note}
+                collected = collect(self._group.local_env_runner, **arguments)
+        finally:
+            self._budget.settle(granted, taken)
         return self._joiner.add(collected.pieces), [collected.metrics]
+
+    def _env_steps_of_a_request(self) -> float:
+        """Env steps that one runner may make of a round: its share of those left, but not less than an episode."""
+        num_runners = max(1, self._config.num_env_runners)
+        if self._config.num_envs_per_env_runner > 1:
+            most: float = self._num_env_steps_per_round() + self._config.num_envs_per_env_runner - 1
+        elif math.isinf(self._budget.left):
+            return math.inf
+        else:
+            most = float(self._config.episode_limit_env_steps)
+        if math.isinf(self._budget.left):
+            return most
+        mean_length = self._env_steps_of_a_round() / self._num_envs if self._lifetime.num_online_episodes else 0.0
+        share = max(self._budget.left // num_runners, math.ceil(mean_length), self._config.num_envs_per_env_runner)
+        return float(min(most, share))
+
+    def _cut(self) -> list[SingleAgentEpisode]:
+        return self._joiner.cut() + (self._collector.cut() if self._collector is not None else [])
 
     def _collect_and_update(self, collector: Collector, updater: Updater) -> None:
         """Updates while env runners collect, until as many episodes are stored as there are environments."""
-        lifetime = self._lifetime
+        lifetime, budget = self._lifetime, self._budget
         begin, num_begun, seconds_before = time.perf_counter(), lifetime.num_online_episodes, updater.seconds_timed
         num_steps_begun = lifetime.num_online_env_steps
-        while lifetime.num_online_episodes - num_begun < self._num_envs:
+        while not self.is_complete(updater):
+            if lifetime.num_online_episodes - num_begun >= self._num_envs and not budget.is_spent:
+                break
             round_env_steps = self._env_steps_of_a_round()
             staleness = self._config.max_staleness_env_steps
             limit = round_env_steps if staleness is None else float(staleness)
             # Learners that have nothing to do need the ends of episodes.
             if not self._num_updates_due(updater) or lifetime.num_env_steps_behind <= limit:
                 collector.ask(
-                    lambda num_env_steps: partial(collect_or_tell, **self._request(num_env_steps)),
+                    lambda num_env_steps, granted: partial(
+                        collect_or_tell, **self._request(num_env_steps), max_env_steps=granted
+                    ),
                     max_env_steps=max(limit, round_env_steps),
                 )
             self._take_in(*collector.fetch())
+            if budget.is_spent:
+                self._take_in(self._cut(), [])
             if num_updates := self._num_updates_due(updater):
                 updater.update(min(num_updates, _num_updates_between_requests(updater)), online=True)
-            else:
+            elif not budget.is_spent:
                 self._say_collecting(lifetime.num_online_env_steps - num_steps_begun)
                 with self._metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                     collector.wait()
@@ -209,11 +275,12 @@ class EpisodeCollection:
 
     def get_state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self.num_failures}
+        return {keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self.num_failures, **self._budget.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint; empty in one of an earlier version."""
         self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0)
+        self._budget.set_state(state)
         if self._collector is not None:
             self._collector.forget_failures()  # They belong to the run that is left.
 

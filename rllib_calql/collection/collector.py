@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_calql.collection.budget import EnvStepBudget
 from rllib_calql.collection.callbacks import ENV_STEPS
 from rllib_calql.collection.requests import Collected, EpisodeJoiner, Failure
 from rllib_calql.system import activity
@@ -27,8 +28,8 @@ _POLL_SECONDS = 0.01
 _STOP_SECONDS = 10.0
 _MAX_GROWTH = 4.0  # Of a request over the one before: the first ones hold resets and warm-ups.
 
-# Makes what an env runner runs, for a number of env steps.
-MakeTask = Callable[[int], Callable[[Any], Any]]
+# Makes what an env runner runs, for a number of env steps wished for, and the number that it may make at most.
+MakeTask = Callable[[int, float], Callable[[Any], Any]]
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Runner:
         next_attempt: When a lost one is asked again.
         num_failures: How often it failed since its last finished episode.
         num_env_steps: Env steps of its next asynchronous request.
+        granted: Env steps that the requests under way might make.
     """
 
     num_outstanding: int = 0
@@ -50,6 +52,7 @@ class _Runner:
     next_attempt: float = 0.0
     num_failures: int = 0
     num_env_steps: int = 1
+    granted: float = 0.0
 
 
 class Collector:
@@ -63,14 +66,18 @@ class Collector:
         timeout_s: Seconds after which a runner that does not answer counts as hanging.
         num_envs: Sub-environments of each runner.
         max_requests: Requests that a runner may have at once.
+        budget: Grants the env steps of requests.
     """
 
-    def __init__(self, group: Any, *, timeout_s: float, num_envs: int, max_requests: int) -> None:
+    def __init__(
+        self, group: Any, *, timeout_s: float, num_envs: int, max_requests: int, budget: EnvStepBudget
+    ) -> None:
         self._group = group
         self._manager = group._worker_manager
         self._timeout_s = timeout_s
         self._num_envs = num_envs
         self._max_requests = max_requests
+        self._budget = budget
         self._runners = {index: _Runner(num_env_steps=num_envs) for index in self._manager.actor_ids()}
         self._joiner = EpisodeJoiner()
         self._generation = 0
@@ -101,14 +108,23 @@ class Collector:
 
     # --- Requests ----------------------------------------------------------------------------------------------------
 
-    def ask(self, make_task: MakeTask, *, max_requests: int | None = None, max_env_steps: float = math.inf) -> None:
-        """Sends requests to every runner that has room for them.
+    def ask(
+        self,
+        make_task: MakeTask,
+        *,
+        max_requests: int | None = None,
+        max_env_steps: float = math.inf,
+        max_granted: float | None = None,
+    ) -> None:
+        """Sends requests to every runner that has room for them, as long as the budget grants them env steps.
 
         Args:
             make_task: Makes what runs inside a runner.
             max_requests: Requests that a runner may have at once; None for the constructor's.
             max_env_steps: Env steps of all requests together that may be under way, but never less than a step of
                 every environment in each.
+            max_granted: Env steps that one request may make at most; None for what is asked for, and the steps of other
+                sub-environments that RLlib makes beyond it.
         """
         now = time.monotonic()
         max_requests = max_requests or self._max_requests
@@ -116,14 +132,20 @@ class Collector:
         for index, runner in self._runners.items():
             limit = 1 if runner.is_lost else max_requests
             while runner.num_outstanding < limit and now >= runner.next_attempt:
+                size = int(max(self._num_envs, min(share, runner.num_env_steps)))
+                granted = self._budget.grant(size + self._num_envs - 1 if max_granted is None else max_granted)
+                if not granted:
+                    return
                 sent = self._group.foreach_env_runner_async(
-                    make_task(int(max(self._num_envs, min(share, runner.num_env_steps)))),
+                    make_task(size, granted),
                     tag=self._tag,
                     healthy_only=False,
                     remote_worker_ids=[index],
                 )
                 if not sent:
+                    self._budget.settle(granted, 0)
                     break
+                runner.granted += granted
                 if runner.num_outstanding == 0:
                     runner.since = now
                 runner.num_outstanding += 1
@@ -151,8 +173,14 @@ class Collector:
         """Waits a moment for results."""
         time.sleep(_POLL_SECONDS)
 
-    def collect_round(self, make_task: MakeTask) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
+    def collect_round(
+        self, make_task: MakeTask, *, max_granted: Callable[[], float]
+    ) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """Sends one request to every runner and waits for those that are not lost.
+
+        Args:
+            make_task: Makes what runs inside a runner.
+            max_granted: Says how many env steps one request may make at most.
 
         Returns:
             Episodes that are complete now, in the order of runners where all answer, and metrics of the runners.
@@ -161,8 +189,8 @@ class Collector:
             RuntimeError: If all runners are lost for good.
         """
         arrived: list[tuple[int, Collected]] = []
-        while not arrived:
-            self.ask(make_task, max_requests=1)
+        while not arrived and not self._budget.is_spent:
+            self.ask(make_task, max_requests=1, max_granted=max_granted())
             while any(runner.num_outstanding and not runner.is_lost for runner in self._runners.values()):
                 arrived += self._arrived()
                 self._lose_those_that_hang()
@@ -175,6 +203,10 @@ class Collector:
         episodes = [episode for index, collected in arrived for episode in self._join(index, collected)]
         return episodes, [collected.metrics for _, collected in arrived]
 
+    def cut(self) -> list[SingleAgentEpisode]:
+        """Ends all unfinished episodes where they are, as truncated ones, and hands them out."""
+        return self._joiner.cut()
+
     def forget_outstanding(self) -> None:
         """Gives up all requests under way and all unfinished episodes, as after a restore."""
         self._old_tags.append(self._tag)
@@ -182,6 +214,7 @@ class Collector:
         self._joiner.clear()
         for runner in self._runners.values():
             runner.num_outstanding = 0
+            self._settle_lost(runner)
 
     def take_recovered(self) -> list[int]:
         """Indices of runners that came back since the last call."""
@@ -207,6 +240,8 @@ class Collector:
             index, value = result.actor_id, result.get()
             if index in lost:
                 continue  # What a broken environment made of the request behind the one that failed.
+            if isinstance(value, (Collected, Failure)):
+                self._settle(self._runners[index], value.granted, value.taken)
             if result.ok and isinstance(value, Collected):
                 self._note_result(index)
                 activity.count(ENV_STEPS, value.num_env_steps)
@@ -218,6 +253,19 @@ class Collector:
             else:
                 self._lose(index, _first_line(value), is_restarting=isinstance(value, ActorUnavailableError))
         return arrived
+
+    def _settle(self, runner: _Runner, granted: float, taken: int) -> None:
+        if math.isinf(granted) or granted <= runner.granted:  # Otherwise it was given up, and counted then.
+            runner.granted = 0.0 if math.isinf(granted) else runner.granted - granted
+            self._budget.settle(granted, taken)
+
+    def _settle_lost(self, runner: _Runner) -> None:
+        """Counts what a runner was granted as taken: it may have been."""
+        granted, runner.granted = runner.granted, 0.0
+        if granted and math.isfinite(granted):
+            self._budget.settle(granted, None)
+            if self._budget.limit is not None:
+                logger.warning("Up to %d env steps that were lost count for `max_online_env_steps`.", granted)
 
     def _note_result(self, index: int) -> None:
         runner = self._runners[index]
@@ -252,6 +300,7 @@ class Collector:
         runner = self._runners[index]
         was_lost, runner.is_lost = runner.is_lost, True
         runner.num_outstanding = 0
+        self._settle_lost(runner)
         runner.num_env_steps = self._num_envs
         now = time.monotonic()
         if self.num_healthy == 0 and self._all_lost_since is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import tree
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
+from rllib_calql.collection.budget import EnvStepMeter, GrantSpentError
 from rllib_calql.collection.env_errors import described
 from rllib_calql.learning.weights import Weights
 
@@ -28,19 +31,31 @@ class Collected:
         metrics: The runner's metrics.
         num_env_steps: Env steps made.
         seconds: Time they took.
+        granted: Env steps that it might have made.
+        taken: Env steps that the environments have taken, also those of which nothing is left.
     """
 
     pieces: list[SingleAgentEpisode]
     metrics: dict[str, Any]
     num_env_steps: int
     seconds: float
+    granted: float = math.inf
+    taken: int = 0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong inside an env runner, as text: the exception's class may not be known outside."""
+    """What went wrong inside an env runner, as text: the exception's class may not be known outside.
+
+    Attributes:
+        cause: The text.
+        granted: Env steps that the request might have made.
+        taken: Env steps that it has made.
+    """
 
     cause: str
+    granted: float = math.inf
+    taken: int = 0
 
 
 def collect(
@@ -51,6 +66,8 @@ def collect(
     random_actions: bool,
     weights: Weights | None = None,
     generation: int = 0,
+    max_env_steps: float = math.inf,
+    on_taken: Callable[[int], None] = lambda _: None,
 ) -> Collected:
     """Runs inside an env runner: samples one episode or a number of steps.
 
@@ -67,6 +84,8 @@ def collect(
         weights: Weights to take first unless the runner has them; None keeps the runner's.
         generation: Where it grows, all sub-environments begin anew: their unfinished episodes are of no use after a
             restore.
+        max_env_steps: Env steps that may be taken at most, over all sub-environments. A whole episode is cut there.
+        on_taken: Called with the env steps taken, also if something is raised.
 
     Returns:
         Episodes or pieces, and the runner's metrics.
@@ -80,8 +99,10 @@ def collect(
     is_stale = getattr(runner, "_calql_generation", generation) != generation
     runner._calql_generation = generation
     begin = time.perf_counter()
+    meter = EnvStepMeter(runner, max_env_steps, is_whole_episode=num_env_steps is None)
+    pieces: list[SingleAgentEpisode] = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), meter:
             torch.manual_seed(runner_seed)
             if num_env_steps is None or is_stale or getattr(runner, "_needs_initial_reset", False):
                 runner._seed = runner_seed
@@ -89,11 +110,17 @@ def collect(
             if num_env_steps is None:
                 pieces = runner.sample(num_episodes=1, explore=True)
             else:
-                pieces = runner.sample(num_timesteps=num_env_steps, explore=True)
+                # RLlib makes up to a step of all other sub-environments more than it is asked for.
+                most = max_env_steps - (runner.num_envs - 1)
+                pieces = runner.sample(num_timesteps=int(min(num_env_steps, most)), explore=True)
+    except GrantSpentError:
+        runner._needs_initial_reset = True
     finally:
         runner.module.explores_randomly = False
+        on_taken(meter.num_env_steps)
     seconds = time.perf_counter() - begin
-    return Collected(pieces, runner.get_metrics(), sum(len(piece) for piece in pieces), seconds)
+    num_made = sum(len(piece) for piece in pieces)
+    return Collected(pieces, runner.get_metrics(), num_made, seconds, max_env_steps, meter.num_env_steps)
 
 
 def collect_or_tell(runner: Any, **arguments: Any) -> Collected | Failure:
@@ -101,10 +128,11 @@ def collect_or_tell(runner: Any, **arguments: Any) -> Collected | Failure:
 
     RLlib would end the runner's process, and its cause would be in that process's log alone.
     """
+    taken: list[int] = []
     try:
-        return collect(runner, **arguments)
+        return collect(runner, **arguments, on_taken=taken.append)
     except Exception as error:
-        return Failure(described(error))
+        return Failure(described(error), arguments.get("max_env_steps", math.inf), sum(taken))
 
 
 def evaluate_or_tell(runner: Any) -> Failure | None:
@@ -148,6 +176,14 @@ class EpisodeJoiner:
                 if begun[0].t_started == 0:  # Otherwise its beginning was lost with a restored run or a dead runner.
                     finished.append(join_pieces(begun))
         return finished
+
+    def cut(self) -> list[SingleAgentEpisode]:
+        """Ends all unfinished episodes where they are, as truncated ones, and hands them out."""
+        unfinished = [pieces for pieces in self._pieces.values() if pieces[0].t_started == 0]
+        self.clear()
+        for pieces in unfinished:
+            pieces[-1].is_truncated = True
+        return [join_pieces(pieces) for pieces in unfinished if sum(map(len, pieces))]
 
     def forget(self, runner: int) -> int:
         """Forgets the unfinished episodes of an env runner that is lost, and returns their number."""

@@ -29,6 +29,7 @@ class Lifetime:
         self._num_online_updates = 0
         self._num_online_env_steps = 0
         self._num_online_episodes = 0
+        self._num_online_env_steps_taken = 0
         self._updates_owed = 0.0
 
     @property
@@ -55,6 +56,11 @@ class Lifetime:
     def num_online_episodes(self) -> int:
         """Episodes stored so far."""
         return self._num_online_episodes
+
+    @property
+    def num_online_env_steps_taken(self) -> int:
+        """Env steps that environments have taken for training so far, whether or not they could be stored."""
+        return self._num_online_env_steps_taken
 
     @property
     def updates_owed(self) -> float:
@@ -98,6 +104,10 @@ class Lifetime:
         self._num_online_episodes += 1
         self._updates_owed += self._updates_per_env_step * max(0, self._num_online_env_steps - begun)
 
+    def count_env_steps_taken(self, num_env_steps: int) -> None:
+        """Counts env steps that environments have taken."""
+        self._num_online_env_steps_taken += num_env_steps
+
     def take_back_updates(self, counters: Mapping[str, int]) -> None:
         """Returns to the updates of earlier `counters`, as lost learners do; those after them are owed again."""
         self._num_offline_updates = counters[keys.NUM_OFFLINE_UPDATES_LIFETIME]
@@ -111,12 +121,13 @@ class Lifetime:
     # --- Results and checkpoints -------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, int]:
-        """The four counters under their names in results."""
+        """The counters under their names in results."""
         return {
             keys.NUM_OFFLINE_UPDATES_LIFETIME: self._num_offline_updates,
             keys.NUM_ONLINE_UPDATES_LIFETIME: self._num_online_updates,
             keys.NUM_ONLINE_ENV_STEPS_LIFETIME: self._num_online_env_steps,
             keys.NUM_ONLINE_EPISODES_LIFETIME: self._num_online_episodes,
+            keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME: self._num_online_env_steps_taken,
         }
 
     def get_state(self) -> dict[str, Any]:
@@ -129,4 +140,7 @@ class Lifetime:
         self._num_online_updates = state[keys.NUM_ONLINE_UPDATES_LIFETIME]
         self._num_online_env_steps = state[keys.NUM_ONLINE_ENV_STEPS_LIFETIME]
         self._num_online_episodes = state[keys.NUM_ONLINE_EPISODES_LIFETIME]
+        # Checkpoints of earlier versions know of stored ones alone.
+        stored = self._num_online_env_steps
+        self._num_online_env_steps_taken = state.get(keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME, stored)
         self._updates_owed = state[_UPDATES_OWED]

@@ -11,6 +11,7 @@ NUM_OFFLINE_UPDATES_LIFETIME = "num_offline_updates_lifetime"  # Gradient update
 NUM_ONLINE_UPDATES_LIFETIME = "num_online_updates_lifetime"  # Gradient updates of the online phase so far.
 NUM_ONLINE_ENV_STEPS_LIFETIME = "num_online_env_steps_lifetime"  # Env steps of finished episodes stored so far.
 NUM_ONLINE_EPISODES_LIFETIME = "num_online_episodes_lifetime"  # Finished episodes stored so far.
+NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME = "num_online_env_steps_taken_lifetime"  # Those stored, unfinished and lost ones.
 UPDATES_PER_S = "updates_per_s"  # Gradient updates per second of this result's training steps, sampling included.
 
 Q_OUT_OF_RANGE = "q_out_of_range"  # How far mean Q lies outside the possible returns, see `DivergenceWatch`.
@@ -42,6 +43,7 @@ OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, r
 OFFLINE_DATA_WARNINGS = "offline_data_warnings"  # What looks wrong in the offline data, one finding a line; or absent.
 
 SUCCESS_WARNING = "success_warning"  # That no episode shows `success_key`; absent if one does, or it is not set.
+PRETRAINED_WARNING = "pretrained_warning"  # Which offline updates `pretrained` has brought; absent if it says nothing.
 
 # Below "env_runners" and "evaluation/env_runners"
 SUCCESS_RATE = "success_rate"  # Mean success of the episodes whose infos say, see `success_key` and `success_rule`.

@@ -26,13 +26,14 @@ from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.run_checkpoints import drop_results_made_again, tell_where_it_goes_on
 from rllib_calql.experiments.schedulers import mutations
 from rllib_calql.experiments.search_spaces import find_spaces
+from rllib_calql.progress.budget import is_budget_spent
 
-# How a run is executed, not what it computes. Only these settings of the file count when a run is resumed.
+# How a run is executed and when it ends, not what it computes. Only these settings of the file count at a resume.
 EXECUTION_SETTINGS = frozenset(
     {
         *("num_env_runners", "num_envs_per_env_runner", "num_cpus_per_env_runner", "num_gpus_per_env_runner"),
         *("custom_resources_per_env_runner", "gym_env_vectorize_mode", "max_requests_in_flight_per_env_runner"),
-        *("sample_async", "max_staleness_env_steps", "sample_timeout_s"),
+        *("sample_async", "max_staleness_env_steps", "sample_timeout_s", "max_online_env_steps"),
         *("num_learners", "num_cpus_per_learner", "num_gpus_per_learner", "local_gpu_idx"),
         *("num_cpus_for_main_process", "placement_strategy", "log_level"),
         *("evaluation_num_env_runners", "evaluation_parallel_to_training", "evaluation_sample_timeout_s"),
@@ -83,8 +84,9 @@ def prepare_resume(experiment: Experiment, storage_path: str, announce: Callable
     not_applied: dict[str, None] = {}
     for trial in trials:
         _take_newest_checkpoint(trial, needs_marks=needs_marks, announce=announce)
+        former_config = dict(trial.config)
         not_applied |= dict.fromkeys(_apply_settings(trial, experiment))
-        _judge_by_stop(trial, experiment.stop, announce)
+        _judge_by_stop(trial, experiment.stop, announce, former_config=former_config)
         if trial.storage.trial_dir_name is not None:
             run_state.drop_torn_lines(filesystem, posixpath.join(trial.storage.trial_fs_path, EXPR_RESULT_FILE))
     tell_where_it_goes_on(trials, experiment.name, announce)
@@ -298,8 +300,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}..."
 
 
-def _judge_by_stop(trial: Trial, stop: Mapping[str, float], announce: Callable[[str], None]) -> None:
-    """Ends a trial that has reached `stop`, and lets one go on that had only reached the former."""
+def _judge_by_stop(
+    trial: Trial,
+    stop: Mapping[str, float],
+    announce: Callable[[str], None],
+    *,
+    former_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Ends a trial that has reached `stop` or its budget, and lets one go on that had only reached the former ones."""
     former, trial.stopping_criterion = trial.stopping_criterion, dict(stop)
     if trial.status == Trial.ERROR:
         return
@@ -307,7 +315,9 @@ def _judge_by_stop(trial: Trial, stop: Mapping[str, float], announce: Callable[[
     last = trial.run_metadata.last_result if trial.status == Trial.TERMINATED else {}
     last = last or (latest.metrics if latest is not None else {})
     has_ended = trial.status == Trial.TERMINATED or bool(last.get("done"))
-    if _is_reached(stop, last) or (has_ended and not _is_reached(former, last)):
+    is_reached = _is_reached(stop, last) or is_budget_spent(last, trial.config)
+    was_reached = _is_reached(former, last) or is_budget_spent(last, former_config or trial.config)
+    if is_reached or (has_ended and not was_reached):
         trial.set_status(Trial.TERMINATED)
         trial.run_metadata.last_result = last
     elif has_ended and latest is None:

@@ -1,4 +1,4 @@
-"""What a trial has used of its budget: the metrics in `stop` that only grow, as far as they have grown."""
+"""What a trial has used of its budget: the metrics in `stop` that only grow, and `max_online_env_steps`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rllib_calql.common import metrics as keys
 _TIMES = ("time_total_s", "time_since_restore")
 _UNITS = {
     keys.NUM_ONLINE_ENV_STEPS_LIFETIME: "online env steps",
+    keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME: "online env steps taken",
     "num_env_steps_sampled_lifetime": "env steps",
     "env_runners/num_env_steps_sampled_lifetime": "env steps",
     keys.NUM_ONLINE_EPISODES_LIFETIME: "online episodes",
@@ -52,14 +53,36 @@ def format_budget(result: Mapping[str, Any], stop: Mapping[str, float]) -> str |
     return ", ".join(parts) or None
 
 
-def format_reached(result: Mapping[str, Any], stop: Mapping[str, float]) -> str | None:
-    """Which metrics of `stop` a result has reached, for example "`training_iteration` is 3 of 3"; None if none."""
+def limits_of(stop: Mapping[str, float], config: Mapping[str, Any]) -> dict[str, float]:
+    """`stop` and, as a metric like those in it, the setting `max_online_env_steps` of a trial's config."""
+    limit = config.get("max_online_env_steps")
+    return dict(stop) if limit is None else {**stop, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME: limit}
+
+
+def is_budget_spent(result: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a result has reached `max_online_env_steps`: all sub-environments of a runner step together."""
+    limit = config.get("max_online_env_steps")
+    taken = value_of(result, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME) or 0
+    return limit is not None and taken + config.get("num_envs_per_env_runner", 1) > limit
+
+
+def format_reached(result: Mapping[str, Any], stop: Mapping[str, float], config: Mapping[str, Any]) -> str | None:
+    """Which metrics of `stop` a result has reached, for example "`training_iteration` is 3 of 3"; None if none.
+
+    Args:
+        result: The trial's last result.
+        stop: Metric path -> value at which the trial ends.
+        config: The trial's, whose `max_online_env_steps` is one more reason.
+    """
     values = {metric: value_of(result, metric) for metric in stop}
     reached = [
         f"`{metric}` is {_number(value)} of {_number(stop[metric])}"
         for metric, value in values.items()
         if value is not None and value >= stop[metric]
     ]
+    if is_budget_spent(result, config):
+        taken = value_of(result, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME) or 0
+        reached.append(f"{taken:,.0f} of `max_online_env_steps` {config['max_online_env_steps']:,} are taken")
     return ", ".join(reached) or None
 
 

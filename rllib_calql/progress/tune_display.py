@@ -9,7 +9,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from rllib_calql.common import metrics as keys
-from rllib_calql.progress.budget import format_budget, format_reached
+from rllib_calql.progress.budget import format_budget, format_reached, limits_of
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.lines import Totals, TrialProgress, format_summary, observe
 from rllib_calql.system.activity import Listener
@@ -82,7 +82,7 @@ class ProgressCallback(tune.Callback):
             if finding not in self._data:
                 self._data.add(finding)
                 self._display.print(f"Warning, offline data: {finding}.")
-        for warning in (result.get(keys.Q_WARNING), result.get(keys.SUCCESS_WARNING)):
+        for warning in map(result.get, (keys.Q_WARNING, keys.SUCCESS_WARNING, keys.PRETRAINED_WARNING)):
             if warning is not None and (trial.trial_id, warning) not in self._warnings:
                 self._warnings.add((trial.trial_id, warning))
                 self._display.print(f"Warning, {trial}: {warning}.")
@@ -111,7 +111,9 @@ class ProgressCallback(tune.Callback):
                 if not result:  # Never started.
                     continue
                 progress = observe(TrialProgress(label=str(trial)), result, self._totals(trial))
-                already_ended = format_reached(result, self._stop) or "a scheduler or its algorithm had ended it"
+                already_ended = (
+                    format_reached(result, self._stop, trial.config) or "a scheduler or its algorithm had ended it"
+                )
             status = {Trial.ERROR: "failed", Trial.TERMINATED: "ended"}.get(trial.status, "interrupted")
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
             summary = format_summary(
@@ -119,7 +121,7 @@ class ProgressCallback(tune.Callback):
                 status,
                 checkpoint,
                 best_checkpoint=self._best_of(trial),
-                budget=format_budget(result, self._stop),
+                budget=format_budget(result, limits_of(self._stop, trial.config)),
                 already_ended=already_ended,
             )
             self._display.print(summary)
@@ -133,7 +135,11 @@ class ProgressCallback(tune.Callback):
             self._listener = None
 
     def _totals(self, trial: Trial) -> Totals:
-        return Totals(offline_updates=trial.config.get("offline_updates"), stop=self._stop)
+        stop = limits_of(self._stop, trial.config)
+        if (limit := stop.get(keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME)) is not None:
+            stored = keys.NUM_ONLINE_ENV_STEPS_LIFETIME
+            stop[stored] = min(limit, stop.get(stored, limit))
+        return Totals(offline_updates=trial.config.get("offline_updates"), stop=stop)
 
 
 def speaker_of(trial: Trial) -> str:

@@ -84,6 +84,7 @@ class CalQLSettings(CQLConfig):
         self.sample_async = True
         self.max_staleness_env_steps: int | None = None
         self.max_episode_env_steps = 10_000
+        self.max_online_env_steps: int | None = None
         self.pretrained: str | None = None
 
         # .evaluation()
@@ -283,6 +284,7 @@ class CalQLSettings(CQLConfig):
         sample_async: bool = NotProvided,
         max_staleness_env_steps: int | None = NotProvided,
         max_episode_env_steps: int = NotProvided,
+        max_online_env_steps: int | None = NotProvided,
         pretrained: PathLike | None = NotProvided,
     ) -> Self:
         """Sets the two phases and the switch between them.
@@ -306,9 +308,12 @@ class CalQLSettings(CQLConfig):
                 runners wait for the learners. None: the mean length of an episode for every environment.
             max_episode_env_steps: Steps after which an online episode is cut by the truncation rule and stored, at most
                 `online_capacity`. The environment is not reset there.
+            max_online_env_steps: Env steps that training may take over the lifetime of the run, never more, warm-up
+                included and evaluation not; None for no bound. The result that reaches it has `done=True`, and the next
+                `train()` raises `BudgetSpentError` without touching the environment.
             pretrained: Checkpoint of another run that this one starts from: its networks, optimisers and temperature,
-                and its count of offline updates. `offline_updates` may then be left out, for no more of them. It is
-                code, as every checkpoint: name only one that you would run as a program.
+                and its count of offline updates, which counts for `offline_updates`. That may be left out then, for no
+                more of them. It is code, as every checkpoint: name only one that you would run as a program.
 
         Returns:
             This config.
@@ -330,6 +335,7 @@ class CalQLSettings(CQLConfig):
             sample_async=sample_async,
             max_staleness_env_steps=max_staleness_env_steps,
             max_episode_env_steps=max_episode_env_steps,
+            max_online_env_steps=max_online_env_steps,
             pretrained=pretrained,
         )
         return self

@@ -74,6 +74,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_data(config)
     check_model_config(config.model_config)
     _check_collection(config)
+    _check_budget(config)
     _check_phases(config)
     _check_success(config)
 
@@ -306,6 +307,28 @@ def _check_collection(config: CalQLConfig) -> None:
     if not _is_integer(config.num_envs_per_env_runner, 1):
         raise ValueError(
             f"`num_envs_per_env_runner` must be a positive integer, got {config.num_envs_per_env_runner!r}."
+        )
+
+
+def _check_budget(config: CalQLConfig) -> None:
+    limit = config.max_online_env_steps
+    if limit is None or config.in_evaluation:  # Evaluations are not counted.
+        return
+    if not _is_integer(limit, 1):
+        raise ValueError(f"`max_online_env_steps` must be None or a positive integer, got {limit!r}.")
+    if config.env is None:
+        raise ValueError(
+            f"`max_online_env_steps` is {limit} and there is no environment; set `.environment(...)` or drop it."
+        )
+    if limit < config.num_envs_per_env_runner:
+        raise ValueError(
+            f"`max_online_env_steps` must be at least `num_envs_per_env_runner`, {config.num_envs_per_env_runner}, "
+            f"since sub-environments step together; got {limit}."
+        )
+    if limit <= config.num_warmup_env_steps:
+        raise ValueError(
+            f"`max_online_env_steps` is {limit} and the warm-up alone takes {config.num_warmup_env_steps} env steps, "
+            "so nothing would be learned online; raise it or lower `warmup_env_steps`."
         )
 
 

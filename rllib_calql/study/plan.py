@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -197,10 +198,14 @@ def _with_settings(entry: dict[str, Any], changes: Mapping[str, Any], where: str
 def _schedule(experiment: Experiment, how: Mapping[str, int], where: str) -> Schedule:
     if not isinstance(experiment.config, CalQLConfig):
         raise ExperimentError(f"'{where}' runs {experiment.algorithm.__name__}; a study runs CalQL.")
-    if list(experiment.stop) != [keys.NUM_ONLINE_ENV_STEPS_LIFETIME]:
+    if list(experiment.stop) != [keys.NUM_ONLINE_ENV_STEPS_LIFETIME] or math.isinf(min(experiment.stop.values())):
         raise ExperimentError(
             f"`stop` of '{where}' must be `{keys.NUM_ONLINE_ENV_STEPS_LIFETIME}` alone, so that all algorithms have "
             f"the same budget; got {experiment.stop}."
+        )
+    if experiment.config.max_online_env_steps is not None:
+        raise ExperimentError(
+            f"`stop` of '{where}' says how many env steps a trial makes; drop `max_online_env_steps`."
         )
     if any(find_spaces(vars(experiment.config))) or experiment.scheduler is not None:
         raise ExperimentError(f"'{where}' searches over settings; a study needs values.")

@@ -260,6 +260,7 @@ def test_pretrained_takes_over_networks_optimisers_and_the_count_of_updates(
         keys.NUM_ONLINE_UPDATES_LIFETIME: 0,
         keys.NUM_ONLINE_ENV_STEPS_LIFETIME: 0,
         keys.NUM_ONLINE_EPISODES_LIFETIME: 0,
+        keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME: 0,
     }
     assert algo.store.num_online == 0
     optimizer = algo.learner_group._learner.get_optimizer("default_policy", "policy")
@@ -267,7 +268,11 @@ def test_pretrained_takes_over_networks_optimisers_and_the_count_of_updates(
     expected = saved["online_learner"]["rl_module"]["default_policy"]["policy.head.weight"]
     np.testing.assert_array_equal(algo.env_runner.module.get_state()["policy.head.weight"], expected)
     assert algo.phase == keys.OFFLINE
-    algo.train()
+    told = algo.train()[keys.PRETRAINED_WARNING]
+    assert told == (
+        "6 offline updates come along with the networks and count for `offline_updates`, 8: 2 are left before it goes "
+        "online. For 8 more of them set `offline_updates` to 14"
+    )
     assert algo.num_offline_updates == 8
     assert algo.phase == keys.ONLINE
     algo.stop()

@@ -169,7 +169,7 @@ class Runner:
     """Stands for RLlib's runner: records how it was asked, draws from torch's global generator."""
 
     def __init__(self, worker_index: int | None) -> None:
-        self.worker_index = worker_index
+        self.worker_index, self.num_envs = worker_index, 1
         self.module = SimpleNamespace(explores_randomly=None)
         self.asked: dict[str, Any] = {}
         self.drawn = torch.empty(0)
@@ -180,6 +180,9 @@ class Runner:
         self.drawn = torch.rand(3)
         self.was_random = self.module.explores_randomly
         return []
+
+    def _try_env_step(self, actions: Any) -> None:
+        """Not called: `sample` makes no steps."""
 
     def get_metrics(self) -> dict[str, Any]:
         """Tells whose metrics they are."""

@@ -12,6 +12,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_calql import CalQLConfig
+from rllib_calql.collection.budget import EnvStepBudget
 from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
 from rllib_calql.collection.success_key import SuccessKeyWatch
@@ -27,7 +28,7 @@ class Runner:
     """Stands for RLlib's local runner: episodes of three steps, or pieces of two steps."""
 
     def __init__(self) -> None:
-        self.worker_index = 0
+        self.worker_index, self.num_envs = 0, 1
         self.module = SimpleNamespace(explores_randomly=False)
         self.was_random: list[bool] = []
         self.asked: list[dict[str, Any]] = []
@@ -54,6 +55,9 @@ class Runner:
         if piece.is_done:
             self._episode = None
         return piece.to_numpy()
+
+    def _try_env_step(self, actions: Any) -> None:
+        """Not called: `sample` makes its episodes itself."""
 
     def get_metrics(self) -> dict[str, Any]:
         """None."""
@@ -105,6 +109,7 @@ class Made:
             group,
             store=self.store,
             lifetime=self.lifetime,
+            budget=EnvStepBudget(self.lifetime, None, num_envs),
             keeper=keeper,
             weights=WeightPublisher(group, has_remote_runners=False),
             metrics=MetricsLogger(root=True),
@@ -163,4 +168,4 @@ def test_without_remote_runners_there_is_nothing_to_say_of_them() -> None:
     made.collection.set_state({"num_env_runner_failures_lifetime": 3})
     assert made.collection.num_failures == 3
     made.collection.set_state({})
-    assert made.collection.get_state() == {"num_env_runner_failures_lifetime": 0}
+    assert made.collection.get_state() == {"num_env_runner_failures_lifetime": 0, "num_env_steps_granted": 0}

@@ -64,6 +64,7 @@ def test_a_state_holds_everything() -> None:
         keys.NUM_ONLINE_UPDATES_LIFETIME: 1,
         keys.NUM_ONLINE_ENV_STEPS_LIFETIME: 5,
         keys.NUM_ONLINE_EPISODES_LIFETIME: 1,
+        keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME: 0,
         "updates_owed": 1.5,
     }
     restored.set_state(state)
@@ -77,3 +78,16 @@ def test_another_runs_networks_bring_its_offline_updates_alone() -> None:
     lifetime.continue_from(other.counters())
     assert lifetime.counters() == lifetime_of().counters() | {keys.NUM_OFFLINE_UPDATES_LIFETIME: 10}
     assert (lifetime.phase, lifetime.updates_owed) == ("online", 0.0)
+
+
+def test_env_steps_taken_are_counted_apart_and_earlier_checkpoints_know_of_stored_ones_alone() -> None:
+    lifetime, restored = lifetime_of(), lifetime_of()
+    lifetime.count_episode(5)
+    lifetime.count_env_steps_taken(7)
+    assert (lifetime.num_online_env_steps, lifetime.num_online_env_steps_taken) == (5, 7)
+    state = lifetime.get_state()
+    restored.set_state(state)
+    assert restored.num_online_env_steps_taken == 7
+    del state[keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME]
+    restored.set_state(state)
+    assert restored.num_online_env_steps_taken == 5

@@ -343,6 +343,23 @@ def test_the_stop_criteria_of_now_decide_which_trials_go_on(
     assert trial.stopping_criterion == {"training_iteration": now, "learners/loss": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("now", "expected"), [(None, Trial.PENDING), (30, Trial.PENDING), (21, Trial.TERMINATED), (10, Trial.TERMINATED)]
+)
+def test_a_trial_whose_budget_was_spent_goes_on_with_a_greater_one(
+    tmp_path: Path, now: int | None, expected: str
+) -> None:
+    trial = make_trial(tmp_path, num_known=1, config={"max_online_env_steps": now, "num_envs_per_env_runner": 2})
+    result = {"training_iteration": 4, "num_online_env_steps_taken_lifetime": 20, "done": True}
+    trial.run_metadata.checkpoint_manager.latest_checkpoint_result.metrics.update(result)
+    trial.run_metadata.last_result = result
+    trial.stopping_criterion = {"training_iteration": 9}
+    trial.set_status(Trial.TERMINATED)
+    former = {"max_online_env_steps": 20, "num_envs_per_env_runner": 2}
+    _judge_by_stop(trial, {"training_iteration": 9}, print, former_config=former)
+    assert trial.status == expected
+
+
 def test_a_trial_that_ended_without_a_checkpoint_is_said_not_to_go_on(tmp_path: Path) -> None:
     trial = make_trial(tmp_path)
     trial.run_metadata.last_result = {"training_iteration": 10}

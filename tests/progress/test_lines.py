@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rllib_calql.progress.budget import format_budget, format_duration, format_reached
+from rllib_calql.progress.budget import format_budget, format_duration, format_reached, limits_of
 from rllib_calql.progress.lines import (
     Evaluation,
     Totals,
@@ -108,12 +108,21 @@ def test_the_summary_says_what_of_the_budget_was_used() -> None:
     assert format_budget(result, {"evaluation/env_runners/success_rate": 0.95}) is None
 
 
+def test_the_env_steps_that_the_algorithm_may_take_are_part_of_the_budget() -> None:
+    result = {"num_online_env_steps_taken_lifetime": 1_998}
+    config = {"max_online_env_steps": 2_000, "num_envs_per_env_runner": 3}
+    assert format_budget(result, limits_of({}, config)) == "1,998 of 2,000 online env steps taken"
+    assert format_reached(result, {}, config) == "1,998 of `max_online_env_steps` 2,000 are taken"
+    assert format_reached(result, {}, config | {"num_envs_per_env_runner": 2}) is None
+    assert limits_of({"time_total_s": 5}, {"max_online_env_steps": None}) == {"time_total_s": 5}
+
+
 def test_a_trial_that_had_ended_before_says_so_why_and_how_to_go_on() -> None:
     result = {"training_iteration": 3, "evaluation": {"env_runners": {"success_rate": 0.975}}}
     stop = {"training_iteration": 3, "evaluation/env_runners/success_rate": 0.9, "time_total_s": 60}
-    reached = format_reached(result, stop)
+    reached = format_reached(result, stop, {})
     assert reached == "`training_iteration` is 3 of 3, `evaluation/env_runners/success_rate` is 0.97 of 0.90"
-    assert format_reached(result, {"time_total_s": 60, "training_iteration": 4}) is None
+    assert format_reached(result, {"time_total_s": 60, "training_iteration": 4}, {}) is None
     lines = format_summary(TrialProgress("a", wall_s=192), "ended", None, already_ended=reached).splitlines()
     assert lines[:3] == [
         "a: had already ended before, after 3:12; nothing was run",

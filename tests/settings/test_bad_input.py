@@ -316,7 +316,8 @@ def test_without_an_environment_only_the_offline_phase_runs(tmp_path: Path) -> N
     try:
         with pytest.raises(RuntimeError, match=r"Evaluation needs an environment; set `\.environment\(\.\.\.\)`"):
             algo.evaluate()
-        assert algo.train()["num_offline_updates_lifetime"] == 2
+        result = algo.train()
+        assert (result["num_offline_updates_lifetime"], result["done"]) == (2, True)  # Tune ends the trial.
         with pytest.raises(
             RuntimeError,
             match=r"offline phase is over after 2 updates and there is no environment; set `\.environment\(\.\.\.\)` "

@@ -88,6 +88,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sample_async": True,
         "max_staleness_env_steps": None,
         "max_episode_env_steps": 10_000,
+        "max_online_env_steps": None,
         "pretrained": None,
     },
 }
@@ -150,6 +151,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "sample_async": False,
         "max_staleness_env_steps": 0,
         "max_episode_env_steps": 500,
+        "max_online_env_steps": 6_000,
         "pretrained": "/runs/checkpoint",
     },
 }
@@ -776,3 +778,31 @@ def test_a_frozen_config_cannot_be_changed() -> None:
         config.fine_tuning(mixing_ratio=0.1)
     assert config.mixing_ratio == 0.5
     assert config.copy(copy_frozen=False).fine_tuning(mixing_ratio=0.1).mixing_ratio == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.fine_tuning(max_online_env_steps=0), r"must be None or a positive integer, got 0"),
+        (lambda c: c.fine_tuning(max_online_env_steps=2.5), r"must be None or a positive integer, got 2\.5"),
+        (lambda c: c.fine_tuning(max_online_env_steps=True), r"must be None or a positive integer, got True"),
+        (lambda c: c.fine_tuning(max_online_env_steps=1_000), r"is 1000 and the warm-up alone takes 1000 env steps"),
+        (
+            lambda c: c.fine_tuning(max_online_env_steps=3, warmup_env_steps=0).env_runners(num_envs_per_env_runner=4),
+            r"must be at least `num_envs_per_env_runner`, 4, since sub-environments step together; got 3",
+        ),
+        (
+            lambda c: (
+                c.environment(None).offline_data(input_="a.h5").fine_tuning(max_online_env_steps=50, offline_updates=3)
+            ),
+            r"is 50 and there is no environment; set `\.environment\(\.\.\.\)` or drop it",
+        ),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(change: Callable[[CalQLConfig], Any], message: str) -> None:
+    config = CalQLConfig().environment("Pendulum-v1")
+    change(config)
+    with pytest.raises(ValueError, match=f"`max_online_env_steps` {message}"):
+        config.validate()
+    with pytest.raises(ValueError, match=message):
+        config.copy(copy_frozen=False).validate()

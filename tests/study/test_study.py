@@ -131,6 +131,7 @@ def test_the_fingerprint_tells_settings_and_schedule_apart_and_not_seeds(tmp_pat
         ({"algorithms": {"CQL": {"calibrat": False}}}, r"Unknown setting `calibrat`.*Line \| CQL.*did you mean"),
         ({"algorithms": {"CQL": {"tau": 7.0}}}, "`tau`"),
         ({"algorithms": {"CQL": {"tau": {"grid_search": [0.1, 0.2]}}}}, "searches over settings"),
+        ({"algorithms": {"CQL": {"max_online_env_steps": 60}}}, "drop `max_online_env_steps`"),
         ({"algorithms": {"Cal-QL": {}, "cal ql": {}}}, "differ in signs alone"),
     ],
 )
@@ -159,6 +160,9 @@ def test_wrong_tasks_are_refused_by_name(tmp_path: Path) -> None:
     refuse("runs SAC; a study runs CalQL", file="sac.yaml")
     (tmp_path / "stop.yaml").write_text("a: {run: CalQL, env: Pendulum-v1, stop: {training_iteration: 3}}")
     refuse("must be `num_online_env_steps_lifetime` alone", file="stop.yaml")
+    endless = "a: {run: CalQL, env: Pendulum-v1, stop: {num_online_env_steps_lifetime: .inf}}"
+    (tmp_path / "stop.yaml").write_text(endless)
+    refuse("must be `num_online_env_steps_lifetime` alone.*got .*inf", file="stop.yaml")
 
 
 # --- Trials -----------------------------------------------------------------------------------------------------------
