@@ -48,6 +48,7 @@ _OWN_TOP_LEVEL = (
     *(keys.NUM_ONLINE_EPISODES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME),
     *(keys.UPDATES_PER_S, keys.Q_OUT_OF_RANGE),
     *(f"{keys.STORE}/{name}" for name in (keys.NUM_OFFLINE_TRANSITIONS, keys.NUM_ONLINE_TRANSITIONS)),
+    f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.DIP, keys.REGRET)),
     *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE)),
     f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
@@ -87,6 +88,7 @@ _ONLY_ONLINE = (
 )
 _ONLY_WITH_DATA = (
     *(keys.NUM_OFFLINE_UPDATES_LIFETIME, f"{keys.STORE}/{keys.NUM_OFFLINE_TRANSITIONS}"),
+    f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
     *(f"learners/default_policy/{keys.CALIBRATION_GAP_OFFLINE}", "evaluation/env_runners/normalized_score"),
 )
 _CLOSE = 0.85  # Likeness of words above which one is the other misspelt.
