@@ -1,17 +1,220 @@
-"""`stop` of an experiment: at which values of which metrics trials end, and that some end comes."""
+"""`stop` of an experiment: which metrics its results can have, and that some end comes."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandScheduler, TrialScheduler
 
+from rllib_calql.collection.callbacks import OWN_CALLBACKS
 from rllib_calql.common import metrics as keys
 from rllib_calql.config import CalQLConfig
-from rllib_calql.result_metrics import metrics_of, why_absent
+from rllib_calql.learning.diagnostics import metric_names
+
+_ENV_STEPS, _ENV_STEPS_OF_RUNNERS = "num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime"
+# Of Tune and RLlib, at the top level of every result.
+_TOP_LEVEL = (
+    *("training_iteration", "time_total_s", "time_this_iter_s", "time_since_restore", "iterations_since_restore"),
+    *("timestamp", _ENV_STEPS, "num_training_step_calls_per_iteration"),
+)
+# Of RLlib's env runners, below `env_runners` and `evaluation/env_runners`; those of one agent with its name.
+_OF_ENV_RUNNERS = (
+    *("episode_return_mean", "episode_return_min", "episode_return_max"),
+    *("episode_len_mean", "episode_len_min", "episode_len_max", "episode_duration_sec_mean"),
+    *("num_env_steps_sampled", "num_env_steps_sampled_lifetime", "num_episodes", "num_episodes_lifetime"),
+    *("env_reset_timer", "env_step_timer", "rlmodule_inference_timer", "sample", "time_between_sampling"),
+    *("env_to_module_sum_episodes_length_in", "env_to_module_sum_episodes_length_out", "weights_seq_no"),
+    "num_env_step_failures_lifetime",
+)
+_OF_AGENTS = ("agent_episode_return_mean", "num_agent_steps_sampled", "num_agent_steps_sampled_lifetime")
+_OF_MODULES = ("module_episode_return_mean", "num_module_steps_sampled", "num_module_steps_sampled_lifetime")
+_OF_GROUPS = ("num_healthy_workers", "num_remote_worker_restarts", "num_env_runners_dropped_lifetime")
+_OF_ALL_LEARNERS = (
+    *("num_env_steps_trained", "num_env_steps_trained_lifetime"),
+    *("num_module_steps_trained", "num_module_steps_trained_lifetime"),
+)
+# RLlib's, of the learner's one module, beside what the learner itself reports.
+_OF_LEARNER = (
+    *("policy_learning_rate", "critic_learning_rate", "alpha_learning_rate", "alpha_prime_learning_rate"),
+    *("num_module_steps_trained", "num_module_steps_trained_lifetime", "module_train_batch_size_mean"),
+    "weights_seq_no",
+)
+_OWN_TOP_LEVEL = (
+    *(keys.NUM_OFFLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
+    *(keys.NUM_ONLINE_EPISODES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME),
+    *(keys.UPDATES_PER_S, keys.Q_OUT_OF_RANGE),
+    *(f"{keys.STORE}/{name}" for name in (keys.NUM_OFFLINE_TRANSITIONS, keys.NUM_ONLINE_TRANSITIONS)),
+    f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
+    *(f"{keys.FINE_TUNING}/{name}" for name in (keys.DIP, keys.REGRET)),
+    *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE)),
+    f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
+    *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)),
+)
+# Any metric below these: timers of whatever a pipeline consists of, and what users log.
+_FREE = ("custom_metrics/", "timers/", "perf/", "env_runner_group/")
+_FREE_OF_RUNNERS = (
+    "env_to_module_connector/",
+    "module_to_env_connector/",
+    "num_env_steps_sampled_lifetime_throughput/",
+)
+# Of RLlib's old API stack.
+_OLD_STACK = ("timesteps_total", "episodes_total", "num_env_steps_sampled", "num_env_steps_trained")
+_NOT_NUMBERS = (
+    *(keys.PHASE, keys.OFFLINE_DATA, keys.OFFLINE_DATA_WARNINGS, keys.Q_WARNING, keys.SUCCESS_WARNING),
+    *(keys.PRETRAINED_WARNING, "date", "hostname", "node_ip", "trial_id", "done", "pid"),
+)
+# What people write -> what is meant, where it is not merely misspelt.
+_MEANT = {
+    **dict.fromkeys(("num_online_steps", "online_env_steps", "online_steps"), keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
+    **dict.fromkeys(
+        ("timesteps_total", "num_env_steps_sampled", "env_steps", "num_env_steps", "timesteps"), _ENV_STEPS
+    ),
+    **dict.fromkeys(("time_budget", "time_budget_s", "time_s", "time", "seconds"), "time_total_s"),
+    **dict.fromkeys(("iterations", "num_iterations", "training_iterations"), "training_iteration"),
+    **dict.fromkeys(("episodes_total", "num_episodes", "episodes"), "env_runners/num_episodes_lifetime"),
+    **dict.fromkeys(("episode_reward_mean", "episode_return_mean", "return"), "env_runners/episode_return_mean"),
+    "offline_updates": keys.NUM_OFFLINE_UPDATES_LIFETIME,
+    "num_env_steps_trained_lifetime": "learners/__all_modules__/num_env_steps_trained_lifetime",
+}
+_ONLY_ONLINE = (
+    *("env_runners/", _ENV_STEPS, keys.NUM_ONLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
+    keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME,
+    *(keys.NUM_ONLINE_EPISODES_LIFETIME, f"{keys.STORE}/{keys.NUM_ONLINE_TRANSITIONS}", f"{keys.COLLECTION}/"),
+    f"learners/default_policy/{keys.CALIBRATION_GAP_ONLINE}",
+)
+_ONLY_WITH_DATA = (
+    *(keys.NUM_OFFLINE_UPDATES_LIFETIME, f"{keys.STORE}/{keys.NUM_OFFLINE_TRANSITIONS}"),
+    f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
+    *(f"learners/default_policy/{keys.CALIBRATION_GAP_OFFLINE}", "evaluation/env_runners/normalized_score"),
+)
+_CLOSE = 0.85  # Likeness of words above which one is the other misspelt.
+
+
+@dataclass(frozen=True)
+class ResultMetrics:
+    """The metrics that the results of an experiment can have.
+
+    Attributes:
+        known: Paths ("/" between levels) of numbers.
+        free: Beginnings of paths that anything may follow.
+        has_own: Whether the user's own classes may report what nobody here knows.
+    """
+
+    known: frozenset[str]
+    free: tuple[str, ...]
+    has_own: bool
+
+    def fault_of(self, metric: str) -> str | None:
+        """What is wrong with a metric's name; None if results can have it."""
+        if metric in self.known or any(metric.startswith(start) and metric != start for start in self.free):
+            return None
+        if metric in _NOT_NUMBERS:
+            return f"`{metric}` is no number that could be compared"
+        likely = self._meant_by(metric)
+        is_misspelt = bool(difflib.get_close_matches(metric, self.known, n=1, cutoff=_CLOSE))
+        if self.has_own and not is_misspelt and metric not in _MEANT:
+            return None
+        meant = f"; did you mean {' or '.join(f'`{name}`' for name in likely)}?" if likely else "."
+        return (
+            f"Unknown metric `{metric}`{meant} Results have no such number, so it would never end the run. Metrics of "
+            "your own may stand below `custom_metrics/`, or anywhere if `callbacks_class` or another class of yours is "
+            "set"
+        )
+
+    def _meant_by(self, metric: str) -> list[str]:
+        if _MEANT.get(metric) in self.known:
+            return [_MEANT[metric]]
+        if same_end := sorted(name for name in self.known if name.endswith(f"/{metric}")):
+            return sorted(same_end, key=lambda name: not name.startswith("evaluation/"))[:2]
+        if close := difflib.get_close_matches(metric, sorted(self.known), n=2):
+            return close
+        ends = {name.rpartition("/")[2]: name for name in sorted(self.known)}
+        return [ends[end] for end in difflib.get_close_matches(metric.rpartition("/")[2], ends, n=2)]
+
+
+def metrics_of(config: AlgorithmConfig) -> ResultMetrics:
+    """The metrics that results of an algorithm with this config can have, whatever it is set to."""
+    is_calql = isinstance(config, CalQLConfig)
+    of_runners = [*_OF_ENV_RUNNERS, *(f"{name}/default_agent" for name in _OF_AGENTS)]
+    of_runners += [f"{name}/default_policy" for name in _OF_MODULES]
+    free_of_runners = list(_FREE_OF_RUNNERS)
+    known = {*_TOP_LEVEL, *(f"learners/__all_modules__/{name}" for name in _OF_ALL_LEARNERS)}
+    known |= {f"{group}/{name}" for group in ("fault_tolerance", "evaluation") for name in _OF_GROUPS}
+    free = [*_FREE]
+    if isinstance(config, CalQLConfig):
+        of_runners.append(keys.SUCCESS_RATE)
+        names = {*metric_names(num_critics=_largest(config.num_critics)), *_OF_LEARNER}
+        known |= {*_OWN_TOP_LEVEL, *(f"learners/default_policy/{name}" for name in names)}
+        known.add(f"evaluation/env_runners/{keys.NORMALIZED_SCORE}")
+        if config.log_gradients:
+            free.append("learners/default_policy/")
+    else:
+        free += ["learners/", "replay_buffer/"]
+        free_of_runners += [f"{name}/" for name in (*_OF_AGENTS, *_OF_MODULES)]
+    if not config.enable_env_runner_and_connector_v2:
+        known |= set(_OLD_STACK)
+        free += ["info/", "counters/", "sampler_results/", "env_runners/"]
+    known |= {f"{place}{name}" for place in ("env_runners/", "evaluation/env_runners/") for name in of_runners}
+    free += [f"{place}{name}" for place in ("env_runners/", "evaluation/env_runners/") for name in free_of_runners]
+    return ResultMetrics(frozenset(known), tuple(free), has_own=_has_own_classes(config, is_calql=is_calql))
+
+
+def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
+    """Why a metric that results can have is in none of this experiment; None if it is.
+
+    Args:
+        metric: Path, "/" between levels.
+        config: Without search spaces.
+    """
+    if metric.startswith(("evaluation/", f"{keys.FINE_TUNING}/")) and not config.evaluation_interval:
+        return "nothing is evaluated; set `evaluation_interval`"
+    if not isinstance(config, CalQLConfig):
+        return None
+    if not config.is_online and metric.startswith(_ONLY_ONLINE):
+        return "there is no environment; set `env`"
+    if not config.is_offline and metric in _ONLY_WITH_DATA:
+        return "there are no offline data; set `input_`"
+    name = metric.removeprefix("learners/default_policy/")
+    if name.startswith(keys.ALPHA_PRIME) and not config.lagrangian:
+        return "there is no multiplier; set `lagrangian: true`"
+    if name in (keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE) and not config.normalize_observations:
+        return "observations are not normalised; set `normalize_observations: true`"
+    of_runners = (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, keys.LEARNER_BUSY_SHARE)
+    if metric in [f"{keys.COLLECTION}/{key}" for key in of_runners] and not config.num_env_runners:
+        return "there are no remote env runners; set `num_env_runners`"
+    if metric == f"{keys.COLLECTION}/{keys.LEARNER_BUSY_SHARE}" and not config.sample_async:
+        return "collecting and updating take turns; set `sample_async: true`"
+    if name != metric and name not in {*metric_names(num_critics=config.num_critics), *_OF_LEARNER}:
+        beyond = name in metric_names(num_critics=100)
+        return f"there are no more than {config.num_critics} critics; raise `num_critics`" if beyond else None
+    return None
+
+
+def _largest(num_critics: Any) -> int:
+    """Names of critics that some trial may have; `why_absent` looks at each trial."""
+    return 100 if not isinstance(num_critics, int) else max(num_critics, 2)
+
+
+def _has_own_classes(config: AlgorithmConfig, *, is_calql: bool) -> bool:
+    """Whether classes or functions of the user take part, which may report anything."""
+    callbacks = config.callbacks_class
+    listed: Iterable[Any] = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if any(callback is not RLlibCallback and callback not in OWN_CALLBACKS for callback in listed if callback):
+        return True
+    if any(value for name, value in vars(config).items() if name.startswith("callbacks_on_")):
+        return True
+    names = ("custom_evaluation_function", "_env_to_module_connector", "_module_to_env_connector", "_learner_connector")
+    if any(getattr(config, name, None) is not None for name in (*names, "_learner_class", "env_runner_cls")):
+        return True
+    homes = ("rllib_calql.",) if is_calql else ("ray.rllib.",)
+    return not (config.algo_class is not None and config.algo_class.__module__.startswith(homes))
+
 
 # Metrics that grow as long as a trial interacts with its environment.
 _GROWING = (

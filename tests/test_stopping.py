@@ -13,11 +13,11 @@ from rllib_calql import CalQLConfig
 from rllib_calql.common import metrics as keys
 from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import parse_experiment, read_experiments
-from rllib_calql.result_metrics import metrics_of, why_absent
+from rllib_calql.stopping import metrics_of, why_absent
 
 METRICS = Path(metrics_of.__code__.co_filename).parent / "common" / "METRICS.md"
 BOUND = {"training_iteration": 3}
-DATA = {"input_": "data.h5", "offline_updates": 20}
+DATA = {"input_": "minari:rllib-calql/pendulum-swingup-v0", "offline_updates": 20}
 
 
 def stop_of(stop: Any, run: str = "CalQL", config: dict[str, Any] | None = None, **more: Any) -> dict[str, float]:

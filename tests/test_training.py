@@ -17,7 +17,7 @@ from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.learning.diagnostics import metric_names
-from rllib_calql.result_metrics import metrics_of
+from rllib_calql.stopping import metrics_of
 from rllib_calql.store.replay import IS_OFFLINE
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -188,7 +188,8 @@ def test_a_grid_of_another_algorithm_runs_and_its_checkpoint_can_be_evaluated(tm
 def test_a_failed_run_exits_with_1_and_names_the_cause(tmp_path: Path, join: list[str]) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     (tmp_path / "e.yaml").write_text(
-        f"bad: {{run: CalQL, env: Pendulum-v1, stop: {{}}, config: {{input_: {tmp_path}/torn.parquet, offline_updates: 9}}}}"
+        "bad: {run: CalQL, env: Pendulum-v1, stop: {}, "
+        f"config: {{input_: {tmp_path}/torn.parquet, offline_updates: 10}}}}"
     )
     failed = run_command("train", "file", f"{tmp_path}/e.yaml", "--storage-path", f"{tmp_path}/r", *join)
     assert failed.returncode == 1
