@@ -128,7 +128,7 @@ def test_yaml_blocks_are_valid_experiments(tmp_path: Path) -> None:
 def _check_command(words: list[str]) -> None:
     """Fails if the `rllib` command has no such sub-command or option, or a file of the project is not there."""
     program, *arguments = words
-    assert program in ("rllib", "python", "pip", "ray"), words
+    assert program in ("rllib", "python", "pip", "ray", "cd"), words
     for word in arguments:
         if word.split("/")[0] in FOLDERS:
             assert (ROOT / word).exists(), words
@@ -246,6 +246,7 @@ def test_every_document_can_be_reached_from_the_readme() -> None:
     [
         ("rllib_calql/datasets/FORMATS.md", "your-own-hdf5-logs", ["`terminals`", "`timeouts`", "h5py"]),
         ("rllib_calql/settings/SETTINGS.md", "", ["| `min_q_weight` | `5.0` |"]),
+        ("tuned_examples/own_system/README.md", "", ["pandas", "python convert_logs.py", "rllib train file tank.yaml"]),
         ("tuned_examples/README.md", "resuming", ["--resume"]),
         ("tests/evidence/README.md", "pointmaze-medium", ["regret", "0.08 [0.03, 0.15]", "0.67 [0.50, 0.84]"]),
         ("rllib_calql/collection/DISTRIBUTED.md", "on-several-machines", ["ray start --head", "--address auto"]),

@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from rllib_calql.commands.import_path import use_folder_of
 from rllib_calql.commands.setup import errors_in_one_line, quiet_warnings
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def inspect(
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")
     file = _plot_file(plot, no_plot)
+    use_folder_of()
     spaces = _spaces_of(env)
     with errors_in_one_line():
         report = _report_on(inputs, options, failure_reward, spaces, keep_distributions=file is not None)

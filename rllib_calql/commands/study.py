@@ -19,7 +19,6 @@ from rllib_calql.commands.setup import (
     start_ray,
     stop_ray,
 )
-from rllib_calql.progress.display import Display
 from rllib_calql.system.stop_signals import StopSignals, outliving_terminal
 
 _DEFAULT_FOLDER = "~/ray_results/studies"
@@ -49,8 +48,6 @@ def study(
     Checkpoints, also those that `pretrained` in FILE names, are code: use only those that you would run as programs.
     """
     stop.grace_s, stop.saved = grace, "No trial was begun."
-    display = click.get_current_context().with_resource(Display())
-    display.stage("loading RLlib")
     use_folder_of(file)
     prepare(verbose)
 
@@ -83,14 +80,11 @@ def study(
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
         if waiting:
-            display.stage("starting Ray" if address is None else f"joining the Ray cluster at {address}")
             start_ray(requests(plan), stop, num_cpus=num_cpus, address=address, verbose=verbose)
             stop.saved = f"What the trials wrote before is in '{folder}'; give the same command to continue."
         try:
-            display.stage("running the trials")
-            outcome = run_study(plan, waiting, folder, _say, stop, display)
+            outcome = run_study(plan, waiting, folder, _say, stop)
         finally:
-            display.stage("finishing")
             if waiting:
                 stop_ray()
         stop.saved = (

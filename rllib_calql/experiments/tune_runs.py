@@ -133,8 +133,7 @@ def _settings_of(experiment: Experiment) -> dict[str, str]:
     """What the experiment sets, as text."""
     default = experiment.algorithm.get_default_config().to_dict()  # type: ignore[attr-defined]
     settings = {setting: repr(value) for setting, value in experiment.config.to_dict().items()}
-    # RLlib keeps some behind an underscore.
-    return {name.lstrip("_"): text for name, text in settings.items() if text != repr(default.get(name))}
+    return {setting: text for setting, text in settings.items() if text != repr(default.get(setting))}
 
 
 def _restored(

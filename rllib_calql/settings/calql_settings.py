@@ -122,6 +122,8 @@ class CalQLSettings(CQLConfig):
     ) -> Self:
         """Sets loss, critics, learning rates and targets.
 
+        Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
+
         Args:
             calibrate: Whether the push-down of Q stops at the reference value. False is CQL(H).
             reference_value: What Q is bounded by: "returns_to_go", the Monte-Carlo return of the data's policy, or the
@@ -206,6 +208,8 @@ class CalQLSettings(CQLConfig):
     ) -> Self:
         """Sets where the data come from and how rewards and returns are computed.
 
+        Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
+
         Args:
             input_: One or more of: "minari:<dataset id>"; a file, folder or URI ("s3://...", "gs://...") of Parquet
                 rows, D4RL-style HDF5, NumPy .npz, or what RLlib recorded; a `ray.data.Dataset` of rows; a list of
@@ -289,6 +293,8 @@ class CalQLSettings(CQLConfig):
     ) -> Self:
         """Sets the two phases and the switch between them.
 
+        Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
+
         Args:
             offline_updates: Gradient updates before the switch. Required with offline data, unless `pretrained` is
                 set; 0 starts online at once.
@@ -350,6 +356,8 @@ class CalQLSettings(CQLConfig):
     ) -> Self:
         """Sets how the policy is evaluated, and what counts as a success in evaluation and collected episodes.
 
+        The defaults stand in `rllib_calql/settings/SETTINGS.md` as well.
+
         Args:
             success_key: Key of the environment's infos that says whether a step is a success: True, False, 1 or 0; NaN
                 and None say nothing. With "/" between the levels of nested infos, as "task/done". None: "success" and
@@ -370,6 +378,8 @@ class CalQLSettings(CQLConfig):
     @override(AlgorithmConfig)
     def rl_module(self, *, model_config: Any = NotProvided, **kwargs: Any) -> Self:
         """Sets the networks.
+
+        Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
 
         Args:
             model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and

@@ -38,7 +38,7 @@ class Evaluation:
         num_online_env_steps: Env steps stored so far.
         num_episodes: Episodes of this evaluation.
         return_mean: Their mean undiscounted return, in the environment's rewards.
-        success_rate: Share of successful ones, where the environment reports success.
+        success_rate: Mean success of its episodes, where the environment reports success.
         normalized_score: Where the data have reference scores, see `EvaluationHistory.normalized_score`.
         calibration_gap: Mean of Q(s, a) minus the reference value over offline rows; over all rows without such.
         bound_rate: Share of the sampled policy actions whose Q lies below the reference value, mean over critics.

@@ -15,16 +15,11 @@ from ray import tune
 
 import rllib_calql
 from rllib_calql.algorithm import CalQL
-from rllib_calql.common import metrics as keys
 from rllib_calql.experiments.errors import ExperimentError
-from rllib_calql.progress.display import Display
-from rllib_calql.progress.lines import Totals, TrialProgress
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial
 from rllib_calql.study.trial import checkpoints, finished_evaluations, run_trial
-from rllib_calql.system import activity
-from rllib_calql.system.activity import Listener
 from rllib_calql.system.stop_signals import StopSignals
 
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench")
@@ -58,7 +53,6 @@ def run_study(
     folder: Path,
     announce: Callable[[str], None],
     stop: StopSignals | None = None,
-    display: Display | None = None,
 ) -> Outcome:
     """Runs what is not finished yet, and writes the evaluations of all finished trials.
 
@@ -69,7 +63,6 @@ def run_study(
             be the same folder on all machines.
         announce: Called with a line for people, again and again.
         stop: Signals at which the running trials write a checkpoint and the study ends.
-        display: Where it is shown what the running trials do; None: nowhere.
     """
     if len(waiting) < len(study.trials):
         announce(f"{len(study.trials) - len(waiting)} of {len(study.trials)} trials are finished already.")
@@ -77,7 +70,7 @@ def run_study(
     is_interrupted = False
     if waiting:
         try:
-            errors = _run_with_tune(waiting, folder, announce, stop, display)
+            errors = _run_with_tune(waiting, folder, announce, stop)
             is_interrupted = stop is not None and stop.signum is not None
         except KeyboardInterrupt:
             is_interrupted = True
@@ -112,17 +105,12 @@ def unfinished_trials(study: Study, folder: Path) -> list[Trial]:
 
 
 def _run_with_tune(
-    trials: Sequence[Trial],
-    folder: Path,
-    announce: Callable[[str], None],
-    stop: StopSignals | None,
-    display: Display | None,
+    trials: Sequence[Trial], folder: Path, announce: Callable[[str], None], stop: StopSignals | None
 ) -> tuple[tuple[str, Exception], ...]:
     request = folder / TUNE_FOLDER / _STOP_FILE  # Trials on other machines see it as well.
 
     def trainable(config: dict[str, Any]) -> None:
         trial = trials[config[_TRIAL]]
-        activity.speak_as(trial.name)
 
         def report(row: Evaluation) -> None:
             tune.report({"line": _line(trial, row)})
@@ -130,11 +118,12 @@ def _run_with_tune(
         if not run_trial(trial, folder / trial.folder, report, is_stopped=request.exists):
             tune.report({"is_stopped": True})
 
-    announcing = _Announcing(trials, announce, request, display)
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(trials[config[_TRIAL]])),
         param_space={_TRIAL: tune.grid_search(list(range(len(trials))))},
-        run_config=tune.RunConfig(name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[announcing]),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Announcing(trials, announce, request)]
+        ),
     )
 
     def ask_for_checkpoints() -> None:
@@ -148,7 +137,6 @@ def _run_with_tune(
     try:
         results = tuner.fit()
     finally:
-        announcing.close()
         if stop is not None:
             stop.on_stop = None
     return tuple((trials[result.config[_TRIAL]].name, result.error) for result in results if result.error is not None)
@@ -157,48 +145,14 @@ def _run_with_tune(
 class _Announcing(tune.Callback):
     """Says what trials report, and ends the study when those that are to stop have done so."""
 
-    def __init__(
-        self,
-        trials: Sequence[Trial],
-        announce: Callable[[str], None],
-        request: Path,
-        display: Display | None = None,
-    ) -> None:
+    def __init__(self, trials: Sequence[Trial], announce: Callable[[str], None], request: Path) -> None:
         self._trials = trials
         self._announce = announce
         self._request = request
         self._num_ended = 0
-        self._display = display
-        self._listener: Listener | None = None
-        self._shown: set[str] = set()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Tune pickles callbacks with the experiment; a display has no place in there."""
-        return _Announcing, (self._trials, self._announce, self._request)
-
-    def setup(self, *args: Any, **info: Any) -> None:
-        """Begins to hear what trials do."""
-        if self._display is not None:
-            self._listener = Listener()
-            self._listener.start()
-            self._display.hear(self._listener)
-
-    def close(self) -> None:
-        """Shows no trial any more."""
-        if self._display is not None and self._listener is not None:
-            self._display.hear(None)
-            self._display.forget_trials()
-            self._listener.stop()
 
     def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
-        """Shows trials that tell what they do, and ends the study if it is to stop and no trial runs."""
-        if self._display is not None and self._listener is not None:
-            running = [self._trials[t.config[_TRIAL]] for t in trials if t.status == tune.experiment.Trial.RUNNING]
-            self._listener.follow(trial.name for trial in running)
-            for trial in running:
-                if trial.name not in self._shown and self._listener.latest(trial.name) is not None:
-                    self._shown.add(trial.name)
-                    self._display.show(trial.name, TrialProgress(trial.name), _totals(trial))
+        """Ends the study if it is to stop and no trial runs."""
         is_running = any(trial.status == tune.experiment.Trial.RUNNING for trial in trials)
         if self._request.exists() and not is_running:
             # Tune's documented way to end a run early.
@@ -212,7 +166,6 @@ class _Announcing(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """The end of one."""
         if (trial.last_result or {}).get("is_stopped"):
-            self._show_no_more(trial)
             self._announce(f"{self._trials[trial.config[_TRIAL]].name}: stopped")
         else:
             self._say_ended(trial, "finished")
@@ -221,18 +174,9 @@ class _Announcing(tune.Callback):
         """Its failure."""
         self._say_ended(trial, "FAILED")
 
-    def _show_no_more(self, trial: Any) -> None:
-        if self._display is not None:
-            self._display.end(self._trials[trial.config[_TRIAL]].name)
-
     def _say_ended(self, trial: Any, how: str) -> None:
         self._num_ended += 1
-        self._show_no_more(trial)
         self._announce(f"{self._trials[trial.config[_TRIAL]].name}: {how} ({self._num_ended}/{len(self._trials)})")
-
-
-def _totals(trial: Trial) -> Totals:
-    return Totals(trial.config.num_offline_updates, {keys.NUM_ONLINE_ENV_STEPS_LIFETIME: trial.schedule.num_env_steps})
 
 
 def _resources(trial: Trial) -> Any:

@@ -47,6 +47,11 @@ def test_help_shows_the_defaults(method: str, texts: list[str]) -> None:
     assert [text for text in texts if text not in signature] == []
 
 
+@pytest.mark.parametrize("method", ["training", "offline_data", "fine_tuning", "evaluation", "rl_module"])
+def test_the_methods_of_ours_say_where_their_defaults_are_told(method: str) -> None:
+    assert "rllib_calql/settings/SETTINGS.md" in help_on(getattr(CalQLConfig, method))
+
+
 def test_a_default_that_changes_in_the_config_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     initialise = CalQLConfig.__init__
 

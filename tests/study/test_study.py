@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
@@ -11,9 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,15 +22,13 @@ from rllib_calql.checkpoints.integrity import write_manifest
 from rllib_calql.commands.main import main
 from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import num_cpus_of_largest
-from rllib_calql.progress.display import Display
 from rllib_calql.study import trial as trials
 from rllib_calql.study.evaluations import Evaluation, read_results, write_results
 from rllib_calql.study.plan import Study, read_study
 from rllib_calql.study.report import group, summary_rows, write_report
-from rllib_calql.study.runner import _Announcing, requests
+from rllib_calql.study.runner import requests
 from rllib_calql.study.statistics import fate_of
 from rllib_calql.study.trial import finished_evaluations, run_trial
-from rllib_calql.system.activity import Told
 
 TIMEOUT_S = 150
 
@@ -407,31 +402,3 @@ def test_the_report_command_names_what_is_wrong(tmp_path: Path) -> None:
     assert "holds no results of a study" in CliRunner().invoke(main, ["report", str(tmp_path)]).output
     write_results(tmp_path, [], {"name": "empty"})
     assert "No trial in" in CliRunner().invoke(main, ["report", str(tmp_path)]).output
-
-
-def test_a_running_trial_is_shown_inside_its_iterations_until_it_ends(tmp_path: Path) -> None:
-    class Heard:
-        def follow(self, names: Iterable[str]) -> None:
-            """Of trials."""
-            self.names = list(names)
-
-        def latest(self, name: str) -> Told | None:
-            """Of a trial."""
-            return Told("updating", {"num_offline_updates_lifetime": 70}) if name in self.names else None
-
-    trial: Any = SimpleNamespace(
-        name="Maze, Cal-QL, seed 0",
-        config=SimpleNamespace(num_offline_updates=100),
-        schedule=SimpleNamespace(num_env_steps=500),
-    )
-    output, said, heard = io.StringIO(), [], Heard()
-    display = Display(output)
-    display.hear(heard)
-    announcing = _Announcing([trial], said.append, tmp_path / "stop", display)
-    announcing._listener = heard  # type: ignore[assignment]  # As `setup` sets it where Ray runs.
-    of_tune = SimpleNamespace(config={"trial": 0}, status="RUNNING", last_result={})
-    announcing.on_step_begin(0, [of_tune])
-    assert output.getvalue() == "0:00  Maze, Cal-QL, seed 0  offline  70/100 updates  updating\n"
-    announcing.on_trial_complete(0, [of_tune], of_tune)
-    assert said == ["Maze, Cal-QL, seed 0: finished (1/1)"]
-    assert display._trials == {}
