@@ -114,7 +114,7 @@ class ProgressCallback(tune.Callback):
                 already_ended = (
                     format_reached(result, self._stop, trial.config) or "a scheduler or its algorithm had ended it"
                 )
-            status = {Trial.ERROR: "failed", Trial.TERMINATED: "ended"}.get(trial.status, "interrupted")
+            status = "failed" if trial.status == Trial.ERROR else "ended"
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
             summary = format_summary(
                 progress,
