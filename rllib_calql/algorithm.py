@@ -22,6 +22,7 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 
+from rllib_calql.checkpoints.pretrained import check_pretrained
 from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
 from rllib_calql.collection.env_errors import start_failures_told, told
 from rllib_calql.common import metrics as keys
@@ -108,6 +109,8 @@ class CalQL(CQL):
         activity.say(f"building (networks on {'gpu' if config.num_gpus_per_learner else 'cpu'})")
         if config.env is None and not config.is_offline:
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
+        if self._storage is None:  # Ray Tune restores a trial only after this, and then it needs no `pretrained`.
+            check_pretrained(config.pretrained)
         if config.env is None:
             config = with_spaces_of_data(config)
         _refuse_places_that_are_not_there(config)

@@ -7,13 +7,14 @@ from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
+from rllib_calql.checkpoints.pretrained import check_pretrained
 from rllib_calql.config import CalQLConfig
 from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import offer
 
 
 def check_sources(configs: Iterable[AlgorithmConfig]) -> None:
-    """Looks for every environment, data set and checkpoint that trials name.
+    """Looks for every environment and data set that trials name.
 
     Args:
         configs: Configs without search spaces.
@@ -41,10 +42,25 @@ def check_sources(configs: Iterable[AlgorithmConfig]) -> None:
                 seen.append(source)
 
 
+def check_checkpoints(configs: Iterable[AlgorithmConfig]) -> None:
+    """Looks for every checkpoint that trials would begin with. A run that is resumed needs none of them any more.
+
+    Args:
+        configs: Configs without search spaces.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no complete checkpoint.
+    """
+    for path in dict.fromkeys(config.pretrained for config in configs if isinstance(config, CalQLConfig)):
+        check_pretrained(path)
+
+
 def _check_input(config: CalQLConfig) -> None:
     from rllib_calql.datasets.readers.opening import check_input
 
     try:
         check_input(config.input_, config.read_options)
     except (ValueError, ImportError, FileNotFoundError) as error:
-        raise type(error)(f"`input_`: {error}") from error
+        message = str(error)
+        raise type(error)(message if "`input_`" in message else f"`input_`: {message}") from error

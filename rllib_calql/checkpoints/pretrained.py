@@ -21,6 +21,22 @@ _STATE = "calql"  # The learner's own part of its state.
 _is_restoring: ContextVar[bool] = ContextVar("is_restoring", default=False)
 
 
+def check_pretrained(path: Any) -> None:
+    """Looks for the checkpoint that `pretrained` names, without reading it. A run that is restored needs none.
+
+    Args:
+        path: The checkpoint's folder or URI, or None.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no complete checkpoint.
+    """
+    if path is None or _is_restoring.get():
+        return
+    with _named():
+        CheckpointFiles.find(path)
+
+
 class Learners(Protocol):
     """Who gives learners another state."""
 
@@ -94,10 +110,8 @@ class Pretrained:
             check_networks(stored, own)
             return stored, files.learner_state()
 
-        try:
+        with _named():
             stored, learner_state = read_of_one_save(self._path, None, read)
-        except (FileNotFoundError, ValueError) as err:
-            raise type(err)(f"`pretrained`: {err}") from err
         if changes := changes_of_units(stored, own):
             logger.warning(
                 "The Q values of `pretrained` were learned in other units: %s. They are adapted only by training.",
@@ -122,6 +136,14 @@ class Pretrained:
             f"For {total} more of them set `offline_updates` to {brought + total}"
         )
         logger.warning("`pretrained`: %s.", self._remark)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as err:
+        raise type(err)(f"`pretrained`: {err}") from err
 
 
 def _adopt(learner: Any, state: dict[str, Any]) -> None:

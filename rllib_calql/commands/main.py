@@ -101,6 +101,7 @@ def file(
 
     from rllib_calql.experiments.errors import ExperimentError
     from rllib_calql.experiments.experiment import read_experiments
+    from rllib_calql.sources import check_checkpoints
 
     try:
         experiments = read_experiments(file)
@@ -120,6 +121,11 @@ def file(
         _with_options(experiment, name=name, num_samples=num_samples, seed=seed, checkpoint_config=overrides)
         for experiment in experiments
     ]
+    if not resume:
+        try:
+            check_checkpoints(example for run in runs for example in run.examples)
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
     with _run_folders(runs, storage_path, resume=resume, overwrite=overwrite):
         needed = [request for run in runs for request in run.requests]
         display.stage("starting Ray" if address is None else f"joining the Ray cluster at {address}")

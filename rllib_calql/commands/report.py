@@ -12,6 +12,7 @@ from rllib_calql.commands.setup import UsageError, errors_in_one_line
 if TYPE_CHECKING:
     from rllib_calql.progress.runs import RunRecord
 
+_REMEDY = "give the folder of a run, as `rllib train file` names it, or of a study, as `rllib study` does."
 _STUDY, _RUN = "study", "run"
 _STUDY_FILES = ("study.json", "evaluations.parquet", ".rllib_calql_study.json")
 _CHECKPOINT_FILES = ("class_and_ctor_args.pkl", "calql.json")
@@ -110,7 +111,7 @@ def _kind_of(result: str) -> str:
     folder = Path(result).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"'{result}' {what}; give the folder of a run, as `rllib train file` names it, or of a study.")
+        raise UsageError(f"'{result}' {what}; {_REMEDY}")
     if any((folder / name).exists() for name in _STUDY_FILES):
         return _STUDY
     if is_run(LocalFileSystem(), str(folder.resolve())):
@@ -119,4 +120,4 @@ def _kind_of(result: str) -> str:
         raise UsageError(f"'{result}' is a checkpoint; give the folder of its run, '{folder.resolve().parents[1]}'.")
     inside = [one for one in sorted(folder.iterdir()) if one.is_dir() and is_run(LocalFileSystem(), str(one.resolve()))]
     hint = f" There are runs in it: {', '.join(map(repr, map(str, inside[:3])))}." if inside else ""
-    raise UsageError(f"'{result}' is neither the folder of a run nor of a study.{hint}")
+    raise UsageError(f"'{result}' is neither the folder of a run nor of a study; {_REMEDY}{hint}")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 import gymnasium as gym
 
-
-def close_matches(word: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?` with similar known words, or nothing."""
-    by_lowered = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), by_lowered, n=3)
-    return f" Did you mean {' or '.join(repr(by_lowered[match]) for match in matches)}?" if matches else ""
+from rllib_calql.system.similar_words import close_matches
 
 
 def imported_module(name: str, what: str) -> ModuleType:

@@ -13,11 +13,11 @@ from gymnasium.envs import registration
 
 from rllib_calql.environments.imported import (
     attribute_of,
-    close_matches,
     environments_in,
     imported_module,
     place_of,
 )
+from rllib_calql.system.similar_words import close_matches
 
 Kind = Literal["gymnasium id", "ray name", "class path", "callable"]
 _WAYS = (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from rllib_calql.system.similar_words import similar_words
 
 
 class ExperimentError(ValueError):
@@ -37,6 +38,5 @@ def refuse_unknown(entry: Any, known: Sequence[str], where: str) -> None:
 
 def did_you_mean(word: str, known: Any) -> str:
     """`; did you mean ...?` with similar known words, or a full stop."""
-    lowered = {str(name).lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), lowered, n=3)
-    return f"; did you mean {' or '.join(f'`{lowered[match]}`' for match in matches)}?" if matches else "."
+    similar = similar_words(word, map(str, known))
+    return f"; did you mean {' or '.join(f'`{match}`' for match in similar)}?" if similar else "."

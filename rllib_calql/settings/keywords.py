@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ray.rllib.algorithms.algorithm_config import NotProvided
 
-from rllib_calql.environments.imported import close_matches
+from rllib_calql.system.similar_words import close_matches, similar_words
 
 _Config = TypeVar("_Config", bound=type)
 
@@ -46,7 +46,8 @@ def check_keys(config: Any, settings: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"`{key}` is a method of {type(config).__name__} and no setting; name the settings themselves."
             )
-        raise TypeError(f"{type(config).__name__} has no setting `{key}`.{close_matches(str(key), _public(config))}")
+        similar = close_matches(str(key), _public(config), "`")
+        raise TypeError(f"{type(config).__name__} has no setting `{key}`.{similar}")
 
 
 def _public(config: Any) -> list[str]:
@@ -72,11 +73,11 @@ def _told(keyword: str, method: str, accepted: Mapping[str, frozenset[str]]) -> 
                 f"`.{other}({keyword}=...)`."
             )
     message = f"`.{method}(...)` has no setting `{keyword}`."
-    if similar := close_matches(keyword, accepted[method]):
+    if similar := close_matches(keyword, accepted[method], "`"):
         return message + similar
     places = {setting: other for other in accepted for setting in accepted[other]}
-    similar = close_matches(keyword, places)
-    found = sorted({f"`.{places[setting]}(...)`" for setting in places if repr(setting) in similar})
+    similar = close_matches(keyword, places, "`")
+    found = sorted({f"`.{places[setting]}(...)`" for setting in similar_words(keyword, places)})
     return f"{message}{similar[:-1]} of {' or '.join(found)}?" if similar else f"{message} See `help({method})`."
 
 

@@ -175,7 +175,7 @@ def test_a_missing_file_is_refused_with_what_resembles_it(tmp_path: Path, update
         assert_refused(
             offline_config(path).build,
             updates,
-            r"`input_` '.*expert-row\.parquet': no such file or folder\. Did you mean 'expert-rows\.parquet'\?",
+            r"`input_` '.*expert-row\.parquet': .*no such file or folder\. Did you mean 'expert-rows\.parquet'\?",
             FileNotFoundError,
         )
 

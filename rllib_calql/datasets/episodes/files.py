@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rllib_calql.datasets.episodes.other_tools import found_instead
-from rllib_calql.datasets.episodes.reader import close_matches
+from rllib_calql.system.similar_words import close_matches
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -93,7 +93,7 @@ def find_files(input_: str, suffixes: Sequence[str], filesystem: Any = None) -> 
         selector = fs.FileSelector(parent, allow_not_found=True)
         siblings = [entry.base_name for entry in system.get_file_info(selector)] if parent else []
         name = path.rstrip("/").rpartition("/")[2]
-        raise FileNotFoundError(f"`input_` {input_!r}: no such file or folder.{close_matches(name, siblings)}")
+        raise FileNotFoundError(f"`input_` {input_!r}: there is no such file or folder.{close_matches(name, siblings)}")
     if info.type == fs.FileType.File:
         return [DataFile(path, filesystem)]
     entries = system.get_file_info(fs.FileSelector(path, recursive=True))

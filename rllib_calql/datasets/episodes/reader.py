@@ -5,10 +5,9 @@ works on blocks, without a Python object per row or episode; `episodes_of` cuts 
 those who want these.
 """
 
-import difflib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -204,12 +203,6 @@ def check_finite(block: EpisodeBlock) -> None:
     for name, column in block.extra_model_outputs.items():
         if len(column) != block.num_rows:
             raise ValueError(f"`{name}` has {len(column)} rows, the other columns have {block.num_rows}.")
-
-
-def close_matches(name: str, candidates: Iterable[str]) -> str:
-    """Returns " Did you mean 'a' or 'b'?" for the candidates that resemble `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, sorted(set(candidates)), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
 def _episode(block: EpisodeBlock, episode: int, start: int, stop: int) -> SingleAgentEpisode:

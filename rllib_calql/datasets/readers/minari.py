@@ -17,12 +17,13 @@ from rllib_calql.datasets.episodes.boundaries import whole_episodes
 from rllib_calql.datasets.episodes.chunks import Chunk, gather
 from rllib_calql.datasets.episodes.columns import ALIASES
 from rllib_calql.datasets.episodes.files import DataFile, fingerprint_of
-from rllib_calql.datasets.episodes.reader import DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions, close_matches
+from rllib_calql.datasets.episodes.reader import DatasetInfo, EpisodeBlock, EpisodeReader, ReadOptions
 from rllib_calql.datasets.generated import catalog
 from rllib_calql.datasets.readers.minari_episodes import stored_episodes
 from rllib_calql.datasets.rows.flat_columns import as_flags
 from rllib_calql.system.parsed_json import parsed_json
 from rllib_calql.system.plain_names import refuse_unplain_id
+from rllib_calql.system.similar_words import close_matches
 
 SCHEME = "minari:"
 
@@ -260,7 +261,8 @@ def _load(dataset_id: str) -> tuple[Any, int]:
         known = [*minari.list_local_datasets(), *catalog.generated_dataset_ids()]
         raise FileNotFoundError(
             f"There is no Minari dataset {dataset_id!r} on this machine.{close_matches(dataset_id, known)} "
-            f"Datasets that the Minari project hosts are fetched with: minari download {dataset_id}"
+            "`rllib dataset list` shows those that are here or can be generated; those that the Minari project hosts "
+            f"are fetched with: minari download {dataset_id}"
         ) from err
     except ImportError:
         raise

@@ -369,7 +369,7 @@ SAME_COLUMNS = "FILE0 has a column `truncateds` and FILE1 has not; .*remove or a
 
 FAULTS: dict[str, Fault] = {
     "missing": Fault(
-        r"`input_` '.*/dat': no such file or folder\. Did you mean 'data'\?",
+        r"`input_` '.*/dat': there is no such file or folder\. Did you mean 'data'\?",
         ask_for=lambda input_: input_.replace("v0", "v1") if isinstance(input_, str) else input_.with_name("dat"),
         other={"minari": rf"no Minari dataset 'bad/data-v1' .*Did you mean '{MINARI_ID}'.*minari download bad/data-v1"},
         left_out=NO_FILE,
