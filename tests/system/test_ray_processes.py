@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import ray
+from ray.tune import PlacementGroupFactory
 
 from rllib_calql.commands import setup as command_setup
 from rllib_calql.system import ray_processes
@@ -84,7 +85,9 @@ def test_what_ray_starts_while_it_is_ended_is_ended_too(
     fake = FakeRay(token)
     monkeypatch.setattr(ray, "init", fake.init)
     monkeypatch.setattr(ray, "shutdown", fake.shutdown)
-    command_setup.start_ray(1, StopSignals(), num_cpus=1, address=None, verbose=False)
+    command_setup.start_ray(
+        [PlacementGroupFactory([{"CPU": 1}])], StopSignals(), num_cpus=1, address=None, verbose=False
+    )
     assert roles(token) == {"another Ray", "raylet", "worker", "simulator"}
     if is_interrupted:
 
@@ -118,6 +121,8 @@ def test_a_joined_cluster_is_left_alone(monkeypatch: pytest.MonkeyPatch, token: 
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setenv("RLLIB_CALQL_RAY", "of another command")
     process = start(token, "of the cluster")
-    command_setup.start_ray(1, StopSignals(), num_cpus=None, address="auto", verbose=False)
+    command_setup.start_ray(
+        [PlacementGroupFactory([{"CPU": 1}])], StopSignals(), num_cpus=None, address="auto", verbose=False
+    )
     command_setup.stop_ray()
     assert process.poll() is None
