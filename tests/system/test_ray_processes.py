@@ -121,8 +121,6 @@ def test_a_joined_cluster_is_left_alone(monkeypatch: pytest.MonkeyPatch, token: 
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setenv("RLLIB_CALQL_RAY", "of another command")
     process = start(token, "of the cluster")
-    command_setup.start_ray(
-        [PlacementGroupFactory([{"CPU": 1}])], StopSignals(), num_cpus=None, address="auto", verbose=False
-    )
+    command_setup.start_ray([], StopSignals(), num_cpus=None, address="auto", verbose=False)
     command_setup.stop_ray()
     assert process.poll() is None
