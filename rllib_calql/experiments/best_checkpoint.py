@@ -46,6 +46,11 @@ class BestMetric:
     metric: str | None = None
     mode: str = "max"
 
+    @property
+    def is_of_evaluation(self) -> bool:
+        """Whether it is a number of evaluations, which not every result has anew."""
+        return self.metric is None or self.metric.startswith(_EVALUATION)
+
     def score(self, result: Mapping[str, Any]) -> Score | None:
         """What orders results, the greater the better; None for one without the metric, or with NaN or infinity."""
         if self.metric is not None:
@@ -59,17 +64,16 @@ class BestMetric:
 
     def missing(self, result: Mapping[str, Any]) -> str:
         """What is wrong if a result that should have the metric does not, readable; empty otherwise."""
-        judges_evaluation = self.metric is None or self.metric.startswith(_EVALUATION)
         if (
             self.metric is None
-            or (judges_evaluation and not result.get("evaluation"))
+            or (self.is_of_evaluation and not result.get("evaluation"))
             or self.metric in flatten_dict(dict(result))
         ):
             return ""
         known = [
             path
             for path, value in flatten_dict(dict(result)).items()
-            if isinstance(value, (int, float)) and path.startswith(_EVALUATION) == judges_evaluation
+            if isinstance(value, (int, float)) and path.startswith(_EVALUATION) == self.is_of_evaluation
         ]
         return f"`keep_best` judges by `{self.metric}`, which results do not have{did_you_mean(self.metric, known)}"
 
@@ -153,7 +157,7 @@ class Best:
             at = f"{self.num_online_env_steps or 0:,} env steps"
         else:
             at = f"{self.num_offline_updates:,} updates"
-        what = "evaluations" if self.metric is None or self.metric.startswith(_EVALUATION) else "results"
+        what = "evaluations" if self.by.is_of_evaluation else "results"
         only = f"the only one of {what}" if self.num_evaluations == 1 else f"best of {self.num_evaluations} {what}"
         return f"{', '.join(values)} at {at}, {only}"
 
@@ -184,7 +188,7 @@ def parse_keep_best(entry: Any, config: AlgorithmConfig, name: str) -> BestMetri
         )
     if mode not in _MODES:
         raise ExperimentError(f"`mode` in {where} must be one of {', '.join(_MODES)}; got {mode!r}.")
-    judges_evaluation = metric is None or metric.startswith(_EVALUATION)
+    judges_evaluation = BestMetric(metric).is_of_evaluation
     if entry is not None and judges_evaluation and not config.evaluation_interval:
         raise ExperimentError(
             f"{where} judges by {f'`{metric}`' if metric else 'evaluations'}, but nothing is evaluated; set "

@@ -22,6 +22,7 @@ from ray.tune.result import SHOULD_CHECKPOINT, TRAINING_ITERATION
 from ray.tune.schedulers import TrialScheduler
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.evaluations import mark_of_evaluation
 from rllib_calql.experiments.best_checkpoint import (
     Best,
     BestMetric,
@@ -210,6 +211,7 @@ class SafetyNetCallback(tune.Callback):
         self._timings: dict[str, _Timing] = {}
         self._best: dict[str, Best] = {}
         self._counted: dict[str, tuple[int, int]] = {}  # Results with the metric, and up to which iteration.
+        self._marks: dict[str, tuple[Any, ...] | None] = {}  # Of the evaluation in the last result.
         self._said: set[str] = set()
 
     def __reduce__(self) -> tuple[type[SafetyNetCallback], tuple[SafetyNet]]:
@@ -305,9 +307,12 @@ class SafetyNetCallback(tune.Callback):
         score = by.score(result)
         if score is None:
             return False
+        mark = mark_of_evaluation(result)
+        is_repeated = by.is_of_evaluation and mark is not None and mark == self._marks.get(trial.trial_id)
+        self._marks[trial.trial_id] = mark
         number, counted_to = self._counted.get(trial.trial_id, (0, 0))
         now_at = int(result.get(TRAINING_ITERATION, 0))
-        if now_at > counted_to:
+        if now_at > counted_to and not is_repeated:
             self._counted[trial.trial_id] = (number + 1, now_at)
         best = self._best.get(trial.trial_id)
         return best is None or score > best.score

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.fs
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.evaluations import mark_of_evaluation
 from rllib_calql.progress.budget import value_of
 from rllib_calql.system.file_lock import is_held
 
@@ -21,7 +22,6 @@ RUN_LOCK = ".rllib_calql_run.lock"  # In a run's folder: held as long as the run
 _RESULTS, _SETTINGS, _ERROR = "result.json", "params.json", "error.txt"
 _DATE = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d$")
 _RETURN = "env_runners/episode_return_mean"
-_NUM_EPISODES = "env_runners/num_episodes_lifetime"
 _LEARNER = "learners/default_policy"
 
 
@@ -131,14 +131,12 @@ def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool
         return None
     points: list[Point] = []
     last: Mapping[str, Any] = {}
-    marks_before: list[float | None] = []  # Of the evaluation in the result before.
+    mark_before: tuple[Any, ...] | None = None  # Of the evaluation in the result before.
     dip = regret = data_return = None
     for result in _results(filesystem, posixpath.join(folder, _RESULTS)):
-        # RLlib repeats the last evaluation in the results of iterations without one.
-        evaluation = result.get("evaluation") or {}
-        marks, last = [_number(evaluation, path) for path in (_RETURN, _NUM_EPISODES)], result
-        point = _point(result, evaluation if marks != marks_before else {})
-        marks_before = marks
+        mark, last = mark_of_evaluation(result), result
+        point = _point(result, (result.get("evaluation") or {}) if mark != mark_before else {})
+        mark_before = mark
         while points and points[-1].iteration >= point.iteration:  # Made again after a failure or a resume.
             points.pop()
         points.append(point)

@@ -229,6 +229,21 @@ def test_the_best_evaluation_asks_for_a_checkpoint_and_is_told_with_what_it_was_
     )
 
 
+def test_an_evaluation_that_rllib_repeats_counts_once(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path)
+    training = Training(trial, SafetyNet(every_s=1e6))
+    for number in range(3):
+        for episodes in (2.0, 4.0):  # RLlib's counters change where it repeats an evaluation.
+            evaluation = {
+                "episode_return_mean": 1.0,
+                "episode_duration_sec_mean": 0.1 + number,
+                "num_episodes_lifetime": episodes,
+            }
+            training.iterate(1.0, evaluation={"env_runners": evaluation})
+    training.iterate(1.0, is_asked_for=True)
+    assert "best of 3 evaluations" in (training.callback.describe_best(trial) or "")
+
+
 def test_a_kill_while_the_best_one_is_replaced_leaves_the_former_or_the_new_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,14 +45,18 @@ def result(
 
 
 def evaluated(episode_return: float, number: int) -> dict[str, Any]:
-    return {"env_runners": {"episode_return_mean": episode_return, "num_episodes_lifetime": 10 * number}}
+    return {"env_runners": {"episode_return_mean": episode_return, "episode_duration_sec_mean": 0.1 * number}}
+
+
+def repeated(episode_return: float, number: int) -> dict[str, Any]:
+    return {"env_runners": evaluated(episode_return, number)["env_runners"] | {"num_episodes_lifetime": 77.0}}
 
 
 RESULTS = [
     result(1, 1_000, 0),
     result(2, 2_000, 0, -300.0),
-    # RLlib repeats the last evaluation, with other numbers on speed.
-    result(3, 2_000, 200, None, evaluation=evaluated(-300.0, 2) | {"num_healthy_workers": 0}),
+    # RLlib repeats the last evaluation, with other counters.
+    result(3, 2_000, 200, None, evaluation=repeated(-300.0, 2)),
     result(4, 2_000, 400, -350.0, fine_tuning={"dip": -50.0, "regret": 0.5}),
     result(5, 2_000, 600, -200.0, fine_tuning={"dip": -50.0, "regret": 0.25}, done=True),
 ]
@@ -159,7 +163,7 @@ def test_without_matplotlib_the_page_has_tables_and_a_line_says_what_to_install(
     [
         (["nowhere"], r"'nowhere' does not exist; give the folder of a run"),
         (["file"], r"'file' is a file; give the folder of a run"),
-        (["empty"], r"'empty' is neither the folder of a run nor of a study\."),
+        (["empty"], r"'empty' is neither the folder of a run nor of a study; give"),
         (["."], r"'\.' is neither .* There are runs in it: 'run'"),
         (["run/CalQL_a_2026-01-02_03-04-05/checkpoint_000000"], r"is a checkpoint; give .*'/.*/run'\."),
         (["run", "study"], r"on runs or on studies, got the run 'run' and the study 'study'"),
