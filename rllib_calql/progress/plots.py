@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,22 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
 
 
 def _draw_trial(axes: Axes, trial: TrialRecord, quantity: str, scale: _Scale, style: Mapping[str, Any]) -> None:
-    known = [(scale.of(point), getattr(point, quantity)) for point in trial.points]
-    known = [(x, y) for x, y in known if y is not None]
+    known = _curve(trial, quantity, scale)
     is_evaluation = quantity in ("success_rate", "episode_return")
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if is_evaluation or len(known) < 3 else {}
     axes.plot([x for x, _ in known], [y for _, y in known], linewidth=1.6, **marker, **style)
+
+
+def _curve(trial: TrialRecord, quantity: str, scale: _Scale) -> list[tuple[float, float]]:
+    """Places and values; a gap (NaN) where a trial went online before the longest offline phase ended."""
+    known = [(point, value) for point in trial.points if (value := getattr(point, quantity)) is not None]
+    curve: list[tuple[float, float]] = []
+    for number, (point, value) in enumerate(known):
+        goes_online = number > 0 and point.num_env_steps > 0 and not known[number - 1][0].num_env_steps
+        if goes_online and point.num_offline_updates < scale.updates:
+            curve.append((math.nan, math.nan))
+        curve.append((scale.of(point), value))
+    return curve
 
 
 def _finish(axes: Axes, quantity: str, label: str, trials: Sequence[TrialRecord], scale: _Scale) -> None:

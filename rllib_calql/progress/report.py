@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rllib_calql.progress import pages, plots
-from rllib_calql.progress.budget import format_budget, format_duration
+from rllib_calql.progress.budget import format_budget, format_duration, limits_of
 from rllib_calql.progress.runs import RunRecord, TrialRecord
 
 PAGE, PICTURE = "progress.html", "progress.png"  # In the folder of a run.
@@ -113,13 +113,13 @@ def page(
         stop: The budget; None if that is not known.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_SIGN}</p>"]
-    if stop:
+    if stop is not None:
         limits = "; ".join(f"{metric}: {limit:,.10g}" for metric, limit in stop.items())
-        parts.append(f"<p>Budget: {html.escape(limits)}.</p>")
+        parts.append(f"<p>Budget: {html.escape(limits) or 'none in <code>stop</code>'}.</p>")
         used = [
             [name, text]
             for name, trial in trials.items()
-            if (text := format_budget(_counters(trial), stop)) is not None
+            if (text := format_budget(trial.last_result, limits_of(stop, trial.settings))) is not None
         ]
         if used:
             parts.append(pages.table(("trial", "used"), used))
@@ -145,21 +145,6 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
 def is_own_page(content: str) -> bool:
     """Whether this module has written a page."""
     return _SIGN in content
-
-
-def _counters(trial: TrialRecord) -> dict[str, Any]:
-    from rllib_calql.common import metrics as keys
-
-    last = trial.points[-1] if trial.points else None
-    if last is None:
-        return {}
-    return {
-        "training_iteration": last.iteration,
-        "time_total_s": last.time_s,
-        keys.NUM_OFFLINE_UPDATES_LIFETIME: last.num_offline_updates,
-        keys.NUM_ONLINE_ENV_STEPS_LIFETIME: last.num_env_steps,
-        "num_env_steps_sampled_lifetime": last.num_env_steps,
-    }
 
 
 def _differing(trials: Mapping[str, TrialRecord]) -> dict[str, list[str]]:

@@ -66,6 +66,7 @@ class TrialRecord:
         regret: Mean of 1 - score over the evaluations since the switch.
         data_return: Mean return of the offline data.
         settings: Its settings, as Tune wrote them.
+        last_result: The newest result of all.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TrialRecord:
     regret: float | None = None
     data_return: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    last_result: Mapping[str, Any] = field(default_factory=dict)
 
     def known(self, quantity: str) -> list[float]:
         """Values of an attribute of `Point`, in order."""
@@ -153,7 +155,7 @@ def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool
     if _SETTINGS in names:
         settings = next(iter(_results(filesystem, posixpath.join(folder, _SETTINGS), is_one=True)), {})
     name = _DATE.sub("", posixpath.basename(folder))
-    return TrialRecord(name, status, tuple(points), dip, regret, data_return, settings)
+    return TrialRecord(name, status, tuple(points), dip, regret, data_return, settings, last)
 
 
 def _point(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Point:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from rllib_calql.commands.main import main
 from rllib_calql.experiments.experiment import Experiment
 from rllib_calql.experiments.run_folders import foreign_entries
 from rllib_calql.experiments.tune_runs import _write_page
-from rllib_calql.progress import report
+from rllib_calql.progress import plots, report
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.runs import read_run
 
@@ -212,6 +214,26 @@ def test_at_the_end_a_run_gets_a_page_with_its_budget_and_what_it_sets(tmp_path:
     assert "<td>tau</td>" not in page  # Not set.
     assert (folder / "progress.png").read_bytes().startswith(PNG)
     assert foreign_entries(LOCAL, str(folder)) == []  # So `--overwrite` may remove them.
+
+
+def test_the_page_counts_every_kind_of_budget(tmp_path: Path) -> None:
+    spent = {"num_online_episodes_lifetime": 7, "num_online_env_steps_taken_lifetime": 590}
+    folder = run_in(tmp_path / "one", [*RESULTS[:4], RESULTS[4] | spent])
+    (trial,) = read_run(LOCAL, str(folder)).trials
+    trial = replace(trial, settings={"max_online_env_steps": 600})
+    page = report.page("one", {"a": trial}, None, stop={"num_online_episodes_lifetime": 9})
+    assert "7 of 9 online episodes, 590 of 600 online env steps taken" in page
+    assert "590 of 600 online env steps taken" in report.page("one", {"a": trial}, None, stop={})
+
+
+def test_a_curve_has_a_gap_where_another_trial_was_offline_for_longer(tmp_path: Path) -> None:
+    longer = [result(1, 3_000, 0, -300.0), result(2, 4_000, 300, -200.0)]
+    runs = [read_run(LOCAL, str(run_in(tmp_path / name, made))) for name, made in (("a", RESULTS), ("b", longer))]
+    (short,), (long,) = (run.trials for run in runs)
+    scale = plots._Scale(4_000, 600)
+    places = [place for place, _ in plots._curve(short, "episode_return", scale)]
+    assert places == pytest.approx([0.2, math.nan, 0.4 + 0.6 * 400 / 600, 1.0], nan_ok=True)
+    assert [place for place, _ in plots._curve(long, "episode_return", scale)] == pytest.approx([0.3, 0.7])
 
 
 def test_a_picture_that_cannot_be_made_is_said_and_fails_nothing(
