@@ -97,7 +97,8 @@ class ProgressCallback(tune.Callback):
         self._display.end(speaker_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Shows the trial no more, until it may be started again."""
+        """Shows the trial no more, until it may be started again. One that could not be set up fails unseen before."""
+        self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
         self._display.end(speaker_of(trial))
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:

@@ -74,6 +74,18 @@ def test_a_trial_that_had_ended_before_a_resume_is_not_told_as_if_it_had_run() -
     assert "10,400 of 10,000 online env steps" in summary(runs=True)
 
 
+def test_a_trial_that_could_not_be_set_up_has_failed_in_this_run() -> None:
+    trial = trial_called("t")
+    # What Tune puts into the result of a trial that has none.
+    trial.status, trial.checkpoint, trial.last_result = "ERROR", None, {"trial_id": "t", "timestamp": 1}
+    output = io.StringIO()
+    callback = ProgressCallback(STOP, Display(output))
+    callback.on_trial_error(0, [trial], trial)
+    callback.on_experiment_end([trial])
+    assert "failed after 0:00" in output.getvalue()
+    assert "already" not in output.getvalue()
+
+
 def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
     output = io.StringIO()
     callback = ProgressCallback({}, Display(output))
