@@ -58,8 +58,10 @@ def _report_on_runs(results: list[str], output: Path | None, as_json: bool) -> N
 
     runs = [_read(result) for result in results]
     trials = report.named_trials(runs)
-    if empty := [run.path for run in runs if not any(trial.points for trial in run.trials)]:
-        raise click.ClickException(f"There is no result yet in {', '.join(map(repr, empty))}.")
+    if empty := [run for run in runs if not any(trial.points for trial in run.trials)]:
+        failed = any(trial.status == "failed" for run in empty for trial in run.trials)
+        why = "; a trial failed before its first, its `error.txt` there says why" if failed else ""
+        raise click.ClickException(f"There is no result yet in {', '.join(repr(run.path) for run in empty)}{why}.")
     if as_json:
         click.echo(report.as_json(trials))
         return

@@ -157,8 +157,8 @@ class Best:
             at = f"{self.num_online_env_steps or 0:,} env steps"
         else:
             at = f"{self.num_offline_updates:,} updates"
-        what = "evaluations" if self.by.is_of_evaluation else "results"
-        only = f"the only one of {what}" if self.num_evaluations == 1 else f"best of {self.num_evaluations} {what}"
+        what = "evaluation" if self.by.is_of_evaluation else "result"
+        only = f"the only {what}" if self.num_evaluations == 1 else f"best of {self.num_evaluations} {what}s"
         return f"{', '.join(values)} at {at}, {only}"
 
 

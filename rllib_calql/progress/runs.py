@@ -91,7 +91,7 @@ class RunRecord:
     Attributes:
         name: Of its folder.
         path: Of the folder.
-        trials: Those that have results.
+        trials: Those that have results, or have failed without one.
     """
 
     name: str
@@ -129,8 +129,9 @@ def read_run(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bool
 
 def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool) -> TrialRecord | None:
     names = _names(filesystem, folder)
-    if _RESULTS not in names:
-        return None
+    name = _DATE.sub("", posixpath.basename(folder))
+    if _RESULTS not in names:  # A trial that could not be set up has only its error.
+        return TrialRecord(name, "running" if is_running else "failed", ()) if _ERROR in names else None
     points: list[Point] = []
     last: Mapping[str, Any] = {}
     mark_before: tuple[Any, ...] | None = None  # Of the evaluation in the result before.
@@ -154,7 +155,6 @@ def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool
     settings: Mapping[str, Any] = {}
     if _SETTINGS in names:
         settings = next(iter(_results(filesystem, posixpath.join(folder, _SETTINGS), is_one=True)), {})
-    name = _DATE.sub("", posixpath.basename(folder))
     return TrialRecord(name, status, tuple(points), dip, regret, data_return, settings, last)
 
 

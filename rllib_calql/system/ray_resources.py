@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,6 +13,7 @@ Bundle = Mapping[str, float]
 # Ray's own sizes of memory depend on what is free; nobody asks for them by mistake.
 _NOT_JUDGED = ("memory", "object_store_memory")
 _MAX_NODES_COUNTED = 1_000
+_OF_A_GROUP = re.compile(r"_group_(\d+_)?[0-9a-f]{36}$")  # What a placement group holds, which Ray counts once more.
 _REMEDIES = {
     "CPU": "lower `num_env_runners`, `num_learners`, `num_cpus_per_env_runner` or `num_cpus_per_learner`",
     "GPU": "set `num_gpus_per_learner` and `num_gpus_per_env_runner` to what there is, 0 for none",
@@ -81,11 +83,15 @@ def autoscales() -> bool:
 
 
 def is_waiting_for_places() -> bool:
-    """Whether places have been asked of the running Ray that it has not given yet."""
+    """Whether this job has asked the running Ray for places, and has been given none of them yet."""
+    import ray
     from ray.util import placement_group_table
 
     with suppress(Exception):  # Of a cluster that is busy or ending; the question is asked again.
-        return any(group.get("state") == "PENDING" for group in placement_group_table().values())
+        job = ray.get_runtime_context().get_job_id()
+        # The id of a placement group ends with that of its job.
+        states = {group.get("state") for name, group in placement_group_table().items() if name.endswith(job)}
+        return "PENDING" in states and "CREATED" not in states
     return False
 
 
@@ -94,7 +100,7 @@ def described(resources: Bundle) -> str:
     parts = []
     for name in sorted(resources, key=lambda name: (name not in ("CPU", "GPU"), name)):
         amount = resources[name]
-        if name in _NOT_JUDGED or ":" in name or (not amount and name != "GPU"):
+        if name in _NOT_JUDGED or ":" in name or _OF_A_GROUP.search(name) or (not amount and name != "GPU"):
             continue
         plural = "s" if name in ("CPU", "GPU") and amount != 1 else ""
         parts.append(f"{amount:g} {name}{plural}" if amount else f"no {name}")

@@ -222,6 +222,9 @@ def test_the_best_evaluation_asks_for_a_checkpoint_and_is_told_with_what_it_was_
         at = {"phase": "online", "num_offline_updates_lifetime": 50, "num_online_env_steps_lifetime": steps}
         due.append(training.iterate(1.0, **at, **evaluated(episode_return)))
         training.iterate(1.0)
+        if steps == 1_000:
+            described = training.callback.describe_best(trial) or ""
+            assert described.startswith("return -120.00 at 1,000 env steps, the only evaluation: ")
     assert due == [True, True, False, False]  # Of equals the first stays.
     training.iterate(1.0, is_asked_for=True)
     assert training.callback.describe_best(trial) == (

@@ -254,3 +254,19 @@ def test_a_run_without_results_is_said_to_have_none(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["report", str(run_in(tmp_path / "one", []))])
     assert done.exit_code == 1
     assert "There is no result yet in" in done.output
+
+
+def test_a_trial_that_failed_before_its_first_result_is_in_the_table(tmp_path: Path) -> None:
+    failed = tmp_path / "one" / "CalQL_b_2026-01-02_03-04-05"
+    failed.mkdir(parents=True)
+    (failed / "error.txt").write_text("RuntimeError: no answer")
+    (tmp_path / "one" / "tuner.pkl").touch()
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "one")])
+    assert done.exit_code == 1
+    assert "There is no result yet in" in done.output
+    assert "a trial failed before its first, its `error.txt` there says why" in done.output
+    run_in(tmp_path / "one", RESULTS)
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "one")])
+    assert done.exit_code == 0
+    assert re.search(r"^CalQL_a +ended .*\nCalQL_b +failed +- ", done.output, re.MULTILINE)
+    assert (tmp_path / "one" / "progress.png").read_bytes().startswith(PNG)

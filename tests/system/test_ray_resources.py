@@ -147,6 +147,31 @@ def test_waiting_for_a_place_is_told_every_few_seconds_until_a_trial_runs(monkey
     ]
 
 
+def test_a_job_that_holds_a_place_waits_for_its_own_trials_not_for_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups: dict[str, dict[str, str]] = {}
+    job = SimpleNamespace(get_job_id=lambda: "02000000")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: job)
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda: groups)
+    assert not ray_resources.is_waiting_for_places()
+    groups["a" * 28 + "01000000"] = {"state": "CREATED"}  # Of another job.
+    groups["b" * 28 + "02000000"] = {"state": "PENDING"}
+    assert ray_resources.is_waiting_for_places()
+    groups["c" * 28 + "02000000"] = {"state": "CREATED"}  # Its trial is being started.
+    assert not ray_resources.is_waiting_for_places()
+    groups["c" * 28 + "02000000"] = {"state": "REMOVED"}
+    assert ray_resources.is_waiting_for_places()
+
+
+def test_what_placement_groups_hold_is_not_told_once_more() -> None:
+    group = "020c36c14cdeb2145ce5de9935fd01000000"
+    names = ("CPU_group_", "CPU_group_0_", "bundle_group_", "bundle_group_0_", "robot_group_")
+    assert described({"CPU": 2.0, "pick_group_": 1.0, **{f"{name}{group}": 1000.0 for name in names}}) == (
+        "2 CPUs and 1 pick_group_"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
