@@ -137,7 +137,8 @@ def is_known_id(name: str) -> bool:
 def _resolve_in_module(module_name: str, attribute: str, name: str, what: str) -> ResolvedEnv:
     before = set(registration.registry)
     module = imported_module(module_name, what)
-    if is_known_id(attribute):
+    is_id = is_known_id(attribute) and not (hasattr(module, attribute) and _is_id_of_another(attribute, module_name))
+    if is_id:
         _check_entry_point(attribute, what)
         return ResolvedEnv(name, "gymnasium id", lambda config: gym.make(attribute, **config), module_name)
     try:
@@ -154,6 +155,17 @@ def _resolve_in_module(module_name: str, attribute: str, name: str, what: str) -
         ) from None
     _check_creator(found, what)
     return ResolvedEnv(name, "class path", found, module_name)
+
+
+def _is_id_of_another(attribute: str, module_name: str) -> bool:
+    """Whether an id without version, which Gymnasium completes, was registered for another module's environment."""
+    if attribute in registration.registry:
+        return False
+    namespace, base, _ = registration.parse_env_id(attribute)
+    version = registration.find_highest_version(namespace, base)
+    entry_point = registration.registry[registration.get_env_id(namespace, base, version)].entry_point
+    owner = entry_point.partition(":")[0] if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
+    return owner != module_name
 
 
 def _check_creator(creator: Any, what: str) -> None:

@@ -40,7 +40,7 @@ def check_keys(config: Any, settings: Mapping[str, Any]) -> None:
     """
     for key in settings.keys():  # noqa: SIM118 - RLlib hands whole configs over, too.
         name = config._translate_special_keys(key, warn_deprecated=False)
-        if name in vars(config) or key in _KEYS_OF_RLLIB or str(key).startswith("_"):
+        if name in vars(config) or _is_set_through(config, name) or key in _KEYS_OF_RLLIB or str(key).startswith("_"):
             continue
         if callable(getattr(type(config), str(name), None)):
             raise TypeError(
@@ -48,6 +48,12 @@ def check_keys(config: Any, settings: Mapping[str, Any]) -> None:
             )
         similar = close_matches(str(key), _public(config), "`")
         raise TypeError(f"{type(config).__name__} has no setting `{key}`.{similar}")
+
+
+def _is_set_through(config: Any, name: str) -> bool:
+    """Whether a property takes the setting, as RLlib's for `train_batch_size_per_learner`."""
+    found = getattr(type(config), name, None)
+    return isinstance(found, property) and found.fset is not None
 
 
 def _public(config: Any) -> list[str]:

@@ -100,6 +100,7 @@ class Broken(Tank):
 @pytest.fixture
 def tank_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Swapped columns, and openings of a valve as shares of 1; and a module with the environment."""
+    sys.modules.pop("inspected_tank", None)  # Of another test.
     (tmp_path / "inspected_tank.py").write_text(TANK)
     monkeypatch.syspath_prepend(tmp_path)
     t = np.linspace(0, 1, 300)

@@ -67,7 +67,7 @@ MISTAKES = [
         "evaluation_interval: 1, evaluation_config: {env: Tonk-v0}",
         r"`env` in `evaluation_config` 'Tonk-v0' is not registered",
     ),
-    ("env: Pendulum-v1", f"input_: nowhere.parquet, {SETTINGS}", r"'a': `input_`: .*nowhere\.parquet"),
+    ("env: Pendulum-v1", f"input_: nowhere.parquet, {SETTINGS}", r"'a': `input_` .*nowhere\.parquet"),
     ("env: Pendulum-v1", f"input_: 'minari:mine/tank-v0', {SETTINGS}", r"There is no Minari dataset 'mine/tank-v0'"),
     (
         "env: Pendulum-v1",
@@ -78,7 +78,7 @@ MISTAKES = [
     (
         "env: Pendulum-v1",
         f"input_: {{grid_search: [logs.npz, log.npz]}}, {SETTINGS}",
-        r"`input_`: .*log\.npz.*logs\.npz",
+        r"`input_` .*log\.npz.*logs\.npz",
     ),
 ]
 

@@ -120,6 +120,24 @@ def test_a_class_and_a_function_stand_for_themselves() -> None:
     assert resolve_env(lambda config: tanks.TankEnv({"level": config["start"]})).make({"start": 1}).level == 1  # type: ignore[attr-defined]
 
 
+def test_a_class_is_found_though_another_module_has_registered_an_id_of_its_name() -> None:
+    gym.register("TankEnv-v7", entry_point="somewhere_else:Pool")
+    try:
+        found = resolve_env("tanks:TankEnv")
+    finally:
+        del gym.registry["TankEnv-v7"]
+    assert found.kind == "class path"
+
+
+def test_an_id_without_version_that_the_module_registers_wins_over_its_class() -> None:
+    gym.register("TankEnv-v7", entry_point="tanks:TankEnv", max_episode_steps=5)
+    try:
+        found = resolve_env("tanks:TankEnv")
+    finally:
+        del gym.registry["TankEnv-v7"]
+    assert found.kind == "gymnasium id"  # With its time limit.
+
+
 def test_finding_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import tanks
 
@@ -131,12 +149,12 @@ def test_finding_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRONG: list[tuple[Any, type[Exception], str]] = [
     ("Pendullum-v1", ValueError, r"`env` 'Pendullum-v1' is not registered\. Did you mean 'Pendulum-v1'.*'MODULE:ID'.*"),
-    ("Tank-v0", ValueError, r"'Tank-v0' is not registered.*'MODULE:CLASS' or 'MODULE\.CLASS'.*register_env"),
+    ("Silo-v0", ValueError, r"'Silo-v0' is not registered.*'MODULE:CLASS' or 'MODULE\.CLASS'.*register_env"),
     ("", ValueError, r"'' is not registered"),
     (
-        "tank:TankEnv",
+        "tanksy:TankEnv",
         ImportError,
-        r"there is no module 'tank'\. Did you mean 'tanks'\?.*that Python imports",
+        r"there is no module 'tanksy'\. Did you mean 'tanks'.*that Python imports",
     ),
     ("plant.tank.TankEnv", ImportError, r"there is no module 'plant\.tank'\. Did you mean 'plant\.tanks'\?"),
     ("tanks:TankEn", ValueError, r"has no 'TankEn'.*Did you mean 'TankEnv'\? It has the classes TankEnv, Wired\."),

@@ -81,10 +81,14 @@ def test_every_command_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_the_script_and_the_file_are_the_same_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.chdir(FOLDER)
-    (from_file,) = read_experiments(FOLDER / "tank.yaml")
-    (from_script,) = read_experiments(FOLDER / "train.py")
+    folder = tmp_path / "own_system"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("logs", "__pycache__"))
+    (folder / "logs").mkdir()
+    (folder / "logs" / "tank.parquet").touch()  # That it is there is looked for, not what it holds.
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(folder)
+    (from_file,) = read_experiments(folder / "tank.yaml")
+    (from_script,) = read_experiments(folder / "train.py")
     one, other = from_file.config.to_dict(), from_script.config.to_dict()
     assert {name: (one[name], other[name]) for name in one if str(one[name]) != str(other[name])} == {}
     assert from_file.stop == from_script.stop

@@ -15,26 +15,26 @@ MISSPELT: list[tuple[str, dict[str, Any], str]] = [
     (
         "training",
         {"min_q_wieght": 5},
-        r"`\.training\(\.\.\.\)` has no setting `min_q_wieght`\. Did you mean 'min_q_weight'",
+        r"`\.training\(\.\.\.\)` has no setting `min_q_wieght`\. Did you mean `min_q_weight`",
     ),
-    ("training", {"gama": 0.9}, r"Did you mean 'gamma'"),
+    ("training", {"gama": 0.9}, r"Did you mean `gamma`"),
     ("training", {"mixing_ratio": 0.5}, r"`mixing_ratio` is a setting of `\.fine_tuning\(.*not of `\.training\("),
     ("fine_tuning", {"gamma": 0.9}, r"write `\.training\(gamma=\.\.\.\)`"),
-    ("fine_tuning", {"offline_update": 1}, r"Did you mean 'offline_updates'"),
+    ("fine_tuning", {"offline_update": 1}, r"Did you mean `offline_updates`"),
     (
         "fine_tuning",
         {"lagranian": True},
-        r"no setting `lagranian`\. Did you mean 'lagrangian' .*of `\.training\(\.\.\.\)`\?",
+        r"no setting `lagranian`\. Did you mean `lagrangian` .*of `\.training\(\.\.\.\)`\?",
     ),
-    ("offline_data", {"input": "logs"}, r"Did you mean 'input_'"),
-    ("offline_data", {"reward_scal": 2}, r"Did you mean 'reward_scale'"),
-    ("evaluation", {"evaluation_intervall": 1}, r"Did you mean 'evaluation_interval'"),
-    ("environment", {"env_cfg": {}}, r"has no setting `env_cfg`\. Did you mean 'env_config'"),
-    ("env_runners", {"num_env_runner": 2}, r"Did you mean 'num_env_runners'"),
+    ("offline_data", {"input": "logs"}, r"Did you mean `input_`"),
+    ("offline_data", {"reward_scal": 2}, r"Did you mean `reward_scale`"),
+    ("evaluation", {"evaluation_intervall": 1}, r"Did you mean `evaluation_interval`"),
+    ("environment", {"env_cfg": {}}, r"has no setting `env_cfg`\. Did you mean `env_config`"),
+    ("env_runners", {"num_env_runner": 2}, r"Did you mean `num_env_runners`"),
     ("env_runners", {"num_learners": 2}, r"is a setting of `\.learners\("),
-    ("learners", {"num_gpu_per_learner": 1}, r"Did you mean 'num_gpus_per_learner'"),
-    ("rl_module", {"model_confg": {}}, r"Did you mean 'model_config'"),
-    ("debugging", {"sed": 1}, r"Did you mean 'seed'"),
+    ("learners", {"num_gpu_per_learner": 1}, r"Did you mean `num_gpus_per_learner`"),
+    ("rl_module", {"model_confg": {}}, r"Did you mean `model_config`"),
+    ("debugging", {"sed": 1}, r"Did you mean `seed`"),
     ("reporting", {"zzzz": 1}, r"has no setting `zzzz`\. See `help\(reporting\)`"),
 ]
 
@@ -61,10 +61,10 @@ def test_signatures_documentation_and_parents_stay() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_q_wieght": 1}, r"CalQLConfig has no setting `min_q_wieght`\. Did you mean 'min_q_weight'"),
-        ({"num_env_runer": 1}, r"has no setting `num_env_runer`\. Did you mean 'num_env_runners'"),
+        ({"min_q_wieght": 1}, r"CalQLConfig has no setting `min_q_wieght`\. Did you mean `min_q_weight`"),
+        ({"num_env_runer": 1}, r"has no setting `num_env_runer`\. Did you mean `num_env_runners`"),
         ({"training": {"gamma": 1}}, r"`training` is a method of CalQLConfig and no setting"),
-        ({"evaluation_config": {"explor": False}}, r"has no setting `explor`\. Did you mean 'explore'"),
+        ({"evaluation_config": {"explor": False}}, r"has no setting `explor`\. Did you mean `explore`"),
     ],
 )
 def test_a_misspelt_key_of_a_dictionary_is_refused_also_by_ray_tune(settings: dict[str, Any], message: str) -> None:

@@ -91,9 +91,10 @@ class _Statistics:
             self._sum, self._squares, self._num_outside = (np.zeros(rows.shape[1]) for _ in range(3))
         self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
         self._eps = max(self._eps, float(np.finfo(rows.dtype).eps) if rows.dtype.kind == "f" else 0.0)
-        distances = rows - self._reference
-        self._sum += _folded(np.sum, distances)
-        self._squares += _folded(np.sum, np.square(distances, out=distances))
+        with np.errstate(over="ignore", invalid="ignore"):  # Of numbers that training refuses.
+            distances = rows - self._reference
+            self._sum += _folded(np.sum, distances)
+            self._squares += _folded(np.sum, np.square(distances, out=distances))
         self._num_rows += len(rows)
         if self._bounds is not None and len(self._bounds[0]) == rows.shape[1]:
             for place in np.flatnonzero((low < self._bounds[0]) | (high > self._bounds[1])):
@@ -106,8 +107,11 @@ class _Statistics:
             return {}
         mean = self._sum / self._num_rows
         # What computing a constant in different ways leaves is no spread.
-        constant = self._high - self._low <= 4 * self._eps * np.maximum(np.abs(self._low), np.abs(self._high))
-        variance = np.where(self._high == self._low, 0.0, self._squares / self._num_rows - mean**2)
+        with np.errstate(over="ignore"):
+            spread = self._high - self._low
+        constant = spread <= 4 * self._eps * np.maximum(np.abs(self._low), np.abs(self._high))
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = np.where(self._high == self._low, 0.0, self._squares / self._num_rows - mean**2)
         is_bounded = self._bounds is not None and len(self._bounds[0]) == len(mean)
         return {
             "low": tuple(self._low.tolist()),
