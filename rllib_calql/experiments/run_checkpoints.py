@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import posixpath
@@ -22,6 +21,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.experiments import run_state
 from rllib_calql.experiments.best_checkpoint import read_best
 from rllib_calql.progress.budget import format_duration
+from rllib_calql.progress.results_table import with_rows_of
 
 _REMEDY = "give the folder of a run, a trial or a checkpoint, as `rllib train` prints them"
 _TIMESTAMP = "timestamp"  # RLlib's, in results: seconds since 1970.
@@ -191,41 +191,29 @@ def last_result(trial: Trial) -> Mapping[str, Any]:
 
 
 def drop_results_made_again(trial: Trial) -> None:
-    """Removes from the trial's logs the results of iterations that are made again, from their ends backwards."""
-    latest = _latest(trial)
-    if trial.status == Trial.TERMINATED or trial.storage.trial_dir_name is None:
+    """Removes from the trial's logs the results of iterations that are made again, from their ends backwards.
+
+    The table gets the rows of the others that a sudden end has kept from it.
+    """
+    latest, is_open = _latest(trial), trial.status != Trial.TERMINATED
+    if trial.storage.trial_dir_name is None:
         return
-    if latest is not None and not _is_own(trial, latest.checkpoint.path):
+    if is_open and latest is not None and not _is_own(trial, latest.checkpoint.path):
         return  # Population based training gave it another trial's.
-    reached = 0 if latest is None else latest.metrics.get(TRAINING_ITERATION, 0)
     filesystem = trial.storage.storage_filesystem
     lines = _result_lines(trial)
     kept = list(lines)
-    while kept and json.loads(kept[-1]).get(TRAINING_ITERATION, 0) > reached:
-        kept.pop()
+    if is_open:
+        reached = 0 if latest is None else latest.metrics.get(TRAINING_ITERATION, 0)
+        while kept and json.loads(kept[-1]).get(TRAINING_ITERATION, 0) > reached:
+            kept.pop()
     if kept != lines:
         run_state.write_whole(filesystem, _log_of(trial), b"".join(kept))
     path = posixpath.join(str(trial.storage.trial_fs_path), EXPR_PROGRESS_FILE)
-    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
-        table = read_file(filesystem, path)
-        if (shorter := _table_up_to(table, reached)) != table:
-            run_state.write_whole(filesystem, path, shorter)
-
-
-def _table_up_to(table: bytes, reached: int) -> bytes:
-    """A CSV file of results without the rows at its end that are of later iterations, or torn."""
-    lines = table.decode(errors="replace").splitlines(keepends=True)
-    columns = next(csv.reader(lines), [])
-    if TRAINING_ITERATION not in columns:
-        return table
-    column = columns.index(TRAINING_ITERATION)
-    while len(lines) > 1:
-        row = next(csv.reader([lines[-1]]), [])
-        is_torn = len(row) != len(columns) or not lines[-1].endswith("\n")
-        if not is_torn and int(float(row[column] or 0)) <= reached:
-            break
-        lines.pop()
-    return "".join(lines).encode()
+    is_there = filesystem.get_file_info(path).type == pyarrow.fs.FileType.File
+    table = read_file(filesystem, path) if is_there else b""
+    if (whole := with_rows_of(table, [json.loads(line) for line in kept])) != table:
+        run_state.write_whole(filesystem, path, whole)
 
 
 def _latest(trial: Trial) -> Any:

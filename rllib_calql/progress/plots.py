@@ -163,6 +163,7 @@ def _mark_data(axes: Axes, trials: Sequence[TrialRecord]) -> None:
             textcoords="offset points",
             fontsize=8.5,
             color="#444444",
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.0},
         )
 
 

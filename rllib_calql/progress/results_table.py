@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback
-from ray.tune.result import EXPR_PROGRESS_FILE
+from ray.tune.result import EXPR_PROGRESS_FILE, TRAINING_ITERATION
 from ray.tune.utils import flatten_dict
+
+_TIMESTAMP = "timestamp"  # RLlib's; with the iteration it tells a result from one that was made again.
 
 
 class ResultsTable(CSVLoggerCallback):  # Of this kind, so that Tune adds no other.
@@ -26,7 +30,7 @@ class ResultsTable(CSVLoggerCallback):  # Of this kind, so that Tune adds no oth
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
         """Adds a row."""
-        row = flatten_dict({key: value for key, value in result.items() if key != "config"}, delimiter="/")
+        row = _row_of(result)
         trial.init_local_path()
         path = Path(trial.local_path, EXPR_PROGRESS_FILE)
         if trial.trial_id not in self._columns:
@@ -43,6 +47,45 @@ class ResultsTable(CSVLoggerCallback):  # Of this kind, so that Tune adds no oth
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         """Lets go of the trial."""
         self._columns.pop(trial.trial_id, None)
+
+
+def with_rows_of(table: bytes, results: Sequence[Mapping[str, Any]]) -> bytes:
+    """The content of a trial's file with one row for each of these results, in their order.
+
+    The rows that it has stay as they are, except those of other results and one that was cut off. Those that it lacks,
+    because a sudden end came before the file was copied, are made of the results.
+
+    Args:
+        table: Content of the file; empty if there is none.
+        results: As they were logged.
+    """
+    reader = csv.DictReader(io.StringIO(table.decode(errors="replace"), newline=""))
+    found = [row for row in reader if None not in row and None not in row.values()]
+    columns = list(reader.fieldnames or [])
+    if columns and TRAINING_ITERATION not in columns:
+        return table  # Of whatever else.
+    if found and not table.endswith(b"\n"):
+        found.pop()
+    known = {(row[TRAINING_ITERATION], row.get(_TIMESTAMP) or ""): row for row in found}
+    rows = []
+    for result in results:
+        made = _row_of(result)
+        key = (str(result.get(TRAINING_ITERATION, "")), str(result.get(_TIMESTAMP, "")))
+        if key not in known:
+            columns += [name for name in made if name not in columns]
+        rows.append(known.get(key, made))
+    if not columns:
+        return table
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return content.getvalue().encode()
+
+
+def _row_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = flatten_dict({key: value for key, value in result.items() if key != "config"}, delimiter="/")
+    return row
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.fs
 import pytest
 
-from rllib_calql.progress.results_table import ResultsTable
+from rllib_calql.progress.results_table import ResultsTable, with_rows_of
 
 FIRST = {"training_iteration": 1, "phase": "offline", "config": {"lr": 1.0}, "learners": {"loss": 0.5}}
 EVALUATED = {"training_iteration": 2, "phase": "online", "evaluation": {"return": -3.0}, "learners": {"loss": 0.25}}
@@ -69,3 +69,26 @@ def test_a_rewrite_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="killed here"):
         table.on_trial_result(iteration=0, trials=[trial], trial=trial, result=EVALUATED)
     assert Path(trial.local_path, "progress.csv").read_bytes() == before
+
+
+def test_rows_that_were_not_copied_before_a_sudden_end_are_made_of_the_results(tmp_path: Path) -> None:
+    trial, table = trial_in(tmp_path), ResultsTable()
+    results = [FIRST | {"timestamp": 10}, EVALUATED | {"timestamp": 20}, FIRST | {"training_iteration": 3}]
+    for result in results:
+        table.on_trial_result(iteration=0, trials=[trial], trial=trial, result=result)
+    whole = Path(trial.local_path, "progress.csv").read_bytes()
+    assert with_rows_of(whole, results) == whole
+    assert with_rows_of(whole[:-3], results) == whole  # Torn.
+    lines = whole.splitlines(keepends=True)
+    for rest in (lines[:1], lines[:2], [lines[0], lines[3]], lines[:1] + lines[2:]):
+        assert with_rows_of(b"".join(rest), results) == whole
+    assert list(csv.DictReader(with_rows_of(b"", results).decode().splitlines())) == rows_of(trial)
+    assert with_rows_of(whole, results[:1]) == b"".join(lines[:2])
+
+
+def test_a_result_that_was_made_again_after_a_failure_keeps_a_row_of_its_own() -> None:
+    results = [{"training_iteration": 1, "timestamp": stamp, "loss": loss} for stamp, loss in ((10, 0.5), (20, 0.25))]
+    table = b"training_iteration,timestamp,loss\r\n1,10,0.5\r\n1,20,0.25\r\n"
+    assert with_rows_of(table, results) == table
+    assert with_rows_of(b"", []) == b""
+    assert with_rows_of(b"a,b\n1,2\n", results) == b"a,b\n1,2\n"
