@@ -151,7 +151,9 @@ def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool
     elif is_running:
         status = "running"
     else:
-        status = "failed" if _ERROR in names else "interrupted"
+        failed_at = _written_at(filesystem, posixpath.join(folder, _ERROR)) if _ERROR in names else -math.inf
+        # The file stays where a trial that failed was resumed.
+        status = "failed" if failed_at >= (_number(last, "timestamp") or 0.0) else "interrupted"
     settings: Mapping[str, Any] = {}
     if _SETTINGS in names:
         settings = next(iter(_results(filesystem, posixpath.join(folder, _SETTINGS), is_one=True)), {})
@@ -215,6 +217,12 @@ def _names(filesystem: pyarrow.fs.FileSystem, folder: str) -> set[str]:
     if filesystem.get_file_info(folder).type != pyarrow.fs.FileType.Directory:
         return set()
     return {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder))}
+
+
+def _written_at(filesystem: pyarrow.fs.FileSystem, path: str) -> float:
+    """Seconds since 1970; infinity where the file system does not say."""
+    written_ns = filesystem.get_file_info(path).mtime_ns
+    return math.inf if written_ns is None else written_ns / 1e9
 
 
 def _is_locked(filesystem: pyarrow.fs.FileSystem, folder: str) -> bool:

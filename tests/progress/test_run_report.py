@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,11 @@ def test_a_trial_that_failed_before_its_first_result_is_in_the_table(tmp_path: P
     assert done.exit_code == 0
     assert re.search(r"^CalQL_a +ended .*\nCalQL_b +failed +- ", done.output, re.MULTILINE)
     assert (tmp_path / "one" / "progress.png").read_bytes().startswith(PNG)
+
+
+def test_a_trial_that_failed_was_resumed_and_interrupted_is_interrupted(tmp_path: Path) -> None:
+    failed = [*RESULTS[:2], result(3, 2_000, 200, timestamp=int(time.time()) - 60)]
+    again = [*failed, result(4, 2_000, 400, timestamp=int(time.time()) + 60)]
+    for name, results, status in (("a", failed, "failed"), ("b", again, "interrupted")):
+        (trial,) = read_run(LOCAL, str(run_in(tmp_path / name, results, error=True))).trials
+        assert trial.status == status
