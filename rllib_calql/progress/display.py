@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TextIO
 
 from rllib_calql.progress.budget import format_duration
@@ -44,6 +44,7 @@ class _Trial:
         totals: Where it ends.
         since: When it began to do what it does.
         told: What it does.
+        counters: What it has counted since the last result; what it does now may count something else.
         measured: Phase, count and time from which its speed is measured before a result tells it.
         printed_at: When its last line was printed.
         printed_kind: The kind of work that was printed there.
@@ -53,6 +54,7 @@ class _Trial:
     totals: Totals
     since: float
     told: Told | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
     measured: tuple[str, int, float] | None = None
     printed_at: float = -math.inf
     printed_kind: str = ""
@@ -138,6 +140,7 @@ class Display:
             now = self._clock()
             trial = self._trials.setdefault(name, _Trial(progress, totals, now))
             trial.progress, trial.totals, trial.since = progress, totals, now
+            trial.counters = {}
             self._listen(name, trial)
             if self._is_terminal:
                 self._refresh()
@@ -195,10 +198,11 @@ class Display:
         told = self._channel.latest(name) if self._channel is not None else None
         if told is not None and told != trial.told:
             trial.told, trial.since = told, self._clock()
+            trial.counters = {**trial.counters, **told.counters}
 
     def _line(self, trial: _Trial) -> str:
         """The trial's line with what it does now."""
-        progress = overlaid(trial.progress, trial.told.counters if trial.told else {}, trial.totals)
+        progress = overlaid(trial.progress, trial.counters, trial.totals)
         now = self._clock()
         if progress.unit and (trial.measured is None or trial.measured[0] != progress.phase):
             trial.measured = progress.phase, progress.done, now
@@ -218,7 +222,7 @@ class Display:
     def _summary(self) -> str:
         """One line for many trials."""
         phases = Counter(
-            overlaid(trial.progress, trial.told.counters if trial.told else {}, trial.totals).phase
+            overlaid(trial.progress, trial.counters, trial.totals).phase
             for trial in self._trials.values()
         )
         parts = [f"{len(self._trials)} trials: " + ", ".join(f"{number} {phase}" for phase, number in phases.items())]

@@ -115,7 +115,8 @@ def overlaid(progress: TrialProgress, counters: Mapping[str, int], totals: Total
         totals: Where the trial ends.
     """
     order = (STARTING, keys.OFFLINE, keys.ONLINE)
-    metrics = {keys.OFFLINE: keys.NUM_OFFLINE_UPDATES_LIFETIME, keys.ONLINE: keys.NUM_ONLINE_ENV_STEPS_LIFETIME}
+    # The later phase first, since what was counted before it stays.
+    metrics = {keys.ONLINE: keys.NUM_ONLINE_ENV_STEPS_LIFETIME, keys.OFFLINE: keys.NUM_OFFLINE_UPDATES_LIFETIME}
     for phase, metric in metrics.items():
         if metric in counters and order.index(phase) >= order.index(progress.phase):
             _, done, total, unit = _position({keys.PHASE: phase, metric: counters[metric]}, totals)

@@ -88,6 +88,23 @@ def test_what_a_trial_told_before_the_switch_does_not_take_it_back_there() -> No
     assert "collecting: 30 of ~200 env steps" in scene.lines[-1]
 
 
+def test_updates_after_the_first_env_steps_are_told_as_online_before_there_is_a_result_of_them() -> None:
+    scene = Scene()
+    scene.display.show("a", TrialProgress("CalQL_a", phase="offline", done=3_900, unit="updates"), TOTALS)
+    for told in (
+        Told("updating", {UPDATES: 4_000}),
+        Told("collecting: 800 env steps", {ENV_STEPS: 800}),
+        Told("updating: 387 of 800"),
+    ):
+        scene.told["a"] = told
+        scene.pass_time(5.0)
+    assert "CalQL_a  online  800/2,000 env steps" in scene.lines[-1]
+    assert "updating: 387 of 800" in scene.lines[-1]
+    scene.display.show("a", TrialProgress("CalQL_a", phase="online", done=700, unit="env steps"), TOTALS)
+    scene.pass_time(5.0)
+    assert "CalQL_a  online  700 env steps" in scene.lines[-1]  # The result knows better.
+
+
 def test_while_a_trial_starts_each_kind_of_work_gets_a_line_at_once_but_percentages_do_not() -> None:
     scene = Scene()
     scene.display.show("a", TrialProgress("CalQL_a"), TOTALS)
