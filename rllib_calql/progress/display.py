@@ -222,8 +222,7 @@ class Display:
     def _summary(self) -> str:
         """One line for many trials."""
         phases = Counter(
-            overlaid(trial.progress, trial.counters, trial.totals).phase
-            for trial in self._trials.values()
+            overlaid(trial.progress, trial.counters, trial.totals).phase for trial in self._trials.values()
         )
         parts = [f"{len(self._trials)} trials: " + ", ".join(f"{number} {phase}" for phase, number in phases.items())]
         if self._num_ended:
