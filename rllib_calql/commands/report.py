@@ -20,7 +20,11 @@ _CHECKPOINT_FILES = ("class_and_ctor_args.pkl", "calql.json")
 
 @click.command(epilog="Example: rllib report ~/ray_results/pendulum ~/ray_results/pendulum-2 --output comparison")
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the report (default: the first RESULTS).")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the report (default: the first RESULTS).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the table of runs as JSON, and write nothing.")
 def report(results: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Report on RESULTS, folders of `rllib train file` or of `rllib study`, without running anything.

@@ -26,7 +26,9 @@ _DEFAULT_FOLDER = "~/ray_results/studies"
 
 @click.command(epilog="Example: rllib study tuned_examples/studies/pointmaze_umaze.yaml")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Results (default: ~/ray_results/studies/NAME).")
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), help="Results (default: ~/ray_results/studies/NAME)."
+)
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for Ray (default: all, or what a trial needs).")
 @click.option("--address", help="Address of an existing Ray cluster (default: start Ray here).")
 @grace_option

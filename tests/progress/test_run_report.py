@@ -279,3 +279,12 @@ def test_a_trial_that_failed_was_resumed_and_interrupted_is_interrupted(tmp_path
     for name, results, status in (("a", failed, "failed"), ("b", again, "interrupted")):
         (trial,) = read_run(LOCAL, str(run_in(tmp_path / name, results, error=True))).trials
         assert trial.status == status
+
+
+def test_a_file_for_the_folder_of_the_report_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for command in (["report", str(tmp_path / "missing")], ["study", str(tmp_path / "missing.yaml")]):
+        done = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "notes.txt")])
+        assert done.exit_code == 2
+        assert "'--output'" in done.output
+        assert "notes.txt' is a file" in done.output
