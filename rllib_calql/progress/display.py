@@ -148,12 +148,12 @@ class Display:
                 is_starting = progress.phase == STARTING
                 self._print_line(trial, self._line(trial) if is_starting else format_line(progress))
 
-    def end(self, name: str) -> None:
-        """Shows a trial no more."""
+    def end(self, name: str, *, then: str = "finishing") -> None:
+        """Shows a trial no more; `then` is what the command does if it was the last one that is shown."""
         with self._lock:
             self._num_ended += self._trials.pop(name, None) is not None
             if not self._trials:
-                self._stage, self._stage_since = "finishing", self._clock()
+                self._stage, self._stage_since = then, self._clock()
 
     def forget_trials(self) -> None:
         """Shows no trial any more, as after a run."""

@@ -14,6 +14,8 @@ from rllib_calql.progress.display import Display
 from rllib_calql.progress.lines import Totals, TrialProgress, format_summary, observe
 from rllib_calql.system.activity import Listener
 
+_STARTING = "starting the processes of the trials"
+
 
 class ProgressCallback(tune.Callback):
     """Shows progress while Tune runs, and prints a summary of every trial at the end.
@@ -49,7 +51,7 @@ class ProgressCallback(tune.Callback):
         self._listener.start()
         self._display.hear(self._listener)
 
-        self._display.stage("starting the processes of the trials")
+        self._display.stage(_STARTING)
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Shows trials that are being set up, once they say so. Tune calls this again and again."""
@@ -94,12 +96,16 @@ class ProgressCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Shows the trial no more."""
-        self._display.end(speaker_of(trial))
+        self._end(trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Shows the trial no more, until it may be started again. One that could not be set up fails unseen before."""
         self._trials.setdefault(trial.trial_id, TrialProgress(label=str(trial)))
-        self._display.end(speaker_of(trial))
+        self._end(trials, trial)
+
+    def _end(self, trials: list[Trial], trial: Trial) -> None:
+        is_last = not any(other.status == Trial.PENDING for other in trials)
+        self._display.end(speaker_of(trial), then="finishing" if is_last else _STARTING)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Prints the summaries."""

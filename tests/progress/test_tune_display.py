@@ -86,6 +86,23 @@ def test_a_trial_that_could_not_be_set_up_has_failed_in_this_run() -> None:
     assert "already" not in output.getvalue()
 
 
+def test_between_two_trials_the_command_starts_the_next_one_and_after_the_last_it_finishes() -> None:
+    now = [0.0]
+    output = io.StringIO()
+    display = Display(output, clock=lambda: now[0])
+    callback = ProgressCallback(STOP, display)
+    first, second = trial_called("a"), trial_called("b")
+    first.status, second.status = "RUNNING", "PENDING"
+    for trial, shown in ((first, "starting the processes of the trials"), (second, "finishing")):
+        trial.status = "RUNNING"
+        callback.on_trial_start(0, [first, second], trial)
+        trial.status = "TERMINATED"
+        callback.on_trial_complete(0, [first, second], trial)
+        now[0] += 10.0
+        display.tick()
+        assert f"  {shown}, 10 s" in output.getvalue().splitlines()[-1]
+
+
 def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
     output = io.StringIO()
     callback = ProgressCallback({}, Display(output))
