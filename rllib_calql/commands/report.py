@@ -76,7 +76,8 @@ def _report_on_runs(results: list[str], output: Path | None, as_json: bool) -> N
     folder = (Path(results[0]) if output is None else output).expanduser()
     page = folder / (report.PAGE if is_one else report.COMPARISON_PAGE)
     picture_file = folder / (report.PICTURE if is_one else report.COMPARISON_PICTURE)
-    if page.exists() and not report.is_own_page(page.read_text(encoding="utf-8", errors="replace")):
+    former = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    if page.exists() and not report.is_own_page(former):
         raise click.ClickException(f"'{page}' is of no report; move it away, or give another `--output`.")
     title = ", ".join(run.name for run in runs)
     picture = None
@@ -87,7 +88,9 @@ def _report_on_runs(results: list[str], output: Path | None, as_json: bool) -> N
     folder.mkdir(parents=True, exist_ok=True)
     if picture is not None:
         picture_file.write_bytes(picture)
-    page.write_text(report.page(title, trials, picture), encoding="utf-8")
+    # In a folder of the user's choice there may be the page of another run.
+    former = former if is_one and output is None else ""
+    page.write_text(report.page(title, trials, picture, former=former), encoding="utf-8")
     click.echo(f"Wrote {page}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from rllib_calql.progress.runs import RunRecord, TrialRecord
 PAGE, PICTURE = "progress.html", "progress.png"  # In the folder of a run.
 COMPARISON_PAGE, COMPARISON_PICTURE = "comparison.html", "comparison.png"  # Of several runs.
 _SIGN = "Written by rllib-calql from what the trials have logged."  # In every page.
+# What only the run itself knows, and what it has used of its budget.
+_OF_THE_RUN = re.compile(r"<p>Budget: .*?</p>(?:\n<table>.*?</table>)?|<h2>Settings</h2>.*?</table>", re.DOTALL)
 _QUANTITIES = (
     ("success_rate", "success"),
     ("normalized_score", "score"),
@@ -102,6 +105,7 @@ def page(
     *,
     settings: Mapping[str, str] | None = None,
     stop: Mapping[str, float] | None = None,
+    former: str = "",
 ) -> str:
     """The page on a run, or on several.
 
@@ -111,6 +115,7 @@ def page(
         picture: PNG; None without Matplotlib.
         settings: What the user has set, as text; None if that is not known.
         stop: The budget; None if that is not known.
+        former: A page of the same run, made by the run itself: its budget and settings are taken over.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_SIGN}</p>"]
     if stop is not None:
@@ -129,6 +134,7 @@ def page(
     if settings is not None:
         parts.append("<h2>Settings</h2><p>What the experiment sets; all others have their defaults.</p>")
         parts.append(pages.table(("setting", "value"), [[k, v[:_MAX_SHOWN]] for k, v in sorted(settings.items())]))
+    parts += _OF_THE_RUN.findall(former)
     differing = _differing(trials)
     if differing:
         parts.append("<h2>Settings that differ</h2>")

@@ -217,6 +217,16 @@ def test_at_the_end_a_run_gets_a_page_with_its_budget_and_what_it_sets(tmp_path:
     assert foreign_entries(LOCAL, str(folder)) == []  # So `--overwrite` may remove them.
 
 
+def test_a_report_on_a_run_keeps_the_budget_and_the_settings_that_the_run_wrote_into_its_page(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "one", RESULTS[:3])
+    written_at_the_end(tmp_path, "one")
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["report", str(folder)]).exit_code == 0
+    page = (folder / "progress.html").read_text()
+    for once in ("Budget: training_iteration: 5", "3 of 5 iterations", "<td>gamma</td><td>0.9</td>", "<h2>Trials</h2>"):
+        assert page.count(once) == 1, once
+
+
 def test_the_page_counts_every_kind_of_budget(tmp_path: Path) -> None:
     spent = {"num_online_episodes_lifetime": 7, "num_online_env_steps_taken_lifetime": 590}
     folder = run_in(tmp_path / "one", [*RESULTS[:4], RESULTS[4] | spent])
