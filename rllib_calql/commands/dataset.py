@@ -6,6 +6,7 @@ Ray, are imported only once a command runs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -112,7 +113,7 @@ def inspect(
     if as_json:
         click.echo(json.dumps(report.to_dict() | compared, indent=2))
     else:
-        click.echo(str(report))
+        click.echo(str(_with_note_on(compared, report)))
         for line in _lines_on_environment(compared):
             click.echo(line)
     if file is not None:
@@ -242,6 +243,14 @@ def _compared(env: str, report: DatasetReport, observation_space: Any, action_sp
         "findings": findings_on_spaces(report, observation_space, action_space),
     }
     return {"environment": content}
+
+
+def _with_note_on(compared: dict[str, Any], report: DatasetReport) -> DatasetReport:
+    """The report as it is shown: it does not say that nothing looks wrong where the comparison says otherwise."""
+    if not compared or not (compared["environment"]["mismatches"] or compared["environment"]["findings"]):
+        return report
+    note = f"what does not fit {compared['environment']['id']} is told below"
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def _lines_on_environment(compared: dict[str, Any]) -> Iterator[str]:

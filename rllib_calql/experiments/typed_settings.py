@@ -17,6 +17,7 @@ from ray.tune.search.sample import Categorical
 
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, reported
 from rllib_calql.experiments.search_spaces import contents, find_spaces, is_space, parse_spaces
+from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
 
 
 def build_config(config: AlgorithmConfig, settings: Mapping[str, Any], name: str) -> AlgorithmConfig:
@@ -103,6 +104,11 @@ def _find_setting(
             return found[0], parameter
     known = [parameter for accepted in among.values() for parameter in accepted] + ([] if group else list(methods))
     place = f"`{group}` of experiment '{name}'" if group else f"`config` of experiment '{name}'"
+    if key in DEFAULT_MODEL_CONFIG:
+        raise ExperimentError(
+            f"Unknown setting `{key}` in {place}: it is one of the networks; write it as "
+            f"`model_config: {{{key}: ...}}`."
+        )
     raise ExperimentError(
         f"Unknown setting `{key}` in {place}{did_you_mean(str(key), known)} "
         f"Settings are those of the methods of {type(config).__name__}."

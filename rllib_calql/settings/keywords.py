@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ray.rllib.algorithms.algorithm_config import NotProvided
 
+from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
 from rllib_calql.system.similar_words import close_matches, similar_words
 
 _Config = TypeVar("_Config", bound=type)
@@ -46,6 +47,11 @@ def check_keys(config: Any, settings: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"`{key}` is a method of {type(config).__name__} and no setting; name the settings themselves."
             )
+        if key in DEFAULT_MODEL_CONFIG:
+            raise TypeError(
+                f"{type(config).__name__} has no setting `{key}`: it is one of the networks; write "
+                f'`"model_config": {{"{key}": ...}}`.'
+            )
         similar = close_matches(str(key), _public(config), "`")
         raise TypeError(f"{type(config).__name__} has no setting `{key}`.{similar}")
 
@@ -79,6 +85,8 @@ def _told(keyword: str, method: str, accepted: Mapping[str, frozenset[str]]) -> 
                 f"`.{other}({keyword}=...)`."
             )
     message = f"`.{method}(...)` has no setting `{keyword}`."
+    if keyword in DEFAULT_MODEL_CONFIG:
+        return f"{message} It is one of the networks; write `.rl_module(model_config={{{keyword!r}: ...}})`."
     if similar := close_matches(keyword, accepted[method], "`"):
         return message + similar
     places = {setting: other for other in accepted for setting in accepted[other]}

@@ -116,6 +116,9 @@ def test_inspect_compares_data_with_an_environment(tank_data: str) -> None:
     assert "Compared with inspected_tank:Tank: keys and shapes match" in result.stdout
     assert "100 % of the values lie outside [0, 2], the bounds of the observation space" in result.stdout
     assert "actions[0]: the values use 1 % of the action space's range [0, 100]" in result.stdout
+    assert "nothing looks wrong" not in result.stdout
+    assert "what does not fit inspected_tank:Tank is told below" in result.stdout
+    assert "nothing looks wrong" in run("inspect", tank_data, "--no-plot").stdout
     content = json.loads(run("inspect", tank_data, "--no-plot", "--json", "--env", "inspected_tank:Tank").stdout)
     assert content["environment"]["matches"] is True
     assert len(content["environment"]["findings"]) == 3

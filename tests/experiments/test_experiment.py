@@ -230,6 +230,10 @@ HEAD = "run: CalQL, env: Pendulum-v1"
         (f"e: {{{HEAD}, config: [1]}}\n", r"`config` of experiment 'e' must be a mapping, got \[1\]"),
         (f"e: {{{HEAD}, config: {{env: CartPole-v1}}}}\n", r"has `env` twice"),
         (f"e: {{{HEAD}, config: {{min_q_wieght: 1}}}}\n", r"`min_q_wieght` in `config`.*did you mean `min_q_weight`"),
+        (
+            f"e: {{{HEAD}, config: {{actor_hiddens: [16]}}}}\n",
+            r"one of the networks; write it as `model_config: {actor_hiddens: \.\.\.}`",
+        ),
         (f"e: {{{HEAD}, config: {{trainin: {{tau: 1}}}}}}\n", r"`trainin`.*did you mean `training`"),
         (f"e: {{{HEAD}, config: {{training: {{taw: 0.1}}}}}}\n", r"`taw` in `training`.*did you mean `tau`"),
         (

@@ -35,6 +35,8 @@ MISSPELT: list[tuple[str, dict[str, Any], str]] = [
     ("learners", {"num_gpu_per_learner": 1}, r"Did you mean `num_gpus_per_learner`"),
     ("rl_module", {"model_confg": {}}, r"Did you mean `model_config`"),
     ("debugging", {"sed": 1}, r"Did you mean `seed`"),
+    ("training", {"actor_hiddens": [16]}, r"of the networks; write `\.rl_module\(model_config=\{'actor_hiddens': "),
+    ("rl_module", {"layer_norm": True}, r"of the networks; write `\.rl_module\(model_config=\{'layer_norm': "),
     ("reporting", {"zzzz": 1}, r"has no setting `zzzz`\. See `help\(reporting\)`"),
 ]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-from rllib_calql.datasets.episodes.other_tools import layout_of_other_tool
+from rllib_calql.datasets.episodes.other_tools import JOIN_REMEDY, layout_of_other_tool
 
 ALIASES: dict[str, tuple[str, ...]] = {
     Columns.OBS: ("observations", "observation"),
@@ -72,7 +72,16 @@ def require_columns(found: Collection[str], needed: Iterable[str], present: Coll
     missing = [name for name in needed if name not in found]
     if not missing:
         return
-    remedy = DONES_REMEDY if "dones" in present else "rename the column, or add it"
+    remedy = "rename the column, or add it"
+    if "dones" in present:
+        remedy = DONES_REMEDY
+    elif Columns.OBS in missing:
+        remedy += f"; {JOIN_REMEDY}"
+    elif Columns.TERMINATEDS in missing:
+        remedy += (
+            f"; `{Columns.TERMINATEDS}` is true where the task ended by itself, `{Columns.TRUNCATEDS}` where the "
+            "episode was cut, as by a time limit"
+        )
     remedy = layout_of_other_tool(present) or remedy
     raise ValueError(
         f"{where} has no column {', '.join(f'`{name}`' for name in missing)}; "

@@ -19,10 +19,9 @@ _TFRECORD = (
 )
 _ZARR = f"an array store of Zarr's; read its arrays, `zarr.open(path)[name][:]`, then `{_TO_NPZ}`"
 _ARCHIVE = "an archive or compressed file; unpack it first"
-_TABLE = (
-    "Rename its columns to `obs`, `actions`, `rewards`, `terminateds` and `truncateds`, and join numbers of one "
-    'vector: `table["obs"] = table[["obs_0", "obs_1"]].values.tolist()`'
-)
+JOIN_REMEDY = 'join numbers of one vector: `table["obs"] = table[["obs_0", "obs_1"]].values.tolist()`'
+"""What to do with a table that has a column for each number."""
+_TABLE = f"Rename its columns to `obs`, `actions`, `rewards`, `terminateds` and `truncateds`, and {JOIN_REMEDY}"
 
 _KINDS: dict[tuple[str, ...], str] = {
     (".pt", ".pth", ".ckpt"): (

@@ -150,7 +150,8 @@ def _on_actions(report: DatasetReport, space: gym.Space[Any] | None) -> Iterator
             yield (
                 f"{names[place]}: {format_share(info.share_outside[place])} of the values lie outside "
                 f"{_interval(low[place], high[place])}, the bounds of the action space; they go from "
-                f"{format_number(least[place])} to {format_number(largest[place])}; check the units, or clip them"
+                f"{format_number(least[place])} to {format_number(largest[place])}; "
+                f"{_reason_on_action(place, names, (least, largest), (low, high))}"
             )
         part = np.divide(largest - least, width, out=np.ones_like(width), where=free)
         small = part <= _SMALL_PART + 1e-6
@@ -174,6 +175,19 @@ def _on_actions(report: DatasetReport, space: gym.Space[Any] | None) -> Iterator
                 f"{_interval(low[free][0], high[free][0])}; if they are scaled to [-1, 1], set "
                 '`action_space_of_data="module"`'
             )
+
+
+def _reason_on_action(place: int, names: list[str], found: Bounds, bounds: Bounds) -> str:
+    """What may be behind values of an action outside its bounds."""
+    for other in range(len(names)):
+        pair, reversed_pair = [place, other], [other, place]
+        fits = (bounds[0][reversed_pair] <= found[0][pair]) & (found[1][pair] <= bounds[1][reversed_pair])
+        if other != place and fits.all() and np.isfinite([bounds[0][pair], bounds[1][pair]]).all():
+            return (
+                f"check the order of the columns: {names[place]} and {names[other]} would fit each other's bounds, as "
+                "if they were swapped"
+            )
+    return "check the units, or clip them"
 
 
 def mismatches(report: DatasetReport, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> list[str]:

@@ -141,6 +141,17 @@ def test_swapped_columns_are_told_by_both_names() -> None:
         assert {"'level'[0]", "'temperature'[0]"} <= set(finding.replace(":", " ").split())
 
 
+def test_swapped_columns_of_actions_are_told_by_both_names_and_other_units_are_not() -> None:
+    space = Box(np.float32([0, 10]), np.float32([100, 90]))
+    pump, valve = np.linspace(0, 100, ROWS), np.linspace(10, 90, ROWS)
+    (swapped,) = findings(tank(), np.stack([valve, pump], axis=1), action_space=space)
+    assert swapped.startswith("actions[1]: 20 % of the values lie outside [10, 90]")
+    assert swapped.endswith("actions[1] and actions[0] would fit each other's bounds, as if they were swapped")
+    shares = findings(tank(), np.stack([pump, valve], axis=1) / 100, action_space=space)
+    assert shares[0].endswith("check the units, or clip them")
+    assert not any("swapped" in finding for finding in shares)
+
+
 def test_the_share_of_values_outside_is_exact_and_flat_rows_are_named_by_key() -> None:
     level = np.where(np.arange(ROWS) % 4 == 0, 7.5, 1.0)
     flat = np.stack([level, np.full(ROWS, 1.0), RNG.uniform(18, 60, ROWS)], axis=1)  # Keys in sorted order.
