@@ -72,8 +72,8 @@ def _checked(scaled: Array, actions: Array, allowed: str, where: Callable[[int],
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"{where(row)}: action {actions[row].tolist()} is outside {allowed}; clip the recorded actions, or "
-            "set `action_space_of_data` to what they are."
+            f"{where(row)}: action {actions[row].tolist()} is outside {allowed}; check their units, "
+            "clip the recorded actions, or set `action_space_of_data` to what they are."
         )
     return scaled
 

@@ -155,7 +155,7 @@ def test_the_row_of_the_first_action_outside_the_bounds_is_named() -> None:
     actions = np.array([[0.0, 1.0], [2.0, 8.0], [0.0, 8.5], [9.0, 0.0]])
     with pytest.raises(ValueError, match=r"^Data of mine, row 2: action \[0.0, 8.5\] is outside the bounds"):
         to_module_actions(actions, space, rows_named("Data of mine"))
-    with pytest.raises(ValueError, match=r"row 0: action \[-0.1, -0.1\] .*; clip the recorded actions, or set"):
+    with pytest.raises(ValueError, match=r"row 0: action \[-0.1, -0.1\] .*units, clip the recorded actions, or set"):
         to_module_actions(np.array([[-0.1, -0.1]]), space, rows_named("Data"))
 
 
