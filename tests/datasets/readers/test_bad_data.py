@@ -429,7 +429,7 @@ FAULTS: dict[str, Fault] = {
         left_out=each(WITHOUT_IDS, "a jump ends an episode, which is remarked") | NO_SUCH_PART,
     ),
     "action out of bounds": Fault(
-        r"episode EPISODE, ROW30: action \[2\.5\] is outside the bounds of Box.*units, clip the recorded actions, or set",
+        r"episode EPISODE, ROW30: action \[2\.5\] is outside the bounds of Box.*units, clip the recorded actions, or",
         at("actions", 30, 2.5),
         left_out=each(("rllib rows", "rllib episodes"), "RLlib clips module actions only behind the recorder"),
     ),
