@@ -123,11 +123,12 @@ def read_run(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bool
         is_running = _is_locked(filesystem, folder) or _is_locked(filesystem, posixpath.dirname(folder))
     names = _names(filesystem, folder)
     trials = [folder] if _RESULTS in names else [posixpath.join(folder, name) for name in sorted(names)]
-    found = (_read_trial(filesystem, trial, is_running) for trial in trials)
+    found = (read_trial(filesystem, trial, is_running=is_running) for trial in trials)
     return RunRecord(posixpath.basename(folder), folder, tuple(trial for trial in found if trial is not None))
 
 
-def _read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, is_running: bool) -> TrialRecord | None:
+def read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bool) -> TrialRecord | None:
+    """Reads the folder of a trial; None if it has no log of results."""
     names = _names(filesystem, folder)
     name = _DATE.sub("", posixpath.basename(folder))
     if _RESULTS not in names:  # A trial that could not be set up has only its error.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.experiment import Trial
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.progress.budget import format_budget, format_reached, limits_of
 from rllib_calql.progress.display import Display
-from rllib_calql.progress.lines import Totals, TrialProgress, format_summary, observe
+from rllib_calql.progress.lines import Evaluation, Totals, TrialProgress, format_summary, observe
+from rllib_calql.progress.runs import read_trial
 from rllib_calql.system.activity import Listener
 
 _STARTING = "starting the processes of the trials"
@@ -121,6 +124,7 @@ class ProgressCallback(tune.Callback):
                 already_ended = (
                     format_reached(result, self._stop, trial.config) or "a scheduler or its algorithm had ended it"
                 )
+            progress = replace(progress, best=_best_of_all(trial, progress.best))
             status = "failed" if trial.status == Trial.ERROR else "ended"
             checkpoint = trial.checkpoint.path if trial.checkpoint else None
             summary = format_summary(
@@ -147,6 +151,18 @@ class ProgressCallback(tune.Callback):
             stored = keys.NUM_ONLINE_ENV_STEPS_LIFETIME
             stop[stored] = min(limit, stop.get(stored, limit))
         return Totals(offline_updates=trial.config.get("offline_updates"), stop=stop)
+
+
+def _best_of_all(trial: Trial, best: Evaluation) -> Evaluation:
+    """The best evaluations of a trial, also of before the run was resumed, as its log has them."""
+    record = read_trial(LocalFileSystem(), trial.storage.trial_driver_staging_path, is_running=False)
+    if record is None:
+        return best
+    known = {
+        name: [*record.known(name), *([] if (value := getattr(best, name)) is None else [value])]
+        for name in ("episode_return", "success_rate", "normalized_score")
+    }
+    return Evaluation(**{name: max(values, default=None) for name, values in known.items()})
 
 
 def speaker_of(trial: Trial) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,8 @@ def result_of(phase: str, done: int) -> dict[str, Any]:
 
 
 def trial_called(name: str, **config: Any) -> Any:
-    return SimpleNamespace(trial_id=name, config=config, storage=SimpleNamespace(trial_dir_name=name))
+    storage = SimpleNamespace(trial_dir_name=name, trial_driver_staging_path=f"no folder of {name}")
+    return SimpleNamespace(trial_id=name, config=config, storage=storage)
 
 
 def test_plain_lines_are_rare_but_a_change_of_phase_is_always_printed() -> None:
@@ -101,6 +104,26 @@ def test_between_two_trials_the_command_starts_the_next_one_and_after_the_last_i
         now[0] += 10.0
         display.tick()
         assert f"  {shown}, 10 s" in output.getvalue().splitlines()[-1]
+
+
+def test_the_best_evaluation_in_the_summary_is_that_of_the_whole_run_after_a_resume(tmp_path: Path) -> None:
+    def result(iteration: int, value: float) -> dict[str, Any]:
+        runners = {"episode_return_mean": value, "episode_duration_sec_mean": 0.1 * iteration}
+        return result_of("online", iteration) | {
+            "training_iteration": iteration,
+            "evaluation": {"env_runners": runners},
+        }
+
+    before, now = result(1, 6.07), result(2, 4.85)
+    (tmp_path / "result.json").write_text("".join(json.dumps(one) + "\n" for one in (before, now)))
+    trial = trial_called("t")
+    trial.storage.trial_driver_staging_path = str(tmp_path)
+    trial.status, trial.checkpoint, trial.last_result = "TERMINATED", None, now
+    output = io.StringIO()
+    callback = ProgressCallback(STOP, Display(output))
+    callback.on_trial_result(0, [trial], trial, now)
+    callback.on_experiment_end([trial])
+    assert "evaluation return  final 4.85, best 6.07" in output.getvalue()
 
 
 def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
