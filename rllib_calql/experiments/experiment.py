@@ -241,6 +241,8 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
     settings = entry.get("config") or {}
     if not isinstance(settings, dict):
         raise ExperimentError(f"`config` of experiment '{name}' must be a mapping, got {settings!r}.")
+    for key in sorted(settings.keys() & (set(_EXPERIMENT_KEYS) - {"env"})):
+        raise ExperimentError(f"`{key}` is in `config` of experiment '{name}'; it stands beside `config`, so move it.")
     if "env" in entry:
         if "env" in settings:
             raise ExperimentError(f"Experiment '{name}' has `env` twice, beside and inside `config`; drop one.")

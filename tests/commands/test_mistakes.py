@@ -56,6 +56,7 @@ IN_A_FILE = {
     "a bound that is no number": Mistake({"stop": {"training_iteration": "five"}}, ("`training_iteration`", "'five'")),
     "`stop` without a metric": Mistake({"stop": 300}, ("`stop`", "300", "metrics")),
     "a budget of no steps": Mistake(config(max_online_env_steps=0), ("`max_online_env_steps`", "0", "positive")),
+    "`stop` in the wrong place": Mistake(config(stop={"training_iteration": 1}), ("`stop`", "beside `config`")),
     # --- The file
     "a misspelt key": Mistake({"stpo": {"training_iteration": 1}}, ("`stpo`", "`stop`")),
     "a misspelt setting": Mistake(config(min_q_wieght=5.0), ("`min_q_wieght`", "`min_q_weight`")),
