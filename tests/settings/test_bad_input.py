@@ -102,7 +102,7 @@ BAD_ROWS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     ),
     "action above the bounds": (
         lambda rows: changed(rows, "actions", 5, [2.1]),
-        r"episode 'second', row 5 of '.*rows\.parquet': action \[2\.1\d*\] is outside .*; clip the recorded",
+        r"episode 'second', row 5 of '.*rows\.parquet': action \[2\.1\d*\] is outside .*units, clip the recorded",
     ),
     "action below the bounds": (
         lambda rows: changed(rows, "actions", 0, [-7.0]),
