@@ -23,7 +23,7 @@ def cause_of_failed_start(error: BaseException) -> str:
     if "AF_UNIX" in text or "socket path" in text.lower():
         return (
             f"the path of its folder for temporary files, '{folder}', is too long for sockets (at most "
-            f"{_SOCKET_PATH_BYTES} bytes with Ray's own part); set RAY_TMPDIR to a short one, such as /tmp/r. ({text})"
+            f"{_SOCKET_PATH_BYTES} bytes with Ray's own part); set RAY_TMPDIR to a folder with a short path. ({text})"
         )
     if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
         return f"it may not write to its folder '{folder}'; set RAY_TMPDIR to one that you may write to. ({text})"

@@ -83,12 +83,11 @@ def start_ray(
         click.ClickException: If Ray does not start.
     """
     import ray
+    from ray.job_config import JobConfig
 
     from rllib_calql.experiments.experiment import num_cpus_of_largest
 
     needed = num_cpus_of_largest(requests)
-    from ray.job_config import JobConfig
-
     # Modules of the user, such as that of an environment, lie where the driver finds them.
     job = JobConfig(_py_driver_sys_path=worker_folders())
     quiet = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR, "job_config": job}

@@ -179,7 +179,7 @@ def test_what_placement_groups_hold_is_not_told_once_more() -> None:
             OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"),
             r"too long for sockets .*set RAY_TMPDIR to a",
         ),
-        (PermissionError(13, "Permission denied", "/root/ray"), r"may not write to its folder .*RAY_TMPDIR"),
+        (PermissionError(13, "Permission denied", "/srv/ray"), r"may not write to its folder .*RAY_TMPDIR"),
         (OSError(28, "No space left on device"), r"the disk of its folder .* is full"),
         (ValueError("Attempting to cap object store memory usage at 5 bytes, but at least 75MB"), r"too little memory"),
         (OSError(98, "Address already in use"), r"a port that it wants is taken.*ss -ltnp"),
