@@ -16,7 +16,7 @@ from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.spaces import check_observation_space, is_flat_or_image
 from rllib_calql.datasets.episodes.reader import ReadOptions
 from rllib_calql.environments.sharing import SharedEnv, shared_env
-from rllib_calql.settings.calql_settings import CalQLSettings
+from rllib_calql.settings.calql_settings import CalQLSettings, Schedulable
 from rllib_calql.settings.checks import validate_config
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.settings.keywords import check_keys, with_checked_keywords
@@ -143,11 +143,37 @@ class CalQLConfig(CalQLSettings):
         """Whether the conservative term is on in the given phase."""
         return self.conservative_online or not online
 
-    def conservative_weight(self, *, online: bool) -> float:
-        """Weight of the conservative term in the given phase."""
+    def conservative_weight(self, *, online: bool) -> Schedulable:
+        """Weight of the conservative term in the given phase, a number or a schedule."""
         if online and self.min_q_weight_online is not None:
             return self.min_q_weight_online
         return self.min_q_weight
+
+    def has_max_target_backup(self, *, online: bool) -> bool:
+        """Whether the target takes the best of several next actions in the given phase."""
+        return self._of_backup(self.max_target_backup, self.max_target_backup_online, online=online)
+
+    def has_deterministic_backup(self, *, online: bool) -> bool:
+        """Whether the target leaves out the entropy term in the given phase."""
+        return self._of_backup(self.deterministic_backup, self.deterministic_backup_online, online=online)
+
+    def _of_backup(self, offline: bool, after_the_switch: bool | None, *, online: bool) -> bool:
+        """Without the conservative term nothing holds down what the best of several actions makes of Q's errors.
+
+        Source:
+            Haarnoja et al. 2018, arXiv:1812.05905, equation 6: one next action, entropy in the target.
+        """
+        if not online:
+            return offline
+        if after_the_switch is not None:
+            return after_the_switch
+        return offline and self.is_conservative(online=True)
+
+    def period_of_actor(self, *, online: bool) -> int:
+        """Gradient updates between two steps of actor and temperature in the given phase."""
+        if online and self.actor_update_period_online is not None:
+            return self.actor_update_period_online
+        return self.actor_update_period
 
     # --- RLlib's hooks -----------------------------------------------------------------------------------------------
 
@@ -254,7 +280,8 @@ class CalQLConfig(CalQLSettings):
 
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
-        names = ("num_critics", "num_actions", "max_target_backup", "normalize_observations", "observation_clip")
+        of_losses = ("num_critics", "num_actions", "max_target_backup", "critic_subset", "actor_q")
+        names = (*of_losses, "normalize_observations", "observation_clip")
         included: dict[str, Any] = super()._model_config_auto_includes
         return included | {name: getattr(self, name) for name in names}
 

@@ -110,7 +110,11 @@ def build_parts(
         track_tails=config.truncation == "bootstrap",
         obs_dtype=observation_dtype(spaces.module),
     )
-    divergence = DivergenceWatch(gamma=config.gamma, has_entropy_term=not config.deterministic_backup)
+    divergence = DivergenceWatch(
+        gamma=config.gamma,
+        has_entropy_term=not config.has_deterministic_backup(online=False),
+        has_entropy_term_online=not config.has_deterministic_backup(online=True),
+    )
     add_returns = AddReturnsToGo(reward_settings(config))
     if offline_data is not None:
         offline_data.load(store, add_returns, observation_space=spaces.observation, action_space=spaces.action)

@@ -17,9 +17,10 @@ _MAY_BE_EMPTY = (
 )
 
 
+@torch.no_grad()
 def critic_diagnostics(
     q_data: Tensor,
-    values: SampledValues,
+    values: SampledValues | None,
     terms: CriticLoss,
     reference_value: Tensor,
     is_offline: Tensor,
@@ -28,7 +29,8 @@ def critic_diagnostics(
 
     Args:
         q_data: Q of the data actions, shape (C, B).
-        values: Q of the sampled actions before calibration.
+        values: Q of the sampled actions before calibration; None without the conservative term, whose statistics are
+            then left out.
         terms: The unreduced critic loss.
         reference_value: V(s), shape (B,).
         is_offline: 1.0 for offline rows, shape (B,).
@@ -36,12 +38,25 @@ def critic_diagnostics(
     Returns:
         Scalars by metric key. A part of the batch that is empty gives NaN.
     """
-    with torch.no_grad():
-        sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=1)
-        per_critic = {
-            keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=1),
+    scalars = _of_critics({keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=1), keys.Q_DATA_OF_CRITIC: q_data.mean(dim=1)})
+    if values is not None:
+        scalars |= _of_sampled_actions(values, terms)
+    difference = q_data.mean(dim=0) - reference_value
+    scalars[keys.CALIBRATION_GAP] = difference.mean()
+    scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum() / is_offline.sum()
+    scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
+    scalars[keys.REFERENCE_VALUE_MEAN] = reference_value.mean()
+    return scalars
+
+
+def _of_sampled_actions(values: SampledValues, terms: CriticLoss) -> dict[str, Tensor]:
+    assert terms.gap is not None
+    assert terms.bound_current is not None
+    assert terms.bound_next is not None
+    sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=1)
+    return _of_critics(
+        {
             keys.GAP_OF_CRITIC: terms.gap.mean(dim=1),
-            keys.Q_DATA_OF_CRITIC: q_data.mean(dim=1),
             keys.Q_UNIFORM_OF_CRITIC: values.q_uniform.mean(dim=(1, 2)),
             keys.Q_CURRENT_OF_CRITIC: values.q_current.mean(dim=(1, 2)),
             keys.Q_NEXT_OF_CRITIC: values.q_next.mean(dim=(1, 2)),
@@ -49,17 +64,16 @@ def critic_diagnostics(
             keys.BOUND_RATE_CURRENT_OF_CRITIC: terms.bound_current.float().mean(dim=(1, 2)),
             keys.BOUND_RATE_NEXT_OF_CRITIC: terms.bound_next.float().mean(dim=(1, 2)),
         }
-        scalars = {
-            template.format(c=c + 1): value
-            for template, stacked in per_critic.items()
-            for c, value in enumerate(stacked.unbind())
-        }
-        difference = q_data.mean(dim=0) - reference_value
-        scalars[keys.CALIBRATION_GAP] = difference.mean()
-        scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum() / is_offline.sum()
-        scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
-        scalars[keys.REFERENCE_VALUE_MEAN] = reference_value.mean()
-        return scalars
+    )
+
+
+def _of_critics(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars by metric key, from tensors of shape (C,) by the key's template."""
+    return {
+        template.format(c=c + 1): value
+        for template, values in stacked.items()
+        for c, value in enumerate(values.unbind())
+    }
 
 
 @torch.no_grad()

@@ -29,16 +29,22 @@ class DivergenceWatch:
 
     Args:
         gamma: Discount.
-        has_entropy_term: Whether the target holds one (`deterministic_backup=False`).
+        has_entropy_term: Whether the target holds one offline (`deterministic_backup=False`).
+        has_entropy_term_online: The same online; None: as offline.
 
     Attributes:
         out_of_range: How far the latest mean Q, of the worst critic, is outside, in widths of the range.
         warning: What was warned of in this phase, or None.
     """
 
-    def __init__(self, *, gamma: float, has_entropy_term: bool) -> None:
+    def __init__(self, *, gamma: float, has_entropy_term: bool, has_entropy_term_online: bool | None = None) -> None:
         self._horizon = horizon(gamma)
-        self._has_entropy_term = has_entropy_term
+        is_same = has_entropy_term_online is None
+        self._has_entropy_term = {
+            False: has_entropy_term,
+            True: has_entropy_term if is_same else has_entropy_term_online,
+        }
+        self._log_prob = 0.0  # The latest: between two steps of the actor there is none.
         self._low, self._high = math.inf, -math.inf
         self._is_online = False
         self._num_calls_outside = 0
@@ -77,8 +83,9 @@ class DivergenceWatch:
         while (name := keys.Q_DATA_OF_CRITIC.format(c=len(values) + 1)) in logged:
             values.append(logged[name])
         low, high = min(self._low, 0.0), max(self._high, 0.0)
-        if self._has_entropy_term:
-            entropy = -logged.get(keys.ALPHA_VALUE, 0.0) * logged.get(keys.LOG_PROB, 0.0) * self._horizon
+        self._log_prob = logged.get(keys.LOG_PROB, self._log_prob)
+        if self._has_entropy_term[online]:
+            entropy = -logged.get(keys.ALPHA_VALUE, 0.0) * self._log_prob * self._horizon
             low, high = low + min(entropy, 0.0), high + max(entropy, 0.0)
         # An update that was skipped has NaN; that is told by itself.
         excess = {q: max(q - high, low - q, 0.0) for q in values if not math.isnan(q)}

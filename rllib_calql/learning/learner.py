@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed
 from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
@@ -23,16 +22,16 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from torch import Tensor
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.schedules import largest_value
 from rllib_calql.common.spaces import fixed_dimensions
-from rllib_calql.learning import losses
 from rllib_calql.learning.allocator import keep_freed_memory
-from rllib_calql.learning.diagnostics import MeanAccumulator, clipping_diagnostics, critic_diagnostics
+from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
 from rllib_calql.learning.optimisers import OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
-from rllib_calql.networks import rl_module as outputs
+from rllib_calql.learning.step_losses import Duals, ScheduledWeight, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
-from rllib_calql.store.replay import IS_OFFLINE
+from rllib_calql.networks.steps import KindOfStep
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
 from rllib_calql.system import activity
 
@@ -43,21 +42,8 @@ ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the onl
 UPDATES = "updates"  # Unit of what a process is doing, see `system.activity`.
 
 _STATE = "calql"
+_SEED_OF_SUBSETS = 2**20  # In the place of a rank's number, and none's.
 logger = logging.getLogger(__name__)
-
-
-class KindOfStep(NamedTuple):
-    """What Python decides in a gradient step, so that a recording of one stands for no other.
-
-    Attributes:
-        is_online: The phase.
-        clones_behaviour: Whether the actor learns by behaviour cloning.
-        moves_targets: Whether the targets move.
-    """
-
-    is_online: bool
-    clones_behaviour: bool
-    moves_targets: bool
 
 
 class CalQLTorchLearner(OptimisingLearner):
@@ -87,6 +73,17 @@ class CalQLTorchLearner(OptimisingLearner):
         self._generator.manual_seed(self._seed)
         self._seed_noise_of_other_ranks()
         self._calql_module.generator = self._generator
+        # Of several learners all draw the same subset of critics, from a generator of which each has its own copy.
+        self._generator_of_subsets = self._generator
+        if self.config.num_learners > 1:
+            self._generator_of_subsets = torch.Generator(device=self._device)
+            self._seed_subsets()
+        self._calql_module.generator_of_subsets = self._generator_of_subsets
+        self._bc_weight = ScheduledWeight(self.config.bc_weight, self._device)
+        self._conservative_weights = {
+            online: ScheduledWeight(self.config.conservative_weight(online=online), self._device)
+            for online in (False, True)
+        }
         self._set_precision()
         # The all-reduce of several learners is not recorded, and a replayed step logs nothing.
         has_graphs = self.config.num_learners <= 1 and not self.config.log_gradients
@@ -129,6 +126,12 @@ class CalQLTorchLearner(OptimisingLearner):
             entropy = np.random.SeedSequence((self._seed, self._learner_index, self._num_updates))
             self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
+    def _seed_subsets(self) -> None:
+        """Seeds what draws subsets of critics by seed and update count, for the same reason."""
+        if self._generator_of_subsets is not self._generator:
+            entropy = np.random.SeedSequence((self._seed, _SEED_OF_SUBSETS, self._num_updates))
+            self._generator_of_subsets.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
     # --- One update call -------------------------------------------------------------------------------------------
 
     @override(Learner)
@@ -164,7 +167,11 @@ class CalQLTorchLearner(OptimisingLearner):
         self.before_gradient_based_update(timesteps=timesteps)
         self._online = bool(timesteps.get(ONLINE, False))
         self._seed_noise_of_other_ranks()
-        self._move_learning_rates(timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0))
+        self._seed_subsets()
+        env_steps = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
+        self._move_learning_rates(env_steps)
+        for weight in (self._bc_weight, *self._conservative_weights.values()):
+            weight.move(env_steps)
         data = training_data if training_data is not None else TrainingData(batch=batch, batch_refs=batch_refs)
         data.validate()
         data.solve_refs()
@@ -209,6 +216,8 @@ class CalQLTorchLearner(OptimisingLearner):
         """What an update launches. Nothing is read back, nor counted by Python, so that a graph can replay it."""
         if self._resident_store is not None and ROW_NUMBERS in batch[DEFAULT_MODULE_ID]:
             batch = {DEFAULT_MODULE_ID: self._resident_store.look_up(batch[DEFAULT_MODULE_ID][ROW_NUMBERS])}
+        kind = self._kind_of_step()
+        self._calql_module.kind_of_step = kind
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)
@@ -218,18 +227,27 @@ class CalQLTorchLearner(OptimisingLearner):
         self._skipped.judge_squares(list(applied.values()))
         self._skipped.count()
         self.apply_gradients(applied)
-        if (self._num_updates + 1) % self.config.target_update_period == 0:
+        if kind.moves_targets:
             self._update_targets()
         return fwd_out, loss_per_module
 
+    def _kind_of_step(self) -> KindOfStep:
+        """What Python decides in the next step, by the phase and the updates made so far."""
+        config, number = self.config, self._num_updates + 1
+        return KindOfStep(
+            is_online=self._online,
+            is_conservative=config.is_conservative(online=self._online),
+            takes_best_target=config.has_max_target_backup(online=self._online),
+            moves_actor=number % config.period_of_actor(online=self._online) == 0,
+            clones_behaviour=number <= config.bc_updates,
+            imitates=largest_value(config.bc_weight) > 0,
+            moves_targets=number % config.target_update_period == 0,
+        )
+
     def _kinds_of_steps(self, num_steps: int) -> Iterator[KindOfStep]:
-        """What Python decides in each step; counts the steps as they are made."""
+        """The kinds of the next steps; counts them as they are made."""
         for _ in range(num_steps):
-            yield KindOfStep(
-                is_online=self._online,
-                clones_behaviour=self._num_updates < self.config.bc_updates,
-                moves_targets=(self._num_updates + 1) % self.config.target_update_period == 0,
-            )
+            yield self._kind_of_step()
             self._num_updates += 1
 
     @override(CQLTorchLearner)
@@ -242,81 +260,19 @@ class CalQLTorchLearner(OptimisingLearner):
         fwd_out: dict[str, Tensor],
     ) -> Tensor:
         """Sum of critic, actor, temperature and (with `lagrangian`) dual loss; their parameters are disjoint."""
-        log_alpha = self.curr_log_alpha[module_id]
-        alpha = log_alpha.exp().detach().squeeze(0)
-        qf_loss, prime_loss = self._critic_losses(config, batch, fwd_out, alpha)
-        log_prob = fwd_out[outputs.ACTOR_LOG_PROB]
-        if self._num_updates < config.bc_updates:
-            policy_loss = losses.behaviour_cloning_loss(log_prob, fwd_out[outputs.DATA_LOG_PROB], alpha).mean()
-        else:
-            policy_loss = losses.actor_loss(log_prob, fwd_out[outputs.ACTOR_Q], alpha).mean()
-        alpha_loss = losses.temperature_loss(log_alpha, log_prob, self.target_entropy[module_id])
-        self._accumulator.add(
-            {
-                keys.QF_LOSS: qf_loss,
-                keys.POLICY_LOSS: policy_loss,
-                keys.ALPHA_LOSS: alpha_loss,
-                keys.ALPHA_VALUE: alpha,
-                keys.LOG_PROB: log_prob.mean(),
-            }
-        )
-        if outputs.CLIPPED in fwd_out:
-            self._accumulator.add(clipping_diagnostics(fwd_out[outputs.CLIPPED], batch[IS_OFFLINE]))
-        total = qf_loss + policy_loss + alpha_loss
-        return total if prime_loss is None else total + prime_loss
-
-    def _critic_losses(
-        self, config: CalQLConfig, batch: dict[str, Tensor], fwd_out: dict[str, Tensor], alpha: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Critic loss summed over critics, and the dual variable's loss."""
-        reference_value = batch[Columns.RETURNS_TO_GO]
-        values = losses.SampledValues(
-            q_uniform=fwd_out[outputs.Q_UNIFORM],
-            q_current=fwd_out[outputs.Q_CURRENT],
-            q_next=fwd_out[outputs.Q_NEXT],
-            log_prob_current=fwd_out[outputs.LOG_PROB_CURRENT],
-            log_prob_next=fwd_out[outputs.LOG_PROB_NEXT],
+        total, scalars = losses_of_step(
+            config,
+            self._calql_module.kind_of_step,
+            batch,
+            fwd_out,
+            Duals(self.curr_log_alpha[module_id], self.log_alpha_prime),
+            target_entropy=self.target_entropy[module_id],
             action_dim=self._calql_module.num_free_actions,
+            conservative_weight=self._conservative_weights[self._online],
+            bc_weight=self._bc_weight,
         )
-        target = losses.td_target(
-            batch[Columns.REWARDS],
-            batch[Columns.TERMINATEDS],
-            fwd_out[outputs.TARGET_NEXT_Q],
-            fwd_out[outputs.TARGET_NEXT_LOG_PROB],
-            gamma=config.gamma,
-            entropy_alpha=None if config.deterministic_backup else alpha,
-        )
-        terms = losses.critic_loss(
-            fwd_out[outputs.Q_DATA],
-            target,
-            values,
-            reference_value if config.calibrates(online=self._online) else None,
-            temperature=config.temperature,
-            importance_sampling=config.importance_sampling,
-            gap_clip=config.conservative_gap_clip,
-        )
-        mean_gap = terms.gap.mean(dim=1)
-        weight = config.conservative_weight(online=self._online)
-        prime_loss = None
-        if not config.is_conservative(online=self._online):
-            conservative = torch.zeros_like(mean_gap)
-        elif config.lagrangian:
-            multiplier = losses.lagrange_multiplier(self.log_alpha_prime)
-            conservative = multiplier.detach() * weight * (mean_gap - config.lagrangian_thresh)
-            prime_loss = losses.lagrange_loss(
-                self.log_alpha_prime, mean_gap, min_q_weight=weight, lagrangian_thresh=config.lagrangian_thresh
-            )
-            self._accumulator.add({keys.ALPHA_PRIME: multiplier.squeeze(0), keys.ALPHA_PRIME_LOSS: prime_loss})
-        else:
-            conservative = weight * mean_gap
-        self._accumulator.add(
-            {
-                keys.CQL_LOSS: conservative.sum(),
-                keys.TARGET_Q: target.mean(),
-                **critic_diagnostics(fwd_out[outputs.Q_DATA], values, terms, reference_value, batch[IS_OFFLINE]),
-            }
-        )
-        return (terms.td.mean(dim=1) + conservative).sum(), prime_loss
+        self._accumulator.add(scalars)
+        return total
 
     @override(CQLTorchLearner)
     def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:
@@ -429,6 +385,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._generator.set_state(torch.as_tensor(own["generator"]))
         self._seed = own["seed"]
         self._seed_noise_of_other_ranks()
+        self._seed_subsets()
         self._set_constant_rates()
 
     def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:

@@ -40,7 +40,7 @@ class SampledValues(NamedTuple):
 
 
 class CriticLoss(NamedTuple):
-    """Terms of the critic loss, unreduced.
+    """Terms of the critic loss, unreduced. Without the conservative term all but the first are None.
 
     Attributes:
         td: Squared TD error, shape (C, B).
@@ -50,9 +50,9 @@ class CriticLoss(NamedTuple):
     """
 
     td: Tensor
-    gap: Tensor
-    bound_current: Tensor
-    bound_next: Tensor
+    gap: Tensor | None = None
+    bound_current: Tensor | None = None
+    bound_next: Tensor | None = None
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -66,20 +66,21 @@ def td_target(
     next_q: Tensor,
     next_log_prob: Tensor,
     *,
-    gamma: float,
+    gamma: float | Tensor,
     entropy_alpha: Tensor | None,
 ) -> Tensor:
     """Bootstrapped target `y`, without gradient.
 
     The next action with the highest Q (of the minimum over target critics) is taken; with one candidate this is plain
-    SAC. Only termination masks the bootstrap, a time-out never does.
+    SAC. Only termination masks the bootstrap, a time-out never does. With targets of m steps, s' is the observation
+    after them; nothing corrects for the data's policy having chosen the actions between.
 
     Args:
-        rewards: Scaled rewards, shape (B,).
-        terminateds: 1.0 where the episode terminated, shape (B,).
+        rewards: Scaled rewards, shape (B,); with targets of m steps their discounted sums.
+        terminateds: 1.0 where the episode terminated, at the last of the m steps, shape (B,).
         next_q: Minimum over the target critics at (s', a'_n), shape (N, B).
         next_log_prob: log pi(a'_n|s'), shape (N, B).
-        gamma: Discount.
+        gamma: Discount of the value of s'; with targets of m steps gamma^m, shape (B,).
         entropy_alpha: Temperature if the target holds the entropy term, else None.
 
     Returns:
@@ -92,6 +93,8 @@ def td_target(
     _check_shape("rewards", rewards, (batch_size,))
     _check_shape("terminateds", terminateds, (batch_size,))
     _check_shape("next_log_prob", next_log_prob, (num_candidates, batch_size))
+    if isinstance(gamma, Tensor):
+        _check_shape("gamma", gamma, (batch_size,))
     with torch.no_grad():
         next_value, best = next_q.max(dim=0)
         if entropy_alpha is not None:
@@ -165,7 +168,7 @@ def conservative_gap(
 def critic_loss(
     q_data: Tensor,
     target: Tensor,
-    values: SampledValues,
+    values: SampledValues | None,
     reference_value: Tensor | None,
     *,
     temperature: float,
@@ -180,7 +183,7 @@ def critic_loss(
     Args:
         q_data: Q of the data action, shape (C, B).
         target: TD target, shape (B,).
-        values: Q and log-densities of the sampled actions.
+        values: Q and log-densities of the sampled actions, or None without the conservative term.
         reference_value: V(s), shape (B,), or None for plain CQL(H).
         temperature: See `conservative_gap`.
         importance_sampling: See `conservative_gap`.
@@ -190,6 +193,8 @@ def critic_loss(
         The unreduced terms.
     """
     _check_shape("target", target, (q_data.shape[-1],))
+    if values is None:
+        return CriticLoss(td=(q_data - target.detach()).square())
     if reference_value is None:
         bounded = values
         bound_current = bound_next = torch.zeros_like(values.q_current, dtype=torch.bool)
@@ -217,7 +222,7 @@ def lagrange_multiplier(log_alpha_prime: Tensor) -> Tensor:
 
 
 def lagrange_loss(
-    log_alpha_prime: Tensor, mean_gap: Tensor, *, min_q_weight: float, lagrangian_thresh: float
+    log_alpha_prime: Tensor, mean_gap: Tensor, *, min_q_weight: float | Tensor, lagrangian_thresh: float
 ) -> Tensor:
     """Loss of the dual variable: alpha' grows while the gap exceeds the threshold.
 
@@ -235,13 +240,30 @@ def lagrange_loss(
 
 
 def actor_loss(log_prob: Tensor, q_min: Tensor, alpha: Tensor) -> Tensor:
-    """Soft policy improvement, shape (B,): alpha log pi(a|s) - min_c Q_c(s, a), critics frozen.
+    """Soft policy improvement, shape (B,): alpha log pi(a|s) - Q(s, a), critics frozen.
+
+    Args:
+        log_prob: log pi(a|s), shape (B,).
+        q_min: Minimum over the critics at (s, a), shape (B,); or their mean (Chen et al. 2021, arXiv:2101.05982,
+            algorithm 1).
+        alpha: Temperature.
 
     Source:
         Haarnoja et al. 2018, equation 9.
     """
     _check_shape("q_min", q_min, tuple(log_prob.shape))
     return alpha.detach() * log_prob - q_min
+
+
+def imitation_loss(data_log_prob: Tensor, is_imitated: Tensor) -> Tensor:
+    """Mean of -log pi(a_data|s) over the imitated rows of a batch, a scalar; 0 if there are none.
+
+    Args:
+        data_log_prob: log pi(a_data|s), shape (B,).
+        is_imitated: 1.0 for rows to imitate, shape (B,).
+    """
+    _check_shape("is_imitated", is_imitated, tuple(data_log_prob.shape))
+    return -(data_log_prob * is_imitated).sum() / is_imitated.sum().clamp(min=1.0)
 
 
 def behaviour_cloning_loss(log_prob: Tensor, data_log_prob: Tensor, alpha: Tensor) -> Tensor:

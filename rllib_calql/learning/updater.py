@@ -22,6 +22,7 @@ from ray.rllib.utils.metrics import (
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.lifetime import Lifetime
+from rllib_calql.common.schedules import value_at
 from rllib_calql.learning.divergence import DivergenceWatch
 from rllib_calql.learning.learner import ONLINE, UPDATES
 from rllib_calql.learning.recovery import LearnerRecovery, is_loss
@@ -119,7 +120,10 @@ class Updater:
         batch_size: int = self._config.train_batch_size_per_learner
         if not online:
             return batch_size
-        return self._store.num_offline_rows(batch_size, self._config.mixing_ratio)
+        ratio = self._config.mixing_ratio
+        if not isinstance(ratio, str):
+            ratio = value_at(ratio, self._lifetime.num_online_env_steps)
+        return self._store.num_offline_rows(batch_size, ratio)
 
     @property
     def seconds_per_update(self) -> float | None:

@@ -176,16 +176,17 @@ class EnsembleCritic(nn.Module):
         self.norm_scales = nn.ParameterList(torch.ones(num_critics, n) for n in norms)
         self.norm_shifts = nn.ParameterList(torch.zeros(num_critics, n) for n in norms)
 
-    def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False) -> Tensor:
+    def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False, members: Tensor | None = None) -> Tensor:
         """Q of M actions at each of B states.
 
         Args:
             obs: Shape (B, obs_dim).
             actions: Shape (M, B, A).
             frozen: Whether the parameters are constants, so that only `actions` receives gradient.
+            members: Numbers of K critics, shape (K,), if not all of them are asked.
 
         Returns:
-            Q values, shape (C, M, B).
+            Q values, shape (C, M, B), or (K, M, B).
         """
         if actions.dim() != 3 or obs.dim() != 2 or actions.shape[1] != obs.shape[0]:
             raise ValueError(
@@ -198,10 +199,13 @@ class EnsembleCritic(nn.Module):
         if frozen:
             parameters = [parameter.detach() for parameter in parameters]
             norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
+        if members is not None:
+            parameters = [parameter.index_select(0, members) for parameter in parameters]
+            norms = [(scale.index_select(0, members), shift.index_select(0, members)) for scale, shift in norms]
         dtype = self.product_dtype or obs.dtype
         if self._are_batched(obs.device):
             obs_weight, bias, *others = parameters
-            obs_part = _product(obs.expand(self.num_critics, -1, -1), obs_weight, bias)
+            obs_part = _product(obs.expand(len(obs_weight), -1, -1), obs_weight, bias)
             return self._evaluate(obs_part, actions, dtype, others, norms)
         has_kernel = self._is_plain and not actions.requires_grad
         q = []

@@ -31,54 +31,44 @@ from rllib_calql.common.spaces import (
 from rllib_calql.networks.actor_critic import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
 from rllib_calql.networks.image_encoder import ImageEncoder, Trunk, random_shifts
 from rllib_calql.networks.model_settings import check_image_settings_are_used
-
-# Keys of `forward_train`'s output, beside those of `Columns`. Shapes: C critics, N actions per source, B batch.
-Q_DATA = "q_data"  # (C, B)
-Q_UNIFORM = "q_uniform"  # (C, N, B)
-Q_CURRENT = "q_current"  # (C, N, B)
-Q_NEXT = "q_next"  # (C, N, B), next-state proposals judged at s
-LOG_PROB_CURRENT = "log_prob_current"  # (N, B)
-LOG_PROB_NEXT = "log_prob_next"  # (N, B)
-TARGET_NEXT_Q = "target_next_q"  # (N or 1, B), minimum over the target critics at s'
-TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
-ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
-ACTOR_Q = "actor_q"  # (B,), minimum over frozen critics
-DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
-CLIPPED = "clipped_observations"  # (B,), share of the numbers of s that `observation_clip` changed; only where it acts
-
-
-class Noise(NamedTuple):
-    """All random numbers of one gradient step.
-
-    Attributes:
-        actor: Standard normal, shape (B, A).
-        target: Standard normal, shape (N or 1, B, A).
-        uniform: Uniform in [-1, 1], shape (N, B, A).
-        current: Standard normal, shape (N, B, A).
-        following: Standard normal for the actions proposed at s', shape (N, B, A).
-    """
-
-    actor: Tensor
-    target: Tensor
-    uniform: Tensor
-    current: Tensor
-    following: Tensor
+from rllib_calql.networks.steps import (
+    ACTOR_LOG_PROB,
+    ACTOR_Q,
+    BOOTSTRAP_OBS,
+    CLIPPED,
+    DATA_LOG_PROB,
+    LOG_PROB_CURRENT,
+    LOG_PROB_NEXT,
+    Q_CURRENT,
+    Q_DATA,
+    Q_NEXT,
+    Q_UNIFORM,
+    TARGET_NEXT_LOG_PROB,
+    TARGET_NEXT_Q,
+    KindOfStep,
+    Noise,
+    draw_noise,
+    draw_subset,
+)
 
 
 class Inputs(NamedTuple):
-    """What the networks see of one batch, each of shape (B, n). For vectors all of s, and all of s', are the same.
+    """What the networks see of one batch, each of shape (B, n). For vectors all of one observation are the same.
 
     Attributes:
         critic: Of s, with gradient into the image encoder.
         policy: Of s, without.
-        next_policy: Of s', without gradient.
-        target: Of s' for the target critics.
+        bootstrap_policy: Of the observation that the target bootstraps from, which is s' but for targets of several
+            steps, without gradient.
+        target: Of the same for the target critics.
+        next_policy: Of s', where the conservative term proposes actions, if that is another observation; else None.
     """
 
     critic: Tensor
     policy: Tensor
-    next_policy: Tensor
+    bootstrap_policy: Tensor
     target: Tensor
+    next_policy: Tensor | None
 
 
 class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):
@@ -93,7 +83,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     trains it, the actor's does not.
 
     `model_config` keys: those of `model_settings.DEFAULT_MODEL_CONFIG`, and those that `CalQLConfig` adds
-    (`num_critics`, `num_actions`, `max_target_backup`, `normalize_observations`, `observation_clip`).
+    (`num_critics`, `num_actions`, `max_target_backup`, `critic_subset`, `actor_q`, `normalize_observations`,
+    `observation_clip`).
     """
 
     policy: TanhGaussianPolicy
@@ -137,7 +128,11 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
                 self.critic_trunk = Trunk(self.encoder.size, obs_dim)
         self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
         self.explores_randomly = False  # Set by `collection.collect` during a random warm-up.
-        self.generator: torch.Generator | None = None  # Set by the learner; None draws from torch's global generator.
+        # Set by the learner; None draws from torch's global generator. All learners draw the same subsets.
+        self.generator: torch.Generator | None = None
+        self.generator_of_subsets: torch.Generator | None = None
+        # Set by the learner before each step; all that there is, until then.
+        self.kind_of_step = KindOfStep(takes_best_target=settings["max_target_backup"], imitates=True)
         self.action_dist_cls = TorchSquashedGaussian.get_partial_dist_cls(low=-1.0, high=1.0)
         if not self.inference_only:
             self.critic = EnsembleCritic(
@@ -217,20 +212,24 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def _policy_input(self, obs: Tensor) -> Tensor:
         return self.policy_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
 
-    def _training_inputs(self, obs: Tensor, next_obs: Tensor) -> Inputs:
-        """Inputs of all networks; images of s and s' are shifted at random, each by itself."""
+    def _training_inputs(self, obs: Tensor, next_obs: Tensor, bootstrap_obs: Tensor | None = None) -> Inputs:
+        """Inputs of all networks; images of s and of what follows are shifted at random, each by itself."""
+        observations = [obs, next_obs if bootstrap_obs is None else bootstrap_obs]
+        if bootstrap_obs is not None and self.kind_of_step.is_conservative:
+            observations.append(next_obs)
         if not self._sees_images:
-            obs, next_obs = self._normalise(obs), self._normalise(next_obs)
-            return Inputs(obs, obs, next_obs, next_obs)
+            here, bootstrap, *following = map(self._normalise, observations)
+            return Inputs(here, here, bootstrap, bootstrap, next(iter(following), None))
         shape = self.encoder.image_shape
-        images = torch.cat([obs.view(-1, *shape), next_obs.view(-1, *shape)])
+        images = torch.cat([obs.view(-1, *shape) for obs in observations])
         shifted = random_shifts(images, self.model_config["random_shift"], self.generator)
-        here, following = shifted.chunk(2)
+        here, bootstrap, *following = shifted.chunk(len(observations))
         code = self.encoder(here)
         with torch.no_grad():
-            next_policy = self.policy_trunk(self.encoder(following))
-            target = self.target_trunk(self.target_encoder(following))
-        return Inputs(self.critic_trunk(code), self.policy_trunk(code.detach()), next_policy, target)
+            bootstrap_policy = self.policy_trunk(self.encoder(bootstrap))
+            target = self.target_trunk(self.target_encoder(bootstrap))
+            next_policy = self.policy_trunk(self.encoder(following[0])) if following else None
+        return Inputs(self.critic_trunk(code), self.policy_trunk(code.detach()), bootstrap_policy, target, next_policy)
 
     @override(TorchRLModule)
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -293,55 +292,74 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         return outputs["qf_target"]
 
     def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
-        """Draws all random numbers of one gradient step from the learner's generator."""
-        action_dim = self.num_free_actions
-        num_actions = self.model_config["num_actions"]
-        num_targets = num_actions if self.model_config["max_target_backup"] else 1
-        # One draw of each kind and slices of it: fewer kernel launches.
-        normal = torch.randn(
-            1 + num_targets + 2 * num_actions, batch_size, action_dim, generator=self.generator, device=device
+        """Draws the noise of one gradient step from the learner's generator."""
+        return draw_noise(
+            self.kind_of_step,
+            batch_size=batch_size,
+            action_dim=self.num_free_actions,
+            num_actions=self.model_config["num_actions"],
+            generator=self.generator,
+            device=device,
         )
-        uniform = torch.rand(num_actions, batch_size, action_dim, generator=self.generator, device=device)
-        actor, target, current, following = torch.split(normal, [1, num_targets, num_actions, num_actions])
-        return Noise(actor[0], target, uniform * 2.0 - 1.0, current, following)
+
+    def draw_subset(self, device: torch.device) -> Tensor | None:
+        """Draws the critics of the target's minimum for one gradient step, shape (K,); None: all critics."""
+        size = self.model_config.get("critic_subset")  # Modules of earlier versions have no such setting.
+        if size is None:
+            return None
+        return draw_subset(self.critic.num_critics, size, generator=self.generator_of_subsets, device=device)
 
     @override(TorchRLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        """All values that the loss needs, each network evaluated once per distinct input.
+        """All values that the loss of a `kind_of_step` needs, each network evaluated once per distinct input.
 
         Gradient flows from `Q_*` into the critics and the image encoder only, from `ACTOR_*` and `DATA_LOG_PROB` into
         the policy only.
         """
-        inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS])
+        kind = self.kind_of_step
+        inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS], batch.get(BOOTSTRAP_OBS))
         data_actions = self._free_actions(batch[Columns.ACTIONS])
         noise = self.draw_noise(data_actions.shape[0], data_actions.device)
-        num_actions = noise.current.shape[0]
-
-        mean, log_std = self.policy(inputs.policy)
-        actor_actions, actor_log_prob = squash(mean, log_std, noise.actor)
+        values = self._share_clipped(inputs.critic)
+        here = None
+        if kind.moves_actor or kind.is_conservative:
+            with torch.set_grad_enabled(kind.moves_actor and torch.is_grad_enabled()):
+                here = self.policy(inputs.policy)
+        if here is not None and noise.actor is not None:
+            values |= self._values_of_actor(inputs, noise.actor, *here)
+            if kind.needs_data_log_prob:
+                values[DATA_LOG_PROB] = log_prob_of(here[0], here[1], data_actions)
         with torch.no_grad():
-            current, log_prob_current = squash(mean, log_std, noise.current)
+            (target_actions, target_log_prob), following = self._proposed_after(inputs, noise)
+            target_q = self.target_critic(inputs.target, target_actions, members=self.draw_subset(data_actions.device))
+            values |= {TARGET_NEXT_Q: target_q.amin(dim=0), TARGET_NEXT_LOG_PROB: target_log_prob}
+        if here is None or following is None or noise.uniform is None or noise.current is None:
+            return values | {Q_DATA: self.critic(inputs.critic, data_actions.unsqueeze(0))[:, 0]}
+        with torch.no_grad():
+            current, log_prob_current = squash(here[0], here[1], noise.current)
+        # Every action is judged at s; only the proposal of `following` comes from s'.
+        judged = [data_actions.unsqueeze(0), noise.uniform, current, following[0]]
+        q = torch.split(self.critic(inputs.critic, torch.cat(judged)), [len(actions) for actions in judged], dim=1)
+        values |= {Q_DATA: q[0][:, 0], Q_UNIFORM: q[1], Q_CURRENT: q[2], Q_NEXT: q[3]}
+        return values | {LOG_PROB_CURRENT: log_prob_current, LOG_PROB_NEXT: following[1]}
+
+    def _values_of_actor(self, inputs: Inputs, noise: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
+        actions, log_prob = squash(mean, log_std, noise)
+        q = self.critic(inputs.critic.detach(), actions.unsqueeze(0), frozen=True)[:, 0]
+        # Modules of earlier versions have no such setting.
+        merit = q.mean(dim=0) if self.model_config.get("actor_q", "min") == "mean" else q.amin(dim=0)
+        return {ACTOR_LOG_PROB: log_prob, ACTOR_Q: merit}
+
+    def _proposed_after(
+        self, inputs: Inputs, noise: Noise
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Actions and log-densities of the target, and of the conservative term's proposals at s' if it is on."""
+        mean, log_std = self.policy(inputs.bootstrap_policy)
+        if noise.following is None:
+            return squash(mean, log_std, noise.target), None
+        if inputs.next_policy is not None:
             next_mean, next_log_std = self.policy(inputs.next_policy)
-            num_targets = noise.target.shape[0]
-            at_next, log_prob_at_next = squash(next_mean, next_log_std, torch.cat([noise.target, noise.following]))
-            target_actions, target_log_prob = at_next[:num_targets], log_prob_at_next[:num_targets]
-            following, log_prob_next = at_next[num_targets:], log_prob_at_next[num_targets:]
-            target_next_q = self.target_critic(inputs.target, target_actions).amin(dim=0)
-            # Every action is judged at s; only the proposal of `following` comes from s'.
-            judged = torch.cat([data_actions.unsqueeze(0), noise.uniform, current, following])
-        q = self.critic(inputs.critic, judged)
-        q_data, q_uniform, q_current, q_next = torch.split(q, [1, num_actions, num_actions, num_actions], dim=1)
-        return {
-            Q_DATA: q_data[:, 0],
-            Q_UNIFORM: q_uniform,
-            Q_CURRENT: q_current,
-            Q_NEXT: q_next,
-            LOG_PROB_CURRENT: log_prob_current,
-            LOG_PROB_NEXT: log_prob_next,
-            TARGET_NEXT_Q: target_next_q,
-            TARGET_NEXT_LOG_PROB: target_log_prob,
-            ACTOR_LOG_PROB: actor_log_prob,
-            ACTOR_Q: self.critic(inputs.critic.detach(), actor_actions.unsqueeze(0), frozen=True)[:, 0].amin(dim=0),
-            DATA_LOG_PROB: log_prob_of(mean, log_std, data_actions),
-            **self._share_clipped(inputs.critic),
-        }
+            return squash(mean, log_std, noise.target), squash(next_mean, next_log_std, noise.following)
+        num_targets = len(noise.target)
+        actions, log_prob = squash(mean, log_std, torch.cat([noise.target, noise.following]))
+        return (actions[:num_targets], log_prob[:num_targets]), (actions[num_targets:], log_prob[num_targets:])

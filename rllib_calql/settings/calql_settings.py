@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PathLike = str | os.PathLike[str]
+Schedulable = float | Sequence[Sequence[float]]  # A number, or [[online env steps, value], ...].
 
 
 class CalQLSettings(CQLConfig):
@@ -42,6 +43,10 @@ class CalQLSettings(CQLConfig):
         self.deterministic_backup = True  # Authors (`backup_entropy=False`).
         self.conservative_gap_clip: tuple[float, float] = (float("-inf"), float("inf"))
         self.num_critics = 2
+        self.critic_subset: int | None = None  # Authors; REDQ and RLPD: 2 of 10.
+        self.actor_q = "min"  # Authors; RLPD: "mean".
+        self.actor_update_period = 1
+        self.bc_weight: Schedulable = 0.0
         self.actor_lr = 1e-4  # Authors.
         self.critic_lr = 3e-4  # Authors; RLlib's CQL 1e-3.
         self.alpha_lr = 1e-4  # Authors: the policy's rate.
@@ -74,10 +79,14 @@ class CalQLSettings(CQLConfig):
         # .fine_tuning()
         self.offline_updates: int | None = None
         self.updates_per_iteration = 1_000
-        self.mixing_ratio: float | str = 0.5  # Authors.
+        self.mixing_ratio: Schedulable | str = 0.5  # Authors.
         self.updates_per_env_step: float = 1  # Authors' UTD ratio.
-        self.min_q_weight_online: float | None = None
+        self.min_q_weight_online: Schedulable | None = None
         self.conservative_online = True
+        # The authors keep both as offline in any case, also where `conservative_online=False` is to be SAC.
+        self.max_target_backup_online: bool | None = None
+        self.deterministic_backup_online: bool | None = None
+        self.actor_update_period_online: int | None = None
         self.calibrate_online = True  # Authors; CORL switches it off.
         self.warmup_env_steps: int | None = None
         self.online_capacity = 1_000_000
@@ -110,12 +119,16 @@ class CalQLSettings(CQLConfig):
         deterministic_backup: bool = NotProvided,
         conservative_gap_clip: Sequence[float] = NotProvided,
         num_critics: int = NotProvided,
+        critic_subset: int | None = NotProvided,
+        actor_q: Literal["min", "mean"] = NotProvided,
+        actor_update_period: int = NotProvided,
         actor_lr: Any = NotProvided,
         critic_lr: Any = NotProvided,
         alpha_lr: Any = NotProvided,
         tau: float = NotProvided,
         target_update_period: int = NotProvided,
         bc_updates: int = NotProvided,
+        bc_weight: Schedulable = NotProvided,
         precision: Literal["fp32", "medium", "bf16"] = NotProvided,
         store_buffer_in_checkpoints: bool = NotProvided,
         **kwargs: Any,
@@ -138,13 +151,19 @@ class CalQLSettings(CQLConfig):
             max_target_backup: Whether the target takes the best of `num_actions` next actions.
             deterministic_backup: Whether the target leaves out the entropy term.
             conservative_gap_clip: Bounds of the gap of each transition.
-            num_critics: Size of the critic ensemble; targets and actor use its minimum.
+            num_critics: Size of the critic ensemble.
+            critic_subset: Critics that the minimum in the target runs over, drawn anew for every gradient update, at
+                most `num_critics`; None: all of them.
+            actor_q: What the actor improves: the "min" or the "mean" of Q over all critics.
+            actor_update_period: Gradient updates between two steps of actor and temperature.
             actor_lr: Learning rate of the policy, or RLlib's schedule [[env_steps, value], ...].
             critic_lr: Learning rate of critics and dual variable, or a schedule.
             alpha_lr: Learning rate of the entropy temperature, or a schedule.
             tau: Step of the target networks towards the critics, in (0, 1].
             target_update_period: Gradient updates between two steps of the targets.
             bc_updates: First gradient updates in which the actor clones the data's actions.
+            bc_weight: Weight, at least 0, of the mean of -log pi(a|s) over the offline rows of a batch in the actor's
+                loss, or a schedule [[online env steps, weight], ...]. Needs offline data.
             precision: Arithmetic of the learners' matrix products. "fp32"; "medium", the factors rounded to TF32 on
                 GPUs and to bfloat16 on CPUs that can; or "bf16", hidden layers in bfloat16. First layers see
                 observations in float32, and last layers, targets, losses, gradients of parameters and optimisers are in
@@ -173,12 +192,16 @@ class CalQLSettings(CQLConfig):
             deterministic_backup=deterministic_backup,
             conservative_gap_clip=conservative_gap_clip,
             num_critics=num_critics,
+            critic_subset=critic_subset,
+            actor_q=actor_q,
+            actor_update_period=actor_update_period,
             actor_lr=actor_lr,
             critic_lr=critic_lr,
             alpha_lr=alpha_lr,
             tau=tau,
             target_update_period=target_update_period,
             bc_updates=bc_updates,
+            bc_weight=bc_weight,
             precision=precision,
             store_buffer_in_checkpoints=store_buffer_in_checkpoints,
         )
@@ -278,10 +301,13 @@ class CalQLSettings(CQLConfig):
         *,
         offline_updates: int = NotProvided,
         updates_per_iteration: int = NotProvided,
-        mixing_ratio: float | Literal["proportional"] = NotProvided,
+        mixing_ratio: Schedulable | Literal["proportional"] = NotProvided,
         updates_per_env_step: float = NotProvided,
-        min_q_weight_online: float | None = NotProvided,
+        min_q_weight_online: Schedulable | None = NotProvided,
         conservative_online: bool = NotProvided,
+        max_target_backup_online: bool | None = NotProvided,
+        deterministic_backup_online: bool | None = NotProvided,
+        actor_update_period_online: int | None = NotProvided,
         calibrate_online: bool = NotProvided,
         warmup_env_steps: int | None = NotProvided,
         online_capacity: int = NotProvided,
@@ -299,11 +325,17 @@ class CalQLSettings(CQLConfig):
             offline_updates: Gradient updates before the switch. Required with offline data, unless `pretrained` is
                 set; 0 starts online at once.
             updates_per_iteration: Gradient updates of one `train()` call in the offline phase.
-            mixing_ratio: Share of offline rows in every online batch, exactly `round(B * mixing_ratio)` rows, or
-                "proportional" to the two amounts of data.
+            mixing_ratio: Share of offline rows in every online batch, exactly `round(B * mixing_ratio)` rows; a
+                schedule [[online env steps, share], ...] of it; or "proportional" to the two amounts of data.
             updates_per_env_step: Gradient updates per env step collected, the update-to-data ratio.
-            min_q_weight_online: `min_q_weight` after the switch; None keeps the offline one.
+            min_q_weight_online: `min_q_weight` after the switch, or a schedule [[online env steps, weight], ...];
+                None keeps the offline one.
             conservative_online: Whether the conservative term stays on after the switch. False is SAC.
+            max_target_backup_online: `max_target_backup` after the switch. None: as offline while the conservative term
+                is on, else SAC's own, which is False.
+            deterministic_backup_online: `deterministic_backup` after the switch. None: as offline while the
+                conservative term is on, else SAC's own, which is False, the entropy being in the target.
+            actor_update_period_online: `actor_update_period` after the switch; None keeps the offline one.
             calibrate_online: Whether calibration stays on after the switch.
             warmup_env_steps: Env steps collected after the switch before the first online update: by the pre-trained
                 policy, or by random actions if there was no pre-training. None: 0 with offline data, 1,000 without.
@@ -335,6 +367,9 @@ class CalQLSettings(CQLConfig):
             updates_per_env_step=updates_per_env_step,
             min_q_weight_online=min_q_weight_online,
             conservative_online=conservative_online,
+            max_target_backup_online=max_target_backup_online,
+            deterministic_backup_online=deterministic_backup_online,
+            actor_update_period_online=actor_update_period_online,
             calibrate_online=calibrate_online,
             warmup_env_steps=warmup_env_steps,
             online_capacity=online_capacity,

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rllib_calql.common.returns import TRUNCATION_RULES, is_endless, reward_settings
+from rllib_calql.common.schedules import is_schedule
 from rllib_calql.common.spaces import check_action_space, check_observation_space
 from rllib_calql.common.success import SUCCESS_RULES
 from rllib_calql.networks.model_settings import check_model_config, check_module_spec, check_names
 from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.settings.online_checks import check_online_side
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedule, is_integer, is_real
 from rllib_calql.settings.refused import check_unused
 
 if TYPE_CHECKING:
@@ -24,13 +27,14 @@ if TYPE_CHECKING:
 _POSITIVE = ("temperature", "tau", "updates_per_env_step", "initial_alpha")
 _NOT_NEGATIVE = ("min_q_weight",)
 _IN_FLOAT32 = (
-    *("temperature", "tau", "initial_alpha", "min_q_weight", "min_q_weight_online", "lagrangian_thresh"),
+    *("temperature", "tau", "initial_alpha", "min_q_weight", "min_q_weight_online", "bc_weight", "lagrangian_thresh"),
     *("target_entropy", "actor_lr", "critic_lr", "alpha_lr", "reward_scale", "reward_bias", "failure_reward"),
 )
 _POSITIVE_INTEGERS = (
     "num_actions",
     "num_critics",
     "target_update_period",
+    "actor_update_period",
     "updates_per_iteration",
     "online_capacity",
     "max_episode_env_steps",
@@ -70,6 +74,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         parent_validate()
     _check_ranges(config)
     _check_choices(config)
+    check_online_side(config)
     _check_float32(config)
     _check_data(config)
     check_model_config(config.model_config)
@@ -107,7 +112,7 @@ def _check_classes(config: CalQLConfig, defaults: CalQLConfig) -> None:
 
 def _check_clipping(config: CalQLConfig) -> None:
     clip_to = config.grad_clip
-    if clip_to is not None and not (_is_real(clip_to) and 0 < clip_to < math.inf):
+    if clip_to is not None and not (is_real(clip_to) and 0 < clip_to < math.inf):
         raise ValueError(f"`grad_clip` must be None or a positive number, got {clip_to!r}.")
     if config.grad_clip_by not in _CLIPPED_BY:
         raise ValueError(f"`grad_clip_by` must be one of {_CLIPPED_BY}, got {config.grad_clip_by!r}.")
@@ -135,35 +140,17 @@ def _without_new_stack_banners() -> Iterator[None]:
             logging.getLogger(name).removeFilter(is_wanted)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _is_integer(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_rate_or_schedule(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)):
-        return _is_real(value) and 0 < value < math.inf
-    return (
-        len(value) >= 2
-        and all(isinstance(point, (list, tuple)) and len(point) == 2 for point in value)
-        and all(_is_real(number) and 0 <= number < math.inf for point in value for number in point)
-        and value[0][0] == 0
-    )
-
-
 def _check_float32(config: CalQLConfig) -> None:
     """Refuses what would be 0 or infinite where training computes with it."""
     smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     for name in _IN_FLOAT32:
         value = getattr(config, name)
-        if _is_real(value) and value != 0 and not smallest <= abs(value) <= largest:
-            raise ValueError(
-                f"`{name}` must be 0 or between {smallest:.2g} and {largest:.2g} in size, since training computes in "
-                f"float32; got {value!r}."
-            )
+        for number in [point[1] for point in value] if is_schedule(value) else [value]:
+            if is_real(number) and number != 0 and not smallest <= abs(number) <= largest:
+                raise ValueError(
+                    f"`{name}` must be 0 or between {smallest:.2g} and {largest:.2g} in size, since training computes "
+                    f"in float32; got {value!r}."
+                )
     if config.failure_reward is not None:
         value = reward_settings(config).endless_return(config.failure_reward)
         if not abs(value) <= largest:
@@ -176,54 +163,51 @@ def _check_float32(config: CalQLConfig) -> None:
 def _check_ranges(config: CalQLConfig) -> None:
     for name in _POSITIVE:
         value = getattr(config, name)
-        if not (_is_real(value) and 0 < value < math.inf):
+        if not (is_real(value) and 0 < value < math.inf):
             raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
     for name in _NOT_NEGATIVE:
         value = getattr(config, name)
-        if not (_is_real(value) and 0 <= value < math.inf):
+        if not (is_real(value) and 0 <= value < math.inf):
             raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
     for name in _POSITIVE_INTEGERS:
         value = getattr(config, name)
-        if not _is_integer(value, 1):
+        if not is_integer(value, 1):
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
     for name in _BOOLEANS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
     for name in ("actor_lr", "critic_lr", "alpha_lr"):
-        if not _is_rate_or_schedule(getattr(config, name)):
-            raise ValueError(
-                f"`{name}` must be a positive number or a schedule [[0, value], [env_steps, value], ...] of at least "
-                f"two points, got {getattr(config, name)!r}."
-            )
+        rate = getattr(config, name)
+        allowed = f"a positive number or {A_SCHEDULE}"
+        if not is_schedule(rate) and not (is_real(rate) and 0 < rate < math.inf):
+            raise ValueError(f"`{name}` must be {allowed}, got {rate!r}.")
+        check_schedule(name, rate, allowed)
     entropy = config.target_entropy
-    if entropy != "auto" and not (_is_real(entropy) and math.isfinite(entropy)):
+    if entropy != "auto" and not (is_real(entropy) and math.isfinite(entropy)):
         raise ValueError(f'`target_entropy` must be "auto" or a finite number, got {entropy!r}.')
     if config.tau > 1:
         raise ValueError(f"`tau` must be in (0, 1], got {config.tau!r}.")
-    if not (_is_real(config.gamma) and 0 <= config.gamma <= 1):
+    if not (is_real(config.gamma) and 0 <= config.gamma <= 1):
         raise ValueError(f"`gamma` must be in [0, 1], got {config.gamma!r}.")
-    if not _is_integer(config.bc_updates, 0):
+    if not is_integer(config.bc_updates, 0):
         raise ValueError(f"`bc_updates` must be an integer of at least 0, got {config.bc_updates!r}.")
     clip_at = config.observation_clip
-    if clip_at is not None and not (_is_real(clip_at) and clip_at > 0):
+    if clip_at is not None and not (is_real(clip_at) and clip_at > 0):
         raise ValueError(
             f"`observation_clip` must be a positive number, or None or infinity for none, got {clip_at!r}."
         )
-    weight = config.min_q_weight_online
-    if weight is not None and not (_is_real(weight) and 0 <= weight < math.inf):
-        raise ValueError(f"`min_q_weight_online` must be None or a number of at least 0, got {weight!r}.")
-    if config.warmup_env_steps is not None and not _is_integer(config.warmup_env_steps, 0):
+    if config.warmup_env_steps is not None and not is_integer(config.warmup_env_steps, 0):
         raise ValueError(
             f"`warmup_env_steps` must be None or an integer of at least 0, got {config.warmup_env_steps!r}."
         )
     for name in ("reward_scale", "reward_bias", "lagrangian_thresh"):
-        if not (_is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
+        if not (is_real(getattr(config, name)) and math.isfinite(getattr(config, name))):
             raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)!r}.")
     clip: Any = config.conservative_gap_clip
     if (
         not isinstance(clip, (tuple, list))  # Tune restores a tuple as a list.
         or len(clip) != 2
-        or not all(_is_real(bound) for bound in clip)
+        or not all(is_real(bound) for bound in clip)
         or clip[0] >= clip[1]
     ):
         raise ValueError(f"`conservative_gap_clip` must be a pair (low, high) with low < high, got {clip!r}.")
@@ -252,9 +236,6 @@ def _check_choices(config: CalQLConfig) -> None:
         raise ValueError(
             f'`action_space_of_data` must be "environment" or "module", got {config.action_space_of_data!r}.'
         )
-    ratio = config.mixing_ratio
-    if ratio != "proportional" and not (_is_real(ratio) and 0 <= float(ratio) <= 1):
-        raise ValueError(f'`mixing_ratio` must be in [0, 1] or "proportional", got {ratio!r}.')
     if is_endless(config.gamma) and (config.truncation == "steady" or config.failure_reward is not None):
         raise ValueError(
             '`gamma` must be below 1 with `truncation="steady"` or `failure_reward`, whose endless sums diverge at 1; '
@@ -267,7 +248,7 @@ def _check_choices(config: CalQLConfig) -> None:
             "normalised observations are clipped; set `normalize_observations=True` or drop it."
         )
     failure = config.failure_reward
-    if failure is not None and not (_is_real(failure) and math.isfinite(failure)):
+    if failure is not None and not (is_real(failure) and math.isfinite(failure)):
         raise ValueError(f"`failure_reward` must be None or a finite number, got {failure!r}.")
     threshold_was_set = config.lagrangian_thresh != type(config)().lagrangian_thresh
     if threshold_was_set and not config.lagrangian:
@@ -285,10 +266,10 @@ def _check_data(config: CalQLConfig) -> None:
             raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(config, name)!r}.")
     for name in ("max_episode_steps_in_data", "store_memory_limit"):
         value = getattr(config, name)
-        if value is not None and not _is_integer(value, 1):
+        if value is not None and not is_integer(value, 1):
             raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
     tolerance = config.observation_jump_tolerance
-    if not (_is_real(tolerance) and 0 <= tolerance < math.inf):
+    if not (is_real(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"`observation_jump_tolerance` must be a number of at least 0, got {tolerance!r}.")
     if config.cache_dir is not None and not (isinstance(config.cache_dir, str) and config.cache_dir):
         raise ValueError(f"`cache_dir` must be None or the path of a folder, got {config.cache_dir!r}.")
@@ -299,12 +280,12 @@ def _check_data(config: CalQLConfig) -> None:
 
 def _check_collection(config: CalQLConfig) -> None:
     staleness = config.max_staleness_env_steps
-    if staleness is not None and not _is_integer(staleness, 0):
+    if staleness is not None and not is_integer(staleness, 0):
         raise ValueError(f"`max_staleness_env_steps` must be None or an integer of at least 0, got {staleness!r}.")
     for name in ("num_env_runners", "num_learners"):
-        if not _is_integer(getattr(config, name), 0):
+        if not is_integer(getattr(config, name), 0):
             raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(config, name)!r}.")
-    if not _is_integer(config.num_envs_per_env_runner, 1):
+    if not is_integer(config.num_envs_per_env_runner, 1):
         raise ValueError(
             f"`num_envs_per_env_runner` must be a positive integer, got {config.num_envs_per_env_runner!r}."
         )
@@ -314,7 +295,7 @@ def _check_budget(config: CalQLConfig) -> None:
     limit = config.max_online_env_steps
     if limit is None or config.in_evaluation:  # Evaluations are not counted.
         return
-    if not _is_integer(limit, 1):
+    if not is_integer(limit, 1):
         raise ValueError(f"`max_online_env_steps` must be None or a positive integer, got {limit!r}.")
     if config.env is None:
         raise ValueError(
@@ -338,7 +319,7 @@ def _check_phases(config: CalQLConfig) -> None:
     if config.pretrained is not None and not (isinstance(config.pretrained, str) and config.pretrained):
         raise ValueError(f"`pretrained` must be None or the folder of a checkpoint, got {config.pretrained!r}.")
     updates = config.offline_updates
-    if updates is not None and not _is_integer(updates, 0):
+    if updates is not None and not is_integer(updates, 0):
         raise ValueError(f"`offline_updates` must be an integer of at least 0, got {updates!r}.")
     if config.is_offline and updates is None and config.pretrained is None:
         raise ValueError("`offline_updates` must be set when `input_` is: `.fine_tuning(offline_updates=...)`.")

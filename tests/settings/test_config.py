@@ -45,12 +45,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "deterministic_backup": True,
         "conservative_gap_clip": (-INF, INF),
         "num_critics": 2,
+        "critic_subset": None,
+        "actor_q": "min",
+        "actor_update_period": 1,
         "actor_lr": 1e-4,
         "critic_lr": 3e-4,
         "alpha_lr": 1e-4,
         "tau": 5e-3,
         "target_update_period": 1,
         "bc_updates": 0,
+        "bc_weight": 0.0,
         "precision": "fp32",
         "store_buffer_in_checkpoints": True,
         # RLlib's own, with the authors' values.
@@ -82,6 +86,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "updates_per_env_step": 1,
         "min_q_weight_online": None,
         "conservative_online": True,
+        "max_target_backup_online": None,
+        "deterministic_backup_online": None,
+        "actor_update_period_online": None,
         "calibrate_online": True,
         "warmup_env_steps": None,
         "online_capacity": 1_000_000,
@@ -107,12 +114,16 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "deterministic_backup": False,
         "conservative_gap_clip": (-200.0, 200.0),
         "num_critics": 5,
+        "critic_subset": 2,
+        "actor_q": "mean",
+        "actor_update_period": 20,
         "actor_lr": [[0, 3e-4], [1000, 3e-5]],
         "critic_lr": 1e-3,
         "alpha_lr": 2e-4,
         "tau": 1.0,
         "target_update_period": 2,
         "bc_updates": 100,
+        "bc_weight": [[0, 2.0], [1000, 0.0]],
         "store_buffer_in_checkpoints": False,
         "gamma": 0.9,
         "train_batch_size_per_learner": 64,
@@ -145,6 +156,9 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "updates_per_env_step": 0.5,
         "min_q_weight_online": 0.0,
         "conservative_online": False,
+        "max_target_backup_online": True,
+        "deterministic_backup_online": False,
+        "actor_update_period_online": 4,
         "calibrate_online": False,
         "warmup_env_steps": 5_000,
         "online_capacity": 50_000,
@@ -428,6 +442,11 @@ BOOLEANS = (
     "offline_data.share_offline_data",
 )
 NOT_FINITE_OR_NO_NUMBER = (NAN, INF, -INF, "1.0", None, True)
+BAD_SCHEDULES = (
+    *([], [[0, 0.5]], [0, 0.5], [[0, 0.5], [9]], [[0, 0.5], [9, "x"]], [[0, 0.5], [9, NAN]], [[0, 0.5], [INF, 0.5]]),
+    *([[5, 0.5], [9, 0.1]], [[0, 0.5], [9, 0.4], [8, 0.3]], [[0, 0.5], [9, -0.1]], [[-1, 0.5], [9, 0.5]]),
+    *([[0, True], [9, 0.5]], [[0, 0.5], None]),
+)
 BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     *((name, (0, -2, 1.0, "2", True), "must be a positive integer") for name in POSITIVE_INTEGERS),
     *((name, (1, 0, "yes", None), "must be True or False") for name in BOOLEANS),
@@ -441,6 +460,20 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
         (-0.1, -1, NAN, INF, "1.0", True),
         "must be None or a number of at least 0",
     ),
+    ("training.bc_weight", (-0.1, *NOT_FINITE_OR_NO_NUMBER), "must be a number of at least 0, or a schedule"),
+    *(
+        (name, BAD_SCHEDULES, "or a schedule .*: (it|its) ")
+        for name in (
+            *("training.actor_lr", "training.critic_lr", "training.alpha_lr", "training.bc_weight"),
+            *("fine_tuning.min_q_weight_online", "fine_tuning.mixing_ratio"),
+        )
+    ),
+    ("fine_tuning.mixing_ratio", ([[0, 0.5], [9, 1.5]],), r"got .*: its values must be at least 0 and at most 1"),
+    ("training.critic_subset", (0, -1, 1.5, "2", True, 3), "must be None or an integer from 1 to `num_critics`, 2"),
+    ("training.actor_q", ("max", None, 1), r"must be one of \('min', 'mean'\)"),
+    ("fine_tuning.actor_update_period_online", (0, -1, 1.5, "2", True), "must be None or a positive integer"),
+    ("fine_tuning.max_target_backup_online", (1, 0, "yes"), "must be None, True or False"),
+    ("fine_tuning.deterministic_backup_online", (1, 0, "yes"), "must be None, True or False"),
     ("training.gamma", (-0.1, 1.01, NAN, "0.9", None, True), r"must be in \[0, 1\]"),
     ("training.bc_updates", (-1, 0.5, "1", None, True), "must be an integer of at least 0"),
     ("fine_tuning.offline_updates", (-1, 0.5, "1", True), "must be an integer of at least 0"),
@@ -684,6 +717,47 @@ def test_validation_changes_no_setting() -> None:
     assert {name: getattr(config, name) for name in before} == before
 
 
+def test_a_weight_of_the_conservative_term_is_refused_where_the_term_is_off() -> None:
+    config = CalQLConfig().fine_tuning(conservative_online=False, min_q_weight_online=1.0)
+    with pytest.raises(ValueError, match=r"`min_q_weight_online` is 1.0, but `conservative_online` is False"):
+        config.validate()
+
+
+@pytest.mark.parametrize("weight", [0.5, [[0, 0.0], [100, 0.5]]])
+def test_imitation_needs_offline_data(weight: Any) -> None:
+    config = CalQLConfig().environment("Pendulum-v1").training(bc_weight=weight)
+    with pytest.raises(ValueError, match=r"`bc_weight` is .* no offline data to imitate; set `.offline_data"):
+        config.validate()
+    config.offline_data(input_="rows.parquet").fine_tuning(offline_updates=1).validate()
+    CalQLConfig().environment("Pendulum-v1").training(bc_weight=[[0, 0], [100, 0.0]]).validate()
+
+
+# What the target takes, offline and online: (best of several actions, entropy).
+@pytest.mark.parametrize(
+    ("settings", "offline", "online"),
+    [
+        ({}, (True, False), (True, False)),
+        ({"conservative_online": False}, (True, False), (False, True)),
+        ({"conservative_online": False, "max_target_backup_online": True}, (True, False), (True, True)),
+        ({"conservative_online": False, "deterministic_backup_online": True}, (True, False), (False, False)),
+        ({"max_target_backup": False, "deterministic_backup": False}, (False, True), (False, True)),
+        ({"max_target_backup_online": False, "deterministic_backup_online": False}, (True, False), (False, True)),
+    ],
+)
+def test_without_the_conservative_term_the_target_is_that_of_sac_unless_it_is_set(
+    settings: dict[str, bool], offline: tuple[bool, bool], online: tuple[bool, bool]
+) -> None:
+    config = CalQLConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    for is_online, expected in ((False, offline), (True, online)):
+        best, deterministic = (
+            config.has_max_target_backup(online=is_online),
+            config.has_deterministic_backup(online=is_online),
+        )
+        assert (best, not deterministic) == expected
+
+
 # --- Copies -----------------------------------------------------------------------------------------------------------
 
 COPIES: dict[str, Callable[[CalQLConfig], CalQLConfig]] = {
@@ -715,7 +789,7 @@ def test_every_setting_survives_a_copy(way: str) -> None:
     assert copied.input_ == "rows.parquet"
     assert copied.seed == 3
     assert copied.algo_class is CalQL
-    copied.validate()
+    copied.fine_tuning(min_q_weight_online=None).validate()  # It contradicts `conservative_online=False`.
 
 
 MINUS_ONE = {"reward_bias": "offline_data", "failure_reward": "offline_data"} | dict.fromkeys(

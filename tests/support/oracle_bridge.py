@@ -38,6 +38,8 @@ def float64_learner(settings: oracle.Settings, **more: Any) -> CalQLTorchLearner
         alpha_lr=settings.alpha_lr,
         bc_updates=1 if settings.bc else 0,
         conservative_online=settings.learn,
+        max_target_backup_online=settings.max_target_backup,
+        deterministic_backup_online=settings.deterministic_backup,
         **more,
     )
     learner._online = not settings.learn  # The conservative term can be switched off in the online phase only.

@@ -1,0 +1,67 @@
+"""Values that change with the online env steps: numbers, or piecewise linear schedules [[env steps, value], ...]."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether a setting is a schedule, not a number or None. What it holds is not looked at."""
+    return isinstance(value, (list, tuple))
+
+
+def value_at(value: Any, env_steps: int) -> float:
+    """The value of a number or a schedule.
+
+    Args:
+        value: A number, or points [[0, value], [env_steps, value], ...] with a straight line between two of them; of
+            two at the same env step the second counts from there on. After the last one its value stays. RLlib's
+            schedules of learning rates are the same.
+        env_steps: Online env steps of the run so far; 0 before the switch.
+    """
+    if not is_schedule(value):
+        return float(value)
+    steps, values = zip(*value, strict=True)
+    return float(np.interp(env_steps, steps, values))
+
+
+def largest_value(value: Any) -> float:
+    """The largest value that a number or a schedule takes."""
+    return max(float(point[1]) for point in value) if is_schedule(value) else float(value)
+
+
+def flaw_of_schedule(value: Any, *, low: float, high: float = math.inf, least_points: int = 2) -> str | None:
+    """What is wrong with a schedule, or None.
+
+    Args:
+        value: Anything.
+        low: Least value of a point.
+        high: Largest value of a point.
+        least_points: Points that it must have.
+    """
+    if not is_schedule(value):
+        return "it is no list of points"
+    if not all(
+        is_schedule(point) and len(point) == 2 and all(_is_finite(number) for number in point) for point in value
+    ):
+        return "its points must be pairs [env_steps, value] of finite numbers"
+    if len(value) < least_points:
+        return f"it must have at least {least_points} points"
+    steps, values = zip(*value, strict=True)
+    if steps[0] != 0:
+        return f"it must start at 0 env steps, not at {steps[0]}"
+    for before, after in itertools.pairwise(steps):
+        if after < before:
+            return f"its env steps must not fall back, and {after} comes after {before}"
+    for number in values:
+        if not low <= number <= high:
+            return f"its values must be at least {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+    return None
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)

@@ -1,0 +1,76 @@
+"""The checks of what fine-tuning adds: schedules, critics in the target, steps of the actor, imitation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rllib_calql.common.schedules import is_schedule, largest_value
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedule, is_integer, is_real
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
+
+ACTOR_Q = ("min", "mean")
+
+
+def check_online_side(config: CalQLConfig) -> None:
+    """Checks them.
+
+    Raises:
+        ValueError: At the first setting that is wrong.
+    """
+    _check_mixture(config.mixing_ratio)
+    _check_weights(config)
+    _check_backup(config)
+    _check_actor(config)
+
+
+def _check_mixture(ratio: Any) -> None:
+    allowed = f'in [0, 1] or "proportional", or {A_SCHEDULE} of shares in [0, 1]'
+    if not (ratio == "proportional" or is_schedule(ratio) or (is_real(ratio) and 0 <= float(ratio) <= 1)):
+        raise ValueError(f"`mixing_ratio` must be {allowed}, got {ratio!r}.")
+    check_schedule("mixing_ratio", ratio, allowed, high=1.0)
+
+
+def _check_weights(config: CalQLConfig) -> None:
+    weight: Any = config.min_q_weight_online
+    if weight is not None:
+        _check_weight("min_q_weight_online", weight, f"None or a number of at least 0, or {A_SCHEDULE}")
+    if weight is not None and not config.conservative_online:
+        raise ValueError(
+            f"`min_q_weight_online` is {weight!r}, but `conservative_online` is False, which takes out the term of "
+            "that weight; drop one of them."
+        )
+    weight = config.bc_weight
+    _check_weight("bc_weight", weight, f"a number of at least 0, or {A_SCHEDULE}")
+    if largest_value(weight) > 0 and not config.is_offline:
+        raise ValueError(
+            f"`bc_weight` is {weight!r}, but there are no offline data to imitate; set `.offline_data(input_=...)` or "
+            "drop it."
+        )
+
+
+def _check_weight(name: str, weight: Any, allowed: str) -> None:
+    if not is_schedule(weight) and not (is_real(weight) and 0 <= weight < math.inf):
+        raise ValueError(f"`{name}` must be {allowed}, got {weight!r}.")
+    check_schedule(name, weight, allowed)
+
+
+def _check_backup(config: CalQLConfig) -> None:
+    subset = config.critic_subset
+    if subset is not None and not (is_integer(subset, 1) and subset <= config.num_critics):
+        raise ValueError(
+            f"`critic_subset` must be None or an integer from 1 to `num_critics`, {config.num_critics}, got {subset!r}."
+        )
+    for name in ("max_target_backup_online", "deterministic_backup_online"):
+        if not (getattr(config, name) is None or isinstance(getattr(config, name), bool)):
+            raise ValueError(f"`{name}` must be None, True or False, got {getattr(config, name)!r}.")
+
+
+def _check_actor(config: CalQLConfig) -> None:
+    if config.actor_q not in ACTOR_Q:
+        raise ValueError(f"`actor_q` must be one of {ACTOR_Q}, got {config.actor_q!r}.")
+    period = config.actor_update_period_online
+    if period is not None and not is_integer(period, 1):
+        raise ValueError(f"`actor_update_period_online` must be None or a positive integer, got {period!r}.")

@@ -1,0 +1,37 @@
+"""What a setting that is a number, or a schedule of numbers, must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rllib_calql.common.schedules import flaw_of_schedule, is_schedule
+
+A_SCHEDULE = "a schedule [[0, value], [env_steps, value], ...]"
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a number, infinity included."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def is_integer(value: Any, minimum: int) -> bool:
+    """Whether it is a whole number of at least `minimum`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def check_schedule(name: str, value: Any, allowed: str, *, high: float = math.inf) -> None:
+    """Checks a setting that is a schedule; the others pass.
+
+    Args:
+        name: Of the setting.
+        value: Of the setting.
+        allowed: What it may be, for the message.
+        high: Largest value of a point.
+
+    Raises:
+        ValueError: Saying what is wrong with it.
+    """
+    flaw = flaw_of_schedule(value, low=0.0, high=high) if is_schedule(value) else None
+    if flaw is not None:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}: {flaw}.")
