@@ -43,6 +43,8 @@ class Settings:
 
     `learn` switches the conservative term: without it the critic loss is the TD error alone and the Lagrange
     multiplier is neither trained nor stepped. `bc` replaces the actor's Q term by the log-prob of the data actions.
+    `bc_weight` adds -log-prob of the offline rows' actions. Without `moves_actor` policy and temperature stay. The
+    critics of the target's minimum are those of `noise["subset"]`, or all.
     """
 
     calibrate: bool = True
@@ -64,13 +66,20 @@ class Settings:
     target_entropy: float = -2.0
     learn: bool = True
     bc: bool = False
+    actor_q: str = "min"
+    bc_weight: float = 0.0
+    moves_actor: bool = True
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions: `obs`, `next_obs` [B, obs]; `actions` [B, A]; the others [B]; `terminateds` holds 0 or 1."""
+    """Transitions: `obs`, `next_obs` [B, obs]; `actions` [B, A]; the others [B]; `terminateds` holds 0 or 1.
+
+    `is_offline` holds 0 or 1, None: all 1. With targets of several steps `rewards` are sums, `terminateds` that of the
+    last step, `bootstrap_obs` [B, obs] the observation after it, and `bootstrap_discounts` its discount.
+    """
 
     obs: Array
     actions: Array
@@ -78,6 +87,9 @@ class Batch:
     next_obs: Array
     terminateds: Array
     returns_to_go: Array
+    is_offline: Array | None = None
+    bootstrap_obs: Array | None = None
+    bootstrap_discounts: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -219,14 +231,16 @@ def critic_backward(params: Params, name: str, critic: CriticPass, grad_q: Array
 
 def target(params: Params, batch: Batch, noise: Noise, settings: Settings) -> Array:
     """Return the TD target y [B]; the proposal is chosen by the smallest target Q, before entropy is subtracted."""
-    policy = policy_forward(params, batch.next_obs)
+    after = batch.next_obs if batch.bootstrap_obs is None else batch.bootstrap_obs
+    policy = policy_forward(params, after)
     num_proposals = settings.num_actions if settings.max_target_backup else 1
+    members = noise["subset"].astype(int) if "subset" in noise else np.arange(settings.num_critics)
     if len(noise["eps_next_target"]) != num_proposals:
         raise ValueError(f"`eps_next_target` must hold {num_proposals} draws, got {len(noise['eps_next_target'])}.")
     min_q, log_probs = [], []
     for eps in noise["eps_next_target"]:
         actions, log_prob = sample_actions(policy, eps)
-        qs = [critic_forward(params, f"target.{c}", batch.next_obs, actions).q for c in range(settings.num_critics)]
+        qs = [critic_forward(params, f"target.{c}", after, actions).q for c in members]
         min_q.append(np.min(qs, axis=0))
         log_probs.append(log_prob)
     y = np.empty_like(batch.rewards)
@@ -235,7 +249,8 @@ def target(params: Params, batch: Batch, noise: Noise, settings: Settings) -> Ar
         value = min_q[best][b]
         if not settings.deterministic_backup:
             value = value - np.exp(params["log_alpha"]) * log_probs[best][b]
-        y[b] = batch.rewards[b] + settings.gamma * (1.0 - batch.terminateds[b]) * value
+        discount = settings.gamma if batch.bootstrap_discounts is None else batch.bootstrap_discounts[b]
+        y[b] = batch.rewards[b] + discount * (1.0 - batch.terminateds[b]) * value
     return y
 
 
@@ -366,14 +381,26 @@ def _actor_loss_and_grads(params: Params, batch: Batch, noise: Noise, settings: 
         names = [f"critic.{c}" for c in range(settings.num_critics)]
         passes = [critic_forward(params, name, batch.obs, actions) for name in names]
         qs = np.asarray([critic.q for critic in passes])
-        merit = qs.min(axis=0)
+        merit = qs.min(axis=0) if settings.actor_q == "min" else qs.mean(axis=0)
         for c, name in enumerate(names):
-            smallest = (qs.argmin(axis=0) == c).astype(np.float64)
-            grad_actions = critic_backward(params, name, passes[c], smallest)[1]
+            share = (qs.argmin(axis=0) == c).astype(np.float64)
+            if settings.actor_q == "mean":
+                share = np.full(batch_size, 1.0 / settings.num_critics)
+            grad_actions = critic_backward(params, name, passes[c], share)[1]
             grad_z -= grad_actions * (1.0 - actions**2)
     grad_mean = (grad_mean + grad_z) / batch_size
     grad_log_std = (grad_log_std + grad_z * std * eps) / batch_size
     loss = float(np.mean(alpha * log_prob - merit))
+    if settings.bc_weight and not settings.bc:
+        is_offline = np.ones(batch_size) if batch.is_offline is None else batch.is_offline
+        imitated = np.flatnonzero(is_offline)
+        likelihood = data_log_prob(policy, batch.actions)
+        z_data = np.arctanh(np.clip(batch.actions, -DATA_ACTION_LIMIT, DATA_ACTION_LIMIT))
+        eps_data = (z_data - policy.mean) / std
+        for b in imitated:
+            loss -= settings.bc_weight * likelihood[b] / len(imitated)
+            grad_mean[b] -= settings.bc_weight * eps_data[b] / std[b] / len(imitated)
+            grad_log_std[b] -= settings.bc_weight * (eps_data[b] ** 2 - 1.0) / len(imitated)
     return loss, policy_backward(params, policy, grad_mean, grad_log_std)
 
 
@@ -402,10 +429,11 @@ def lagrange_loss(params: Params, batch: Batch, noise: Noise, settings: Settings
 def gradients(params: Params, batch: Batch, noise: Noise, settings: Settings) -> Params:
     """Return every gradient at the same parameters, each block from its own loss only; zeros where there is none."""
     grads = {name: np.zeros_like(value) for name, value in params.items()}
-    _accumulate(grads, _actor_loss_and_grads(params, batch, noise, settings)[1])
     _accumulate(grads, _critic_loss_and_grads(params, batch, noise, settings)[1])
-    entropy_error = np.mean(actor_log_prob(params, batch, noise) + settings.target_entropy)
-    grads["log_alpha"] = np.asarray(-entropy_error)
+    if settings.moves_actor:
+        _accumulate(grads, _actor_loss_and_grads(params, batch, noise, settings)[1])
+        entropy_error = np.mean(actor_log_prob(params, batch, noise) + settings.target_entropy)
+        grads["log_alpha"] = np.asarray(-entropy_error)
     if np.exp(params["log_alpha_prime"]) <= ALPHA_PRIME_MAX:
         # alpha' is exp(log_alpha'), its own derivative.
         grads["log_alpha_prime"] = np.asarray(lagrange_loss(params, batch, noise, settings))
@@ -441,6 +469,8 @@ def full_update(
     new_params, new_state = dict(params), dict(opt_state)
     for name, state in opt_state.items():
         if name == "log_alpha_prime" and not (settings.lagrangian and settings.learn):
+            continue
+        if (name == "log_alpha" or name.startswith("policy.")) and not settings.moves_actor:
             continue
         lr = settings.critic_lr
         if name == "log_alpha":

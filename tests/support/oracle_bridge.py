@@ -12,7 +12,8 @@ from ray.rllib.core.columns import Columns
 from small_learners import make_learner
 
 from rllib_calql.learning.learner import CalQLTorchLearner
-from rllib_calql.networks.rl_module import CalQLTorchRLModule, Noise
+from rllib_calql.networks.rl_module import CalQLTorchRLModule
+from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS, Noise
 from rllib_calql.store.replay import IS_OFFLINE
 
 MODULE = "default_policy"
@@ -37,6 +38,7 @@ def float64_learner(settings: oracle.Settings, **more: Any) -> CalQLTorchLearner
         critic_lr=settings.critic_lr,
         alpha_lr=settings.alpha_lr,
         bc_updates=1 if settings.bc else 0,
+        actor_q=settings.actor_q,
         conservative_online=settings.learn,
         max_target_backup_online=settings.max_target_backup,
         deterministic_backup_online=settings.deterministic_backup,
@@ -112,16 +114,23 @@ def use_noise(learner: CalQLTorchLearner, noise: oracle.Noise) -> None:
         following=tensors["eps_next"],
     )
     module_of(learner).draw_noise = lambda *_: shared  # type: ignore[method-assign]
+    subset = torch.from_numpy(noise["subset"].astype(np.int64)) if "subset" in noise else None
+    module_of(learner).draw_subset = lambda *_: subset  # type: ignore[method-assign]
 
 
 def torch_batch(batch: oracle.Batch) -> dict[str, torch.Tensor]:
     """The batch as the learner's columns."""
-    return {
+    is_offline = np.ones(len(batch.rewards)) if batch.is_offline is None else batch.is_offline
+    columns = {
         Columns.OBS: torch.from_numpy(batch.obs),
         Columns.NEXT_OBS: torch.from_numpy(batch.next_obs),
         Columns.ACTIONS: torch.from_numpy(batch.actions),
         Columns.REWARDS: torch.from_numpy(batch.rewards),
         Columns.TERMINATEDS: torch.from_numpy(batch.terminateds.astype(np.float64)),
         Columns.RETURNS_TO_GO: torch.from_numpy(batch.returns_to_go),
-        IS_OFFLINE: torch.ones(len(batch.rewards), dtype=torch.float64),
+        IS_OFFLINE: torch.from_numpy(is_offline.astype(np.float64)),
     }
+    if batch.bootstrap_obs is not None and batch.bootstrap_discounts is not None:
+        columns[BOOTSTRAP_OBS] = torch.from_numpy(batch.bootstrap_obs)
+        columns[BOOTSTRAP_DISCOUNT] = torch.from_numpy(batch.bootstrap_discounts)
+    return columns
