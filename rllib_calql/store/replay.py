@@ -13,6 +13,10 @@ from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.returns_connector import TAIL_DISCOUNT
 
 IS_OFFLINE = "is_offline"  # 1.0 for offline rows: which part of a batch a row came from.
+# With `n_step` above 1, where the target goes on after the rewards of a row: the observation, and the discount that its
+# value gets there, float32.
+BOOTSTRAP_OBS = "bootstrap_obs"
+BOOTSTRAP_DISCOUNT = "bootstrap_discounts"
 
 _LAST_ROW = "last_row"  # Row of the same table that holds the episode's last transition.
 _REWARD_SUM = "reward_sum"  # Return-to-go without the value of the last observation.
