@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import assert_identical, line_config, run_state, write_line_data
+from tiny import ONLINE_SIDE, assert_identical, line_config, run_state, write_line_data
 
 from rllib_calql import CalQL
 from rllib_calql.store import offline_table
@@ -46,6 +46,32 @@ def test_runs_resumed_from_ten_random_points_go_on_bit_for_bit_like_the_uninterr
         for _ in range(num_compared):
             restored.train()
         assert_identical((_learner_state(restored), run_state(restored)), states[point + num_compared])
+        restored.stop()
+
+
+@pytest.mark.parametrize("conservative_online", [True, False])
+def test_a_run_with_every_setting_of_the_online_side_resumes_bit_for_bit(
+    tmp_path: Path, conservative_online: bool
+) -> None:
+    config = line_config(tmp_path, offline_updates=20, updates_per_iteration=5)
+    settings = dict(ONLINE_SIDE)
+    if not conservative_online:
+        del settings["min_q_weight_online"]
+    config.update_from_dict(settings | {"conservative_online": conservative_online})
+    algo = config.build()
+    states = {}
+    for iteration in range(1, 8):
+        algo.train()
+        states[iteration] = (_learner_state(algo), run_state(algo))
+        if iteration in (2, 5):
+            algo.save_to_path(str(tmp_path / str(iteration)))
+    assert algo.num_online_updates > 20
+    algo.stop()
+    for point in (2, 5):
+        restored = CalQL.from_checkpoint(tmp_path / str(point))
+        restored.train()
+        restored.train()
+        assert_identical((_learner_state(restored), run_state(restored)), states[point + 2])
         restored.stop()
 
 

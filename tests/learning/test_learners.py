@@ -15,12 +15,14 @@ import torch
 from learner_checks import random_rows
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from small_learners import make_learner
-from tiny import line_config
+from tiny import ONLINE_SIDE, line_config
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
-from rllib_calql.networks.rl_module import Noise
+from rllib_calql.learning.learner import ONLINE
+from rllib_calql.networks.steps import Noise
 from rllib_calql.store.offline_data import as_multi_agent_batch
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -119,16 +121,18 @@ def rows_of_ranks(num_learners: int, num_updates: int, seed: int = 0) -> list[Ro
     return [random_rows(num_updates * BATCH_SIZE, seed=100 * seed + rank) for rank in range(num_learners)]
 
 
-def update(group: LearnerGroup, rows: list[Rows]) -> list[dict[str, float]]:
+def update(group: LearnerGroup, rows: list[Rows], *, timesteps: dict[str, Any] | None = None) -> list[dict[str, float]]:
     """One update call, rank r on `rows[r]`; the metrics of every rank."""
     results = group.update(
-        batch_refs=[ray.put(as_multi_agent_batch(part)) for part in rows], minibatch_size=BATCH_SIZE, timesteps={}
+        batch_refs=[ray.put(as_multi_agent_batch(part)) for part in rows],
+        minibatch_size=BATCH_SIZE,
+        timesteps=timesteps or {},
     )
     return [{name: value.peek() for name, value in result[MODULE].items()} for result in results]
 
 
-def built_group(num_learners: int) -> LearnerGroup:
-    config = make_learner(**SETTINGS).config.copy(copy_frozen=False)
+def built_group(num_learners: int, **settings: Any) -> LearnerGroup:
+    config = make_learner(**SETTINGS | settings).config.copy(copy_frozen=False)
     # Without CPUs of their own: the tests of this module share two.
     config.learners(num_learners=num_learners, num_cpus_per_learner=0)
     obs_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -220,6 +224,35 @@ def test_restored_learners_draw_and_train_as_those_that_were_not_interrupted(fre
     assert not np.array_equal(first, second)
     update(group, rows_of_ranks(2, 20, seed=2))
     assert_identical(expected + on_every(group, state_of))
+
+
+def subsets_of(learner: Any, *_: Any) -> list[list[int]]:
+    """The critics of the next targets; the generators are put back."""
+    module = learner.module[MODULE].unwrapped()
+    state = learner._generator_of_subsets.get_state()
+    subsets = [module.draw_subset(torch.device("cpu")).tolist() for _ in range(5)]
+    learner._generator_of_subsets.set_state(state)
+    return subsets
+
+
+def test_learners_stay_identical_and_resume_with_every_setting_of_the_online_side() -> None:
+    group = built_group(
+        2, **{**ONLINE_SIDE, "input_": "rows.parquet", "offline_updates": 1, "conservative_online": True}
+    )
+    try:
+        update(group, rows_of_ranks(2, 7, seed=1))
+        first, second = on_every(group, subsets_of)
+        assert first == second  # One subset for a gradient step, however many learners make it.
+        checkpoint = group.get_state()
+        online = {ONLINE: True, NUM_ENV_STEPS_SAMPLED_LIFETIME: 30}
+        update(group, rows_of_ranks(2, 7, seed=2), timesteps=online)
+        expected = on_every(group, state_of)
+        assert_identical(expected)
+        group.set_state(checkpoint)
+        update(group, rows_of_ranks(2, 7, seed=2), timesteps=online)
+        assert_identical(expected + on_every(group, state_of))
+    finally:
+        group.shutdown()
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])

@@ -14,6 +14,19 @@ import tree
 from rllib_calql import CalQL, CalQLConfig
 
 TINY_NETWORKS = {"actor_hiddens": [8], "critic_hiddens": [8]}
+# Every setting of the online side, each with another value than its default.
+ONLINE_SIDE: dict[str, Any] = {
+    "num_critics": 4,
+    "critic_subset": 2,
+    "actor_q": "mean",
+    "actor_update_period": 3,
+    "actor_update_period_online": 2,
+    "bc_weight": [[0, 1.0], [50, 0.25]],
+    "mixing_ratio": [[0, 0.75], [60, 0.25]],
+    "min_q_weight_online": [[0, 3.0], [40, 1.0]],
+    "max_target_backup_online": False,
+    "deterministic_backup_online": False,
+}
 
 
 class LineEnv(gym.Env):  # type: ignore[type-arg]
