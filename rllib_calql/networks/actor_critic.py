@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rllib_calql.networks.critic_kernel import evaluate_by_kernel
+from rllib_calql.networks.critic_kernel import KERNEL_ACTIVATIONS, evaluate_by_kernel
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # Authors' code and Haarnoja et al. 2018.
 DATA_ACTION_LIMIT = 0.99999  # Data actions are clipped to +-this before arctanh (authors' code).
@@ -158,7 +158,7 @@ class EnsembleCritic(nn.Module):
         super().__init__()
         self.num_critics = num_critics
         self._activation = ACTIVATIONS[activation]
-        self._is_plain = self._activation is ACTIVATIONS["relu"] and not layer_norm
+        self._kernel_activation = activation if activation in KERNEL_ACTIVATIONS else None
         self.product_dtype: torch.dtype | None = None  # Of hidden layers; None is that of the parameters.
         widths = [obs_dim + action_dim, *hiddens, 1]
         sizes = list(itertools.pairwise(widths))
@@ -207,16 +207,15 @@ class EnsembleCritic(nn.Module):
             obs_weight, bias, *others = parameters
             obs_part = _product(obs.expand(len(obs_weight), -1, -1), obs_weight, bias)
             return self._evaluate(obs_part, actions, dtype, others, norms)
-        has_kernel = self._is_plain and not actions.requires_grad
         q = []
         for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
             obs_part = _product(obs, obs_weight, bias)
-            if has_kernel:
-                q.append(evaluate_by_kernel(obs_part, actions, dtype, *others))
+            own_norms = [(scale[c], shift[c]) for scale, shift in norms]
+            if self._kernel_activation is not None and not actions.requires_grad:
+                activation = self._kernel_activation
+                q.append(evaluate_by_kernel(obs_part, actions, dtype, *others, activation=activation, norms=own_norms))
             else:
-                q.append(
-                    self._evaluate(obs_part, actions, dtype, others, [(scale[c], shift[c]) for scale, shift in norms])
-                )
+                q.append(self._evaluate(obs_part, actions, dtype, others, own_norms))
         return torch.stack(q)
 
     @staticmethod

@@ -7,26 +7,70 @@ Three departures from what autograd would do, none of which changes the result b
 * Biases, activations and their derivatives are computed in place; few large buffers are allocated.
 * Rows whose gradient is exactly zero, which are those that calibration stopped pushing down, are left out of the
   backward pass.
+
+Layer norm costs two more passes over each block in the cache, one forward and one backward.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+LAYER_NORM_EPS = 1e-5  # As torch's.
 _BLOCK_BYTES = 2**20  # Of one layer's activations: two or three of them fit into a core's cache.
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
 
+class _Activation(NamedTuple):
+    """An activation whose derivative follows from its value, so that nothing else need be kept.
+
+    Attributes:
+        evaluate: Of the first tensor into the second, which may be the same.
+        differentiate: Multiplies the first, a gradient, by the derivative where the activation is the second, in place.
+    """
+
+    evaluate: Callable[[Tensor, Tensor], Any]
+    differentiate: Callable[[Tensor, Tensor], Any]
+
+
+_aten = torch.ops.aten
+_ACTIVATIONS = {  # With torch's default constants. The others' derivatives need what they were taken of.
+    "relu": _Activation(
+        lambda x, out: torch.clamp_min(x, 0.0, out=out),
+        lambda grad, y: _aten.threshold_backward.grad_input(grad, y, 0.0, grad_input=grad),
+    ),
+    "tanh": _Activation(
+        lambda x, out: torch.tanh(x, out=out),
+        lambda grad, y: _aten.tanh_backward.grad_input(grad, y, grad_input=grad),
+    ),
+    "elu": _Activation(
+        lambda x, out: _aten.elu.out(x, out=out),
+        lambda grad, y: _aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, True, y, grad_input=grad),
+    ),
+    "leaky_relu": _Activation(
+        lambda x, out: _aten.leaky_relu.out(x, out=out),
+        lambda grad, y: _aten.leaky_relu_backward.grad_input(grad, y, 0.01, True, grad_input=grad),
+    ),
+}
+KERNEL_ACTIVATIONS = frozenset(_ACTIVATIONS)
+
+
 def evaluate_by_kernel(
-    obs_part: Tensor, actions: Tensor, dtype: torch.dtype, action_weight: Tensor, *layers: Tensor
+    obs_part: Tensor,
+    actions: Tensor,
+    dtype: torch.dtype,
+    action_weight: Tensor,
+    *layers: Tensor,
+    activation: str = "relu",
+    norms: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
-    """Q of one critic with ReLU layers. Gradient flows into `obs_part` and the parameters, never into `actions`.
+    """Q of one critic. Gradient flows into `obs_part` and the parameters, never into `actions`.
 
     Args:
         obs_part: The first layer's share of the observations, bias included, shape (B, H1).
@@ -34,70 +78,109 @@ def evaluate_by_kernel(
         dtype: Of products and activations, the last layer apart.
         action_weight: The first layer's weight of the actions, shape (A, H1).
         *layers: Weight (n_in, n_out) and bias (n_out,) of every further layer in turn, the last with one output.
+        activation: One of `KERNEL_ACTIVATIONS`.
+        norms: With layer norm the scale and shift (n,) of every hidden layer, which is normalised before its
+            activation.
 
     Returns:
         Q, shape (M, B).
     """
-    q: Tensor = _ReluCritic.apply(obs_part, actions, dtype, action_weight, *layers)  # type: ignore[no-untyped-call]
+    of_norms = itertools.chain.from_iterable(norms)
+    q: Tensor = _BlockwiseCritic.apply(  # type: ignore[no-untyped-call]
+        obs_part, actions, dtype, activation, bool(norms), action_weight, *layers, *of_norms
+    )
     return q
 
 
-class _ReluCritic(torch.autograd.Function):
+class _BlockwiseCritic(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, obs_part: Tensor, actions: Tensor, dtype: torch.dtype, action_weight: Tensor, *layers: Tensor
+        ctx: Any,
+        obs_part: Tensor,
+        actions: Tensor,
+        dtype: torch.dtype,
+        activation: str,
+        has_norms: bool,
+        action_weight: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        """Evaluates all blocks; keeps the activations where a gradient is wanted."""
+        """Evaluates all blocks; keeps the activations, and what was normalised, where a gradient is wanted."""
+        num_hidden = len(parameters) // (4 if has_norms else 2)
+        layers, of_norms = parameters[: 2 * num_hidden], parameters[2 * num_hidden :]
         num_actions, batch_size, _ = actions.shape
         num_rows = num_actions * batch_size
         weights = [weight.to(dtype) for weight in (action_weight, *layers[:-2:2])]
         biases = [bias.to(dtype) for bias in layers[1:-2:2]]
         last_weight, last_bias = layers[-2].squeeze(1), layers[-1]
+        # Where activations are of a shorter type, torch normalises in single precision nevertheless.
+        norm_dtype = torch.promote_types(dtype, torch.float32)
+        scales, shifts = ([value.to(norm_dtype) for value in of_norms[start::2]] for start in (0, 1))
         rows = actions.transpose(0, 1).reshape(num_rows, -1).to(dtype)  # Rows of one state lie side by side.
         blocks = _blocks(batch_size, num_actions, max(weight.shape[1] for weight in weights), dtype)
         keeps = any(ctx.needs_input_grad)
         num_kept = num_rows if keeps else min(num_rows, (blocks[0][1] - blocks[0][0]) * num_actions)
         hiddens = [obs_part.new_empty((num_kept, weight.shape[1]), dtype=dtype) for weight in weights]
+        sums = [torch.empty_like(hidden) for hidden in hiddens] if has_norms else hiddens
+        moments = [obs_part.new_empty((2, num_kept, 1), dtype=norm_dtype) for _ in scales]
         q = obs_part.new_empty(num_rows)
+        evaluate = _ACTIVATIONS[activation].evaluate
         for first, end in blocks:
             here = slice(first * num_actions, end * num_actions)
             kept = here if keeps else slice(0, (end - first) * num_actions)
-            hidden = torch.mm(rows[here], weights[0], out=hiddens[0][kept])
-            hidden.view(end - first, num_actions, -1).add_(obs_part[first:end].unsqueeze(1))
-            hidden.relu_()
-            for weight, bias, buffer in zip(weights[1:], biases, hiddens[1:], strict=True):
-                hidden = torch.addmm(bias, hidden, weight, out=buffer[kept]).relu_()
+            hidden = rows[here]
+            for index, weight in enumerate(weights):
+                into = sums[index][kept]
+                if index == 0:
+                    torch.mm(hidden, weight, out=into)
+                    into.view(end - first, num_actions, -1).add_(obs_part[first:end].unsqueeze(1))
+                else:
+                    torch.addmm(biases[index - 1], hidden, weight, out=into)
+                hidden = hiddens[index][kept]
+                if has_norms:
+                    shape, scale, shift = into.shape[1:], scales[index], shifts[index]
+                    into, mean, rstd = torch.native_layer_norm(into, shape, scale, shift, LAYER_NORM_EPS)
+                    torch.stack((mean, rstd), out=moments[index][:, kept])
+                evaluate(into, hidden)
             torch.addmv(last_bias, hidden.to(q.dtype), last_weight, out=q[here])
         if keeps:
-            ctx.save_for_backward(rows, *weights, last_weight, *hiddens)
-            ctx.blocks, ctx.num_actions = blocks, num_actions
+            normalised = (*sums, *moments, *scales, *shifts) if has_norms else ()
+            ctx.save_for_backward(rows, last_weight, *weights, *hiddens, *normalised)
+            ctx.blocks, ctx.num_actions, ctx.num_hidden = blocks, num_actions, num_hidden
+            ctx.differentiate = _ACTIVATIONS[activation].differentiate
         return q.view(batch_size, num_actions).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `obs_part` and of all parameters."""
-        rows, *saved = ctx.saved_tensors
-        num_layers = (len(saved) - 1) // 2
-        weights, last_weight, hiddens = saved[:num_layers], saved[num_layers], saved[num_layers + 1 :]
-        num_actions = ctx.num_actions
+        rows, last_weight, *saved = ctx.saved_tensors
+        num_actions, num_hidden = ctx.num_actions, ctx.num_hidden
+        weights, hiddens, *of_norms = (saved[at : at + num_hidden] for at in range(0, len(saved), num_hidden))
+        norms = list(zip(*of_norms, strict=True))  # Of every layer; none without layer norm.
         grad_rows = grad_q.t().reshape(-1)
         grad_obs_part = grad_q.new_zeros((grad_q.shape[1], weights[0].shape[1]))
         grad_weights = [grad_q.new_zeros(weight.shape) for weight in weights]
         grad_biases = [grad_q.new_zeros(weight.shape[1]) for weight in weights[1:]]
+        grad_norms = [grad_q.new_zeros((2, weight.shape[1])) for weight in weights] if norms else []
         grad_last = torch.zeros_like(last_weight)
         for first, end in ctx.blocks:
             here = slice(first * num_actions, end * num_actions)
             grad, inputs = grad_rows[here], [rows[here], *(hidden[here] for hidden in hiddens)]
+            normalised = [(sums[here], moments[:, here]) for sums, moments, *_ in norms]
             kept = grad.nonzero().squeeze(1)
             is_sparse = len(kept) <= (1.0 - _MIN_SHARE_LEFT_OUT) * len(grad)
             if is_sparse:
                 grad, inputs = grad[kept], [values.index_select(0, kept) for values in inputs]
+                normalised = [(sums.index_select(0, kept), both.index_select(1, kept)) for sums, both in normalised]
             last_hidden = inputs[-1]
             grad_last.addmv_(last_hidden.to(grad.dtype).t(), grad)
             grad_hidden = torch.outer(grad, last_weight).to(last_hidden.dtype)
-            for index in reversed(range(num_layers)):
-                _through_relu_(grad_hidden, inputs[index + 1])
+            for index in reversed(range(num_hidden)):
+                ctx.differentiate(grad_hidden, inputs[index + 1])
+                if norms:
+                    _, _, *scale_and_shift = norms[index]
+                    grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index], *scale_and_shift)
+                    grad_norms[index].add_(torch.stack(of_norm))
                 _add_product_(grad_weights[index], inputs[index].t(), grad_hidden)
                 if index:
                     grad_biases[index - 1].add_(grad_hidden.sum(0, dtype=grad.dtype))
@@ -106,14 +189,15 @@ class _ReluCritic(torch.autograd.Function):
                 states, counts = (kept // num_actions).unique_consecutive(return_counts=True)
                 starts = counts.cumsum(0) - counts
                 every = torch.arange(len(kept))
-                sums = functional.embedding_bag(every, grad_hidden.to(grad.dtype), starts, mode="sum")
-                grad_obs_part[first:end].index_copy_(0, states, sums)
+                sums_of_states = functional.embedding_bag(every, grad_hidden.to(grad.dtype), starts, mode="sum")
+                grad_obs_part[first:end].index_copy_(0, states, sums_of_states)
             else:
                 per_state = grad_hidden.view(end - first, num_actions, -1)
                 torch.sum(per_state, dim=1, dtype=grad.dtype, out=grad_obs_part[first:end])
         of_layers = [grad for pair in zip(grad_weights[1:], grad_biases, strict=True) for grad in pair]
-        grad_last_bias = grad_rows.sum().unsqueeze(0)
-        return (grad_obs_part, None, None, grad_weights[0], *of_layers, grad_last.unsqueeze(1), grad_last_bias)
+        of_last = (grad_last.unsqueeze(1), grad_rows.sum().unsqueeze(0))
+        of_norms = [grad for both in grad_norms for grad in both]
+        return (grad_obs_part, None, None, None, None, grad_weights[0], *of_layers, *of_last, *of_norms)
 
 
 def _blocks(batch_size: int, num_actions: int, width: int, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -125,9 +209,16 @@ def _blocks(batch_size: int, num_actions: int, width: int, dtype: torch.dtype) -
     return sorted(blocks, key=lambda block: block[0] - block[1])  # The longest first: it sets the size of buffers.
 
 
-def _through_relu_(grad: Tensor, activation: Tensor) -> None:
-    """Multiplies by the derivative of the ReLU, in place."""
-    torch.ops.aten.threshold_backward.grad_input(grad, activation, 0.0, grad_input=grad)
+def _through_norm(
+    grad: Tensor, sums: Tensor, moments: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what was normalised, of the scale and of the shift."""
+    mean, rstd = moments.unbind()
+    wanted = [True, True, True]
+    gradients: tuple[Tensor, Tensor, Tensor] = _aten.native_layer_norm_backward(
+        grad, sums, [len(scale)], mean, rstd, scale, shift, wanted
+    )
+    return gradients
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

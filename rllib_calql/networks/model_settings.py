@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rllib_calql.networks.actor_critic import ACTIVATIONS
 
@@ -13,7 +13,7 @@ _OF_VECTORS_AND_IMAGES: dict[str, Any] = {
     "actor_hiddens": [256, 256],  # Authors.
     "critic_hiddens": [256, 256],  # Authors' default; AntMaze 4 layers of 256, Adroit 3 of 512.
     "activation": "relu",  # Authors.
-    "layer_norm": False,  # Authors.
+    "layer_norm": False,  # Authors; "critic" is RLPD (Ball et al. 2023, arXiv:2302.02948).
     "orthogonal_init": True,  # Authors.
 }
 # Kostrikov et al. 2020, arXiv:2004.13649, appendix C.
@@ -51,9 +51,14 @@ def check_model_config(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` must be a list of positive layer widths, got {settings[name]!r}.")
     if settings["activation"] not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {settings['activation']!r}.")
-    for name in ("layer_norm", "orthogonal_init"):
-        if not isinstance(settings[name], bool):
-            raise ValueError(f"`{name}` must be True or False, got {settings[name]!r}.")
+    layer_norm = settings["layer_norm"]
+    if not (isinstance(layer_norm, bool) or (isinstance(layer_norm, str) and layer_norm in ("actor", "critic"))):
+        raise ValueError(
+            f'`layer_norm` must be True or False, which are for both networks, or "actor" or "critic", got '
+            f"{layer_norm!r}."
+        )
+    if not isinstance(settings["orthogonal_init"], bool):
+        raise ValueError(f"`orthogonal_init` must be True or False, got {settings['orthogonal_init']!r}.")
     if not _is_list_of(settings["conv_filters"], lambda one: _is_list_of(one, _is_positive) and len(one) == 3):
         raise ValueError(
             f"`conv_filters` must be a list of [channels, kernel, stride], got {settings['conv_filters']!r}."
@@ -62,6 +67,11 @@ def check_model_config(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"`image_features` must be a positive integer, got {settings['image_features']!r}.")
     if not (_is_positive(settings["random_shift"]) or settings["random_shift"] == 0):
         raise ValueError(f"`random_shift` must be an integer of at least 0, got {settings['random_shift']!r}.")
+
+
+def has_layer_norm(settings: Mapping[str, Any], network: Literal["actor", "critic"]) -> bool:
+    """Whether hidden layers of that network are normalised."""
+    return settings["layer_norm"] in (True, network)
 
 
 def check_module_spec(spec: Any, own_class: type) -> None:

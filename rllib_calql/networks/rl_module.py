@@ -30,7 +30,7 @@ from rllib_calql.common.spaces import (
 )
 from rllib_calql.networks.actor_critic import EnsembleCritic, TanhGaussianPolicy, log_prob_of, squash
 from rllib_calql.networks.image_encoder import ImageEncoder, Trunk, random_shifts
-from rllib_calql.networks.model_settings import check_image_settings_are_used
+from rllib_calql.networks.model_settings import check_image_settings_are_used, has_layer_norm
 from rllib_calql.networks.steps import (
     ACTOR_LOG_PROB,
     ACTOR_Q,
@@ -109,7 +109,7 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         self._free: Tensor | None
         self.register_buffer("_free", None if free.all() else torch.from_numpy(np.flatnonzero(free)), persistent=False)
         self.num_free_actions = action_dim = int(free.sum())
-        network_kwargs = {key: settings[key] for key in ("activation", "layer_norm", "orthogonal_init")}
+        network_kwargs = {key: settings[key] for key in ("activation", "orthogonal_init")}
         self.obs_mean: Tensor
         self.obs_std: Tensor
         # Modules of earlier versions have no such setting, and did not clip.
@@ -126,7 +126,13 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             self.policy_trunk = Trunk(self.encoder.size, obs_dim)
             if not self.inference_only:
                 self.critic_trunk = Trunk(self.encoder.size, obs_dim)
-        self.policy = TanhGaussianPolicy(obs_dim, action_dim, settings["actor_hiddens"], **network_kwargs)
+        self.policy = TanhGaussianPolicy(
+            obs_dim,
+            action_dim,
+            settings["actor_hiddens"],
+            layer_norm=has_layer_norm(settings, "actor"),
+            **network_kwargs,
+        )
         self.explores_randomly = False  # Set by `collection.collect` during a random warm-up.
         # Set by the learner; None draws from torch's global generator. All learners draw the same subsets.
         self.generator: torch.Generator | None = None
@@ -136,7 +142,12 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         self.action_dist_cls = TorchSquashedGaussian.get_partial_dist_cls(low=-1.0, high=1.0)
         if not self.inference_only:
             self.critic = EnsembleCritic(
-                settings["num_critics"], obs_dim, action_dim, settings["critic_hiddens"], **network_kwargs
+                settings["num_critics"],
+                obs_dim,
+                action_dim,
+                settings["critic_hiddens"],
+                layer_norm=has_layer_norm(settings, "critic"),
+                **network_kwargs,
             )
 
     @override(TargetNetworkAPI)

@@ -417,9 +417,10 @@ class CalQLSettings(CQLConfig):
         Where the defaults are from is told in `rllib_calql/settings/SETTINGS.md`.
 
         Args:
-            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, `orthogonal_init`, and
-                for images `conv_filters`, a list of [channels, kernel, stride], `image_features`, the width between
-                encoder and networks, and `random_shift` in pixels; the others keep their defaults.
+            model_config: Any of `actor_hiddens`, `critic_hiddens`, `activation`, `layer_norm`, True for both networks,
+                "critic" or "actor" for one of them, `orthogonal_init`, and for images `conv_filters`, a list of
+                [channels, kernel, stride], `image_features`, the width between encoder and networks, and `random_shift`
+                in pixels; the others keep their defaults.
             **kwargs: RLlib's own settings.
 
         Returns:

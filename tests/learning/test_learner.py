@@ -329,7 +329,7 @@ class OperationNames(TorchDispatchMode):
 
 def test_a_gradient_step_reads_nothing_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = make_learner(lagrangian=True)
-    learner._calql_module.critic._is_plain = False  # As on a GPU: the kernel of CPUs counts rows, which is no reading.
+    learner._calql_module.critic._kernel_activation = None  # As on a GPU: the kernel of CPUs counts rows.
     rows = {name: torch.from_numpy(column) for name, column in random_rows(8).items()}
     readings = []
     for name in ("tolist", "numpy", "cpu"):  # Those that are no operation on a CPU.

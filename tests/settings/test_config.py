@@ -545,7 +545,10 @@ BAD_NETWORKS = [
     ({"critic_hiddens": [8, 0]}, r"`critic_hiddens` must be a list of positive layer widths, got \[8, 0\]"),
     ({"actor_hiddens": [8.0]}, r"`actor_hiddens` must be a list of positive layer widths, got \[8.0\]"),
     ({"activation": "swish-ish"}, r"`activation` must be one of \[.*'relu'.*\], got 'swish-ish'"),
-    ({"layer_norm": 1}, "`layer_norm` must be True or False, got 1"),
+    *(
+        ({"layer_norm": value}, rf"`layer_norm` must be True or False, .*, or \"actor\" or \"critic\", got {value!r}")
+        for value in (1, "both", "critics", None)
+    ),
     ({"orthogonal_init": "yes"}, "`orthogonal_init` must be True or False, got 'yes'"),
     ({"fcnet_hiddens": [8]}, r"`model_config` may hold \[.*'actor_hiddens'.*\], got the unknown \['fcnet_hiddens'\]"),
 ]

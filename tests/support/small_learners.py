@@ -12,11 +12,19 @@ from rllib_calql.learning.learner import CalQLTorchLearner
 
 
 def make_learner(
-    *, obs_dim: int = 3, action_dim: int = 2, hiddens: tuple[int, ...] = (16, 16), seed: int = 0, **settings: Any
+    *,
+    obs_dim: int = 3,
+    action_dim: int = 2,
+    hiddens: tuple[int, ...] = (16, 16),
+    activation: str = "relu",
+    layer_norm: bool | str = False,
+    seed: int = 0,
+    **settings: Any,
 ) -> CalQLTorchLearner:
     """A learner with small networks, outside any algorithm. `settings` are attributes of the config."""
     config = CalQLConfig()
-    config.rl_module(model_config={"actor_hiddens": list(hiddens), "critic_hiddens": list(hiddens)})
+    widths = {"actor_hiddens": list(hiddens), "critic_hiddens": list(hiddens)}
+    config.rl_module(model_config={**widths, "activation": activation, "layer_norm": layer_norm})
     config.debugging(seed=seed)
     for name, value in settings.items():
         assert hasattr(config, name), name
