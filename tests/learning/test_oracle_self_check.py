@@ -72,8 +72,9 @@ def test_gradients_of_every_combination_agree_with_finite_differences(num_critic
         Settings(num_actions=2, importance_sampling=False, lagrangian=True, gap_clip=(1.6, 1.95)),
         Settings(num_actions=2, bc=True, deterministic_backup=False),
         Settings(num_actions=2, learn=False, lagrangian=True, num_critics=3),
+        Settings(num_actions=2, layer_norm=True),
     ],
-    ids=["plain", "temperature", "lagrangian-clipped", "entropy-free-clipped", "bc", "not-conservative"],
+    ids=["plain", "temperature", "lagrangian-clipped", "entropy-free-clipped", "bc", "not-conservative", "layer-norm"],
 )
 def test_every_single_gradient_entry_agrees_with_finite_differences(settings: Settings) -> None:
     params, batch, noise = oracle.random_case(5, settings, batch_size=4, hiddens=(6, 5))

@@ -12,11 +12,13 @@ same names:
     policy.log_std_multiplier, policy.log_std_offset
     critic.{c}.obs_weight, .action_weight, .bias0                      first layer, split by input
     critic.{c}.layers.{i}.weight / .bias (i from 1), critic.{c}.head.weight / .bias
+    policy.norms.{i}.scale / .shift, critic.{c}.norms.{i}.scale / .shift      of hidden layer i, where it is normalised
     target.{c}. ...                                                    the same as critic.{c}.; gradients are zero
     log_alpha, log_alpha_prime
 
 Source: Nakamoto et al. 2023, arXiv:2303.05479; Kumar et al. 2020, arXiv:2006.04779 (regulariser, Lagrangian);
-Haarnoja et al. 2018, arXiv:1812.05905 (actor, temperature); Kingma and Ba 2014, arXiv:1412.6980 (Adam).
+Haarnoja et al. 2018, arXiv:1812.05905 (actor, temperature); Kingma and Ba 2014, arXiv:1412.6980 (Adam);
+Ba et al. 2016, arXiv:1607.06450 (layer norm).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ Params = dict[str, Array]
 Noise = dict[str, Array]
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+LAYER_NORM_EPS = 1e-5
 ALPHA_PRIME_MAX = 1e6
 DATA_ACTION_LIMIT = 0.99999
 
@@ -45,6 +48,7 @@ class Settings:
     multiplier is neither trained nor stepped. `bc` replaces the actor's Q term by the log-prob of the data actions.
     `bc_weight` adds -log-prob of the offline rows' actions. Without `moves_actor` policy and temperature stay. The
     critics of the target's minimum are those of `noise["subset"]`, or all.
+    `layer_norm` (both networks, "actor" or "critic") shapes random cases; losses follow the parameters they are given.
     """
 
     calibrate: bool = True
@@ -69,6 +73,7 @@ class Settings:
     actor_q: str = "min"
     bc_weight: float = 0.0
     moves_actor: bool = True
+    layer_norm: bool | str = False
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
 
@@ -94,9 +99,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class PolicyPass:
-    """One forward pass of the policy: `mean`, `log_std` [B, A], and what its backward pass needs."""
+    """One forward pass of the policy: `mean`, `log_std` [B, A], and what its backward pass needs.
+
+    `sums` are what hidden layers add up, before normalisation and activation.
+    """
 
     layer_inputs: list[Array]
+    sums: list[Array]
     mean: Array
     raw: Array
     unclipped: Array
@@ -109,6 +118,7 @@ class CriticPass:
 
     obs: Array
     actions: Array
+    sums: list[Array]
     hiddens: list[Array]
     q: Array
 
@@ -150,19 +160,49 @@ class AdamState:
 OptState = dict[str, AdamState]
 
 
+# Layer norm, of networks whose parameters hold one
+
+
+def _normalised(params: Params, name: str, sums: Array) -> Array:
+    """Return the sums [B, H] of a hidden layer, each row normalised, scaled and shifted, if the layer has a norm."""
+    if f"{name}.scale" not in params:
+        return sums
+    return _standardised(sums)[0] * params[f"{name}.scale"] + params[f"{name}.shift"]
+
+
+def _through_norm(params: Params, name: str, sums: Array, grad: Array, grads: Params) -> Array:
+    """Return the gradient of the sums, given that of what the norm makes of them; add those of scale and shift."""
+    if f"{name}.scale" not in params:
+        return grad
+    standardised, deviations = _standardised(sums)
+    grads[f"{name}.scale"] = (grad * standardised).sum(axis=0)
+    grads[f"{name}.shift"] = grad.sum(axis=0)
+    # The Jacobian of x^ = (x - mean) / deviation is (I - 1/H - x^ x^T / H) / deviation in every row.
+    size = sums.shape[1]
+    outer = standardised[:, :, None] * standardised[:, None, :]
+    jacobians = (np.eye(size) - 1.0 / size - outer / size) / deviations[:, None, None]
+    return np.asarray(np.einsum("bij,bj->bi", jacobians, grad * params[f"{name}.scale"]))
+
+
+def _standardised(sums: Array) -> tuple[Array, Array]:
+    """Return (x - mean) / deviation of every row [B, H], and the deviations [B]."""
+    deviations = np.sqrt(np.var(sums, axis=1) + LAYER_NORM_EPS)
+    return (sums - sums.mean(axis=1)[:, None]) / deviations[:, None], deviations
+
+
 # Policy
 
 
 def policy_forward(params: Params, obs: Array) -> PolicyPass:
     """Return mean and clipped log standard deviation at `obs`."""
-    inputs = [obs]
+    inputs, sums = [obs], []
     for i in range(_num_layers(params, "policy", first=0)):
-        pre = inputs[-1] @ params[f"policy.layers.{i}.weight"] + params[f"policy.layers.{i}.bias"]
-        inputs.append(np.maximum(pre, 0.0))
+        sums.append(inputs[-1] @ params[f"policy.layers.{i}.weight"] + params[f"policy.layers.{i}.bias"])
+        inputs.append(np.maximum(_normalised(params, f"policy.norms.{i}", sums[-1]), 0.0))
     head = inputs[-1] @ params["policy.head.weight"] + params["policy.head.bias"]
     mean, raw = np.split(head, 2, axis=1)
     unclipped = params["policy.log_std_multiplier"] * raw + params["policy.log_std_offset"]
-    return PolicyPass(inputs, mean, raw, unclipped, np.clip(unclipped, LOG_STD_MIN, LOG_STD_MAX))
+    return PolicyPass(inputs, sums, mean, raw, unclipped, np.clip(unclipped, LOG_STD_MIN, LOG_STD_MAX))
 
 
 def policy_backward(params: Params, policy: PolicyPass, grad_mean: Array, grad_log_std: Array) -> Params:
@@ -174,11 +214,14 @@ def policy_backward(params: Params, policy: PolicyPass, grad_mean: Array, grad_l
         "policy.log_std_offset": np.asarray(np.sum(grad_unclipped)),
     }
     grad = np.concatenate([grad_mean, grad_unclipped * params["policy.log_std_multiplier"]], axis=1)
-    names = [f"policy.layers.{i}" for i in range(len(policy.layer_inputs) - 1)] + ["policy.head"]
-    for name, inputs in zip(reversed(names), reversed(policy.layer_inputs), strict=True):
+    names = [f"policy.layers.{i}" for i in range(len(policy.sums))] + ["policy.head"]
+    for i, name in reversed(list(enumerate(names))):
+        inputs = policy.layer_inputs[i]
         grads[f"{name}.weight"] = inputs.T @ grad
         grads[f"{name}.bias"] = grad.sum(axis=0)
-        grad = (grad @ params[f"{name}.weight"].T) * (inputs > 0)
+        if i > 0:
+            grad = (grad @ params[f"{name}.weight"].T) * (inputs > 0)
+            grad = _through_norm(params, f"policy.norms.{i - 1}", policy.sums[i - 1], grad, grads)
     return grads
 
 
@@ -206,12 +249,13 @@ def _tanh_gaussian_log_prob(z: Array, eps: Array, log_std: Array) -> Array:
 def critic_forward(params: Params, name: str, obs: Array, actions: Array) -> CriticPass:
     """Return Q [B] of the critic called `name`, such as "critic.0" or "target.1"."""
     first = obs @ params[f"{name}.obs_weight"] + actions @ params[f"{name}.action_weight"] + params[f"{name}.bias0"]
-    hiddens = [np.maximum(first, 0.0)]
+    sums = [first]
+    hiddens = [np.maximum(_normalised(params, f"{name}.norms.0", first), 0.0)]
     for i in range(1, 1 + _num_layers(params, name, first=1)):
-        pre = hiddens[-1] @ params[f"{name}.layers.{i}.weight"] + params[f"{name}.layers.{i}.bias"]
-        hiddens.append(np.maximum(pre, 0.0))
+        sums.append(hiddens[-1] @ params[f"{name}.layers.{i}.weight"] + params[f"{name}.layers.{i}.bias"])
+        hiddens.append(np.maximum(_normalised(params, f"{name}.norms.{i}", sums[-1]), 0.0))
     q = hiddens[-1] @ params[f"{name}.head.weight"] + params[f"{name}.head.bias"]
-    return CriticPass(obs, actions, hiddens, q[:, 0])
+    return CriticPass(obs, actions, sums, hiddens, q[:, 0])
 
 
 def critic_backward(params: Params, name: str, critic: CriticPass, grad_q: Array) -> tuple[Params, Array]:
@@ -219,10 +263,12 @@ def critic_backward(params: Params, name: str, critic: CriticPass, grad_q: Array
     grads: Params = {}
     grad = grad_q[:, None]
     layers = [f"{name}.layers.{i}" for i in range(1, len(critic.hiddens))] + [f"{name}.head"]
-    for layer, inputs in zip(reversed(layers), reversed(critic.hiddens), strict=True):
+    for i, layer in reversed(list(enumerate(layers))):
+        inputs = critic.hiddens[i]
         grads[f"{layer}.weight"] = inputs.T @ grad
         grads[f"{layer}.bias"] = grad.sum(axis=0)
         grad = (grad @ params[f"{layer}.weight"].T) * (inputs > 0)
+        grad = _through_norm(params, f"{name}.norms.{i}", critic.sums[i], grad, grads)
     grads[f"{name}.obs_weight"] = critic.obs.T @ grad
     grads[f"{name}.action_weight"] = critic.actions.T @ grad
     grads[f"{name}.bias0"] = grad.sum(axis=0)
@@ -584,9 +630,24 @@ def returns_to_go(
 
 
 def random_params(
-    seed: int, *, obs_dim: int, action_dim: int, num_critics: int, hiddens: Sequence[int] = (16, 16)
+    seed: int,
+    *,
+    obs_dim: int,
+    action_dim: int,
+    num_critics: int,
+    hiddens: Sequence[int] = (16, 16),
+    layer_norm: bool | str = False,
 ) -> Params:
-    """Return random parameters, scaled normal with non-zero biases, exactly representable in float32."""
+    """Return random parameters, scaled normal with non-zero biases, exactly representable in float32.
+
+    Args:
+        seed: Of the random numbers. Those of layer norms are drawn last, so that they change no others.
+        obs_dim: Size of an observation.
+        action_dim: A.
+        num_critics: C.
+        hiddens: Widths of hidden layers.
+        layer_norm: Whether hidden layers are normalised, in both networks, or "actor" or "critic" for one of them.
+    """
     rng = np.random.default_rng(seed)
     params: Params = {}
 
@@ -611,6 +672,11 @@ def random_params(
             dense(f"{name}.head", hiddens[-1], 1)
     params["log_alpha"] = np.asarray(-0.5)
     params["log_alpha_prime"] = np.asarray(0.4)
+    critics = [f"{group}.{c}" for group in ("critic", "target") for c in range(num_critics)]
+    for name in {False: [], True: ["policy", *critics], "actor": ["policy"], "critic": critics}[layer_norm]:
+        for i, width in enumerate(hiddens):
+            params[f"{name}.norms.{i}.scale"] = 1.0 + 0.4 * rng.normal(size=width)
+            params[f"{name}.norms.{i}.shift"] = 0.3 * rng.normal(size=width)
     return {name: _as_float32_value(value) for name, value in params.items()}
 
 
@@ -629,7 +695,12 @@ def random_case(
     transition, drawn from the middle half, so that float32 rounding is unlikely to change which of the two is larger.
     """
     params = random_params(
-        seed, obs_dim=obs_dim, action_dim=action_dim, num_critics=settings.num_critics, hiddens=hiddens
+        seed,
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+        num_critics=settings.num_critics,
+        hiddens=hiddens,
+        layer_norm=settings.layer_norm,
     )
     rng = np.random.default_rng([seed, 1])
     per_transition, n = (batch_size, action_dim), settings.num_actions

@@ -42,6 +42,7 @@ def float64_learner(settings: oracle.Settings, **more: Any) -> CalQLTorchLearner
         conservative_online=settings.learn,
         max_target_backup_online=settings.max_target_backup,
         deterministic_backup_online=settings.deterministic_backup,
+        layer_norm=settings.layer_norm,
         **more,
     )
     learner._online = not settings.learn  # The conservative term can be switched off in the online phase only.
@@ -62,6 +63,9 @@ def tensors_by_oracle_name(learner: CalQLTorchLearner) -> Iterator[tuple[str, to
     for i, layer in enumerate(module.policy.layers):
         yield f"policy.layers.{i}.weight", layer.weight, None, True
         yield f"policy.layers.{i}.bias", layer.bias, None, False
+    for i, norm in enumerate(module.policy.norms or ()):
+        yield f"policy.norms.{i}.scale", norm.weight, None, False
+        yield f"policy.norms.{i}.shift", norm.bias, None, False
     yield "policy.head.weight", module.policy.head.weight, None, True
     yield "policy.head.bias", module.policy.head.bias, None, False
     yield "policy.log_std_multiplier", module.policy.log_std_multiplier, None, False
@@ -76,6 +80,9 @@ def tensors_by_oracle_name(learner: CalQLTorchLearner) -> Iterator[tuple[str, to
                 name = "head" if i == last else f"layers.{i + 1}"
                 yield f"{prefix}.{c}.{name}.weight", weight, c, False
                 yield f"{prefix}.{c}.{name}.bias", ensemble.biases[i + 1], c, False
+            for i, (scale, shift) in enumerate(zip(ensemble.norm_scales, ensemble.norm_shifts, strict=True)):
+                yield f"{prefix}.{c}.norms.{i}.scale", scale, c, False
+                yield f"{prefix}.{c}.norms.{i}.shift", shift, c, False
     yield "log_alpha", learner.curr_log_alpha[MODULE], 0, False
     yield "log_alpha_prime", learner.log_alpha_prime, 0, False
 
