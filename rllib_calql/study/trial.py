@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import time
@@ -118,9 +119,13 @@ def _evaluate(algo: CalQL, trial: Trial, learner_results: Mapping[str, Any], sec
     num_critics = trial.config.num_critics
 
     def reported(*names: str) -> float | None:
-        """Mean of what the learner reported under these names, None if it reported nothing yet."""
+        """Mean of what the learner reported under these names, None if it reported nothing of it.
+
+        What it reported before the switch and not since, RLlib reports as NaN.
+        """
         values = [float(learner_results[name]) for name in names if name in learner_results]
-        return sum(values) / len(values) if values else None
+        mean = sum(values) / len(values) if values else math.nan
+        return None if math.isnan(mean) else mean
 
     def of_critics(*templates: str) -> float | None:
         return reported(*(template.format(c=c + 1) for template in templates for c in range(num_critics)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -196,6 +197,18 @@ def test_a_trial_is_evaluated_at_its_begin_by_its_schedule_at_the_switch_and_at_
     assert rows[0].num_online_env_steps == 0
     assert {row.num_offline_updates for row in rows} == {0}
     assert rows[-1].num_online_updates > 0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_row_has_nothing_of_what_is_not_evaluated_after_the_switch(tmp_path: Path) -> None:
+    (trial,) = study_of(tmp_path, seeds=[0], algorithms={"SAC after the switch": {"conservative_online": False}}).trials
+    run_trial(trial, tmp_path / "sac", lambda row: None)
+    rows = finished_evaluations(tmp_path / "sac")[1]  # type: ignore[index]
+    assert all(0.0 <= row.bound_rate <= 1.0 for row in rows if row.num_offline_updates and not row.num_online_updates)  # type: ignore[operator]
+    online = [row for row in rows if row.num_online_updates]
+    assert online
+    assert {row.bound_rate for row in online} == {None}
+    assert all(math.isfinite(row.q_data) for row in online)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("ray_session")
