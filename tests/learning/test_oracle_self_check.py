@@ -78,6 +78,7 @@ def test_gradients_of_every_combination_agree_with_finite_differences(num_critic
 )
 def test_every_single_gradient_entry_agrees_with_finite_differences(settings: Settings) -> None:
     params, batch, noise = oracle.random_case(5, settings, batch_size=4, hiddens=(6, 5))
+    batch = replace(batch, is_offline=np.array([1.0, 0.0, 1.0, 0.0]))
     # Some, not all, log-stds then lie above the upper clip of 2.
     params["policy.log_std_offset"] = np.asarray(1.6)
     grads = oracle.gradients(params, batch, noise, settings)
@@ -312,6 +313,11 @@ def test_actor_and_temperature_losses_are_the_hand_worked_numbers() -> None:
     cloned = replace(batch, actions=np.zeros((1, 1)))
     cloning = oracle.actor_loss(params, cloned, noise, replace(settings, bc=True))
     assert cloning == pytest.approx(2.0 * LOG_2, rel=1e-14)
+    # The mean of 1 and -3 in place of the minimum; half of the same density as an anchor.
+    of_mean = oracle.actor_loss(params, cloned, noise, replace(settings, actor_q="mean"))
+    assert of_mean == pytest.approx(3.0 * LOG_2 + 1.0, rel=1e-14)
+    anchored = oracle.actor_loss(params, cloned, noise, replace(settings, bc_weight=0.5))
+    assert anchored == pytest.approx(2.5 * LOG_2 + 3.0, rel=1e-14)
 
 
 def test_the_policy_density_integrates_to_one() -> None:

@@ -27,9 +27,9 @@ BATCH_SIZE, NUM_ROWS = 4, 6
 class Learners:
     """Stands for RLlib's group of one local learner, and keeps the batches that it got."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         self.is_remote = False
-        self._learner = make_learner(train_batch_size_per_learner=BATCH_SIZE)
+        self._learner = make_learner(train_batch_size_per_learner=BATCH_SIZE, **settings)
         self.batches: list[dict[str, np.ndarray]] = []
 
     def update(self, *, batch: Any, **arguments: Any) -> list[Any]:
@@ -117,6 +117,18 @@ def test_updates_are_made_and_counted_and_weights_published_once_runners_need_th
     updater.update(2, online=True)
     assert parts["weights"].states == [8, 10]
     assert (parts["lifetime"].num_online_updates, parts["lifetime"].updates_owed) == (2, 0.0)
+
+
+def test_a_schedule_of_the_mixing_ratio_gives_each_batch_the_exact_share_of_its_env_step() -> None:
+    learners = Learners(mixing_ratio=[[0, 1.0], [4, 0.5], [8, 0.0]])
+    updater, parts = updater_of(learners)
+    for _ in range(4):
+        parts["store"].add_online(online_rows(2))
+        parts["lifetime"].count_episode(2)
+        updater.update(2, online=True)
+    # Shares of 0.75, 0.5, 0.25 and 0 after 2, 4, 6 and 8 env steps.
+    shares = [batch[IS_OFFLINE].reshape(2, BATCH_SIZE).sum(axis=1).tolist() for batch in learners.batches]
+    assert shares == [[3, 3], [2, 2], [1, 1], [0, 0]]
 
 
 def test_offline_batches_hold_offline_rows_and_online_ones_the_exact_ratio() -> None:
