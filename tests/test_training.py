@@ -299,7 +299,7 @@ def test_the_online_phase_can_run_as_plain_sac(tmp_path: Path) -> None:
     offline, online = algo.train(), algo.train()
     algo.stop()
     assert offline["learners"]["default_policy"][keys.CQL_LOSS] != 0.0
-    assert online["learners"]["default_policy"][keys.CQL_LOSS] == 0.0
+    assert keys.CQL_LOSS not in online["learners"]["default_policy"]  # Not evaluated, so absent and not 0.
 
 
 def test_offline_training_needs_no_environment(tmp_path: Path) -> None:

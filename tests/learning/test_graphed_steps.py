@@ -11,9 +11,11 @@ import pytest
 import torch
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from small_learners import make_learner
+from tiny import ONLINE_SIDE
 
 from rllib_calql.learning.graphed_steps import GraphedSteps, graphed_steps
 from rllib_calql.learning.learner import ONLINE, CalQLTorchLearner
+from rllib_calql.learning.step_losses import ScheduledWeight
 
 MODULE, BATCH_SIZE = "default_policy", 8
 CPU = torch.device("cpu")
@@ -116,6 +118,32 @@ def test_recorded_steps_equal_plain_ones_through_both_phases_cloning_and_sparse_
     assert recorder.num_warm_ups == 2 + 3 * 5
 
 
+def test_recorded_steps_equal_plain_ones_with_every_setting_of_the_online_side() -> None:
+    recorder = CallingAgain()
+    plain, graphed = pair(recorder, input_="rows.parquet", offline_updates=1, **ONLINE_SIDE)
+    for online in (False, True):
+        metrics = [update(learner, 16, online=online) for learner in (plain, graphed)]
+        assert metrics[0] == metrics[1]
+        assert_equal(plain, graphed)
+    assert recorder.num_recorded == 4  # With a step of the actor and without, in both phases.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scheduled_weight_changes_where_a_recording_finds_it(dtype: torch.dtype) -> None:
+    weight = ScheduledWeight([[0, 3.0], [10, 1.0], [10, 0.5]], CPU)
+    recorded = weight._scheduled
+    seen = []
+    for env_steps in (0, 5, 9, 10, 11):
+        weight.move(env_steps)
+        value = weight.of(dtype)
+        assert isinstance(value, torch.Tensor)
+        assert value.dtype == dtype
+        seen.append(float(value))
+    assert weight._scheduled is recorded
+    assert seen == pytest.approx([3.0, 2.0, 1.2, 0.5, 0.5], rel=1e-6)
+    assert ScheduledWeight(0.7, CPU).of(dtype) == 0.7
+
+
 def test_fewer_and_more_mini_batches_reuse_the_buffers_or_renew_them() -> None:
     recorder = CallingAgain()
     plain, graphed = pair(recorder)
@@ -167,10 +195,11 @@ def test_processors_without_graphs_get_none() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_recorded_steps_follow_plain_ones() -> None:
+@pytest.mark.parametrize("settings", [{}, {"input_": "rows.parquet", "offline_updates": 1, **ONLINE_SIDE}])
+def test_on_a_gpu_recorded_steps_follow_plain_ones(settings: dict[str, Any]) -> None:
     learners = []
     for _ in range(2):
-        learner = make_learner(num_gpus_per_learner=1)
+        learner = make_learner(num_gpus_per_learner=1, **settings)
         assert learner._graphed is not None
         learners.append(learner)
     plain, graphed = learners
