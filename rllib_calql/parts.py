@@ -20,6 +20,7 @@ from rllib_calql.common.encoding import flat_size, observation_dtype
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
 from rllib_calql.evaluation.history import EvaluationHistory
+from rllib_calql.evaluation.regime import Episodes
 from rllib_calql.learning.divergence import DivergenceWatch
 from rllib_calql.learning.updater import Updater
 from rllib_calql.learning.weights import WeightPublisher
@@ -156,7 +157,11 @@ def build_parts(
         metrics=metrics,
         success_key=success_key,
     )
-    history = EvaluationHistory(offline_data.reference_scores if offline_data else None)
+    history = EvaluationHistory(
+        offline_data.reference_scores if offline_data else None,
+        data=_episodes_of(offline_data),
+        max_episodes=config.metrics_num_episodes_for_smoothing,
+    )
 
     def align() -> None:
         collection.forget_unfinished()
@@ -196,6 +201,15 @@ def build_parts(
     return Parts(
         lifetime, store, divergence, updater, keeper, collection, history, success_key, pretrained, saving, align
     )
+
+
+def _episodes_of(offline_data: CalQLOfflineData | None) -> Episodes | None:
+    """The episodes of the offline data as recorded, before `reward_scale` and `reward_bias`."""
+    if offline_data is None or offline_data.report is None:
+        return None
+    report = offline_data.report
+    returns = report.return_distribution
+    return Episodes(report.num_episodes, returns.mean, returns.std, report.share_succeeded)
 
 
 def _set_observation_statistics(

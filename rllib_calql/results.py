@@ -66,9 +66,15 @@ def completed_result(
     # Tune's schedulers stop a trial whose result lacks their metric.
     runner_results.setdefault(EPISODE_RETURN_MEAN, float("nan"))
     completed[ENV_RUNNER_RESULTS] = runner_results
+    repeated = results.get(EVALUATION_RESULTS)  # RLlib's own version of the last evaluation, if there was none now.
+    if isinstance(repeated, Mapping) and isinstance(repeated.get(ENV_RUNNER_RESULTS), Mapping):
+        completed[EVALUATION_RESULTS] = {**repeated, ENV_RUNNER_RESULTS: known_results(repeated[ENV_RUNNER_RESULTS])}
     evaluated = (evaluation or {}).get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS)
     if evaluated and EPISODE_RETURN_MEAN in evaluated:
         parts.history.add(evaluated, online=phase == keys.ONLINE)
-    if fine_tuning := parts.history.summary():
+    fine_tuning: dict[str, Any] = dict(parts.history.summary())
+    if parts.lifetime.phase == keys.ONLINE:
+        fine_tuning |= parts.history.regime()
+    if fine_tuning:
         completed[keys.FINE_TUNING] = fine_tuning
     return completed

@@ -45,6 +45,7 @@ _OF_LEARNER = (
     *("num_module_steps_trained", "num_module_steps_trained_lifetime", "module_train_batch_size_mean"),
     "weights_seq_no",
 )
+_REGIME = (f"{keys.FINE_TUNING}/{keys.REGIME_POLICY}", f"{keys.FINE_TUNING}/{keys.REGIME_DATA}")
 _OWN_TOP_LEVEL = (
     *(keys.NUM_OFFLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
     *(keys.NUM_ONLINE_EPISODES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME),
@@ -52,6 +53,7 @@ _OWN_TOP_LEVEL = (
     *(f"{keys.STORE}/{name}" for name in (keys.NUM_OFFLINE_TRANSITIONS, keys.NUM_ONLINE_TRANSITIONS)),
     f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.DIP, keys.REGRET)),
+    *_REGIME,
     *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE)),
     f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
     *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)),
@@ -67,6 +69,7 @@ _FREE_OF_RUNNERS = (
 _OLD_STACK = ("timesteps_total", "episodes_total", "num_env_steps_sampled", "num_env_steps_trained")
 _NOT_NUMBERS = (
     *(keys.PHASE, keys.OFFLINE_DATA, keys.OFFLINE_DATA_WARNINGS, keys.Q_WARNING, keys.SUCCESS_WARNING),
+    *(f"{keys.FINE_TUNING}/{name}" for name in (keys.REGIME, keys.REGIME_QUANTITY)),
     *(keys.PRETRAINED_WARNING, "date", "hostname", "node_ip", "trial_id", "done", "pid"),
 )
 # What people write -> what is meant, where it is not merely misspelt.
@@ -91,6 +94,7 @@ _ONLY_ONLINE = (
 _ONLY_WITH_DATA = (
     *(keys.NUM_OFFLINE_UPDATES_LIFETIME, f"{keys.STORE}/{keys.NUM_OFFLINE_TRANSITIONS}"),
     f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
+    *_REGIME,
     *(f"learners/default_policy/{keys.CALIBRATION_GAP_OFFLINE}", "evaluation/env_runners/normalized_score"),
 )
 _CLOSE = 0.85  # Likeness of words above which one is the other misspelt.
@@ -148,7 +152,7 @@ def metrics_of(config: AlgorithmConfig) -> ResultMetrics:
     known |= {f"{group}/{name}" for group in ("fault_tolerance", "evaluation") for name in _OF_GROUPS}
     free = [*_FREE]
     if isinstance(config, CalQLConfig):
-        of_runners.append(keys.SUCCESS_RATE)
+        of_runners += [keys.SUCCESS_RATE, keys.EPISODE_RETURN_STD]
         names = {*metric_names(num_critics=_largest(config.num_critics)), *_OF_LEARNER}
         known |= {*_OWN_TOP_LEVEL, *(f"learners/default_policy/{name}" for name in names)}
         known.add(f"evaluation/env_runners/{keys.NORMALIZED_SCORE}")
@@ -180,6 +184,8 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
         return "there is no environment; set `env`"
     if not config.is_offline and metric in _ONLY_WITH_DATA:
         return "there are no offline data; set `input_`"
+    if metric in _REGIME and not config.num_offline_updates and config.pretrained is None:
+        return "nothing is learned before the switch; raise `offline_updates`"
     name = metric.removeprefix("learners/default_policy/")
     if name.startswith(keys.ALPHA_PRIME) and not config.lagrangian:
         return "there is no multiplier; set `lagrangian: true`"

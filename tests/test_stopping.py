@@ -183,7 +183,7 @@ def test_a_python_file_without_an_end_is_refused_like_a_yaml_file(tmp_path: Path
 
 def test_every_documented_metric_can_stop_a_run() -> None:
     config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="data.h5").evaluation(evaluation_interval=1)
-    config = config.training(lagrangian=True).env_runners(num_env_runners=1)
+    config = config.training(lagrangian=True).env_runners(num_env_runners=1).fine_tuning(offline_updates=1)
     config.offline_data(normalize_observations=True)
     section, documented = "", []
     for line in METRICS.read_text().splitlines():
@@ -194,5 +194,5 @@ def test_every_documented_metric_can_stop_a_run() -> None:
     metrics = metrics_of(config)
     assert len(documented) > 40
     not_numbers = {keys.PHASE, keys.OFFLINE_DATA, keys.Q_WARNING, keys.OFFLINE_DATA_WARNINGS, keys.SUCCESS_WARNING}
-    not_numbers |= {keys.PRETRAINED_WARNING}
+    not_numbers |= {keys.PRETRAINED_WARNING, "fine_tuning/regime", "fine_tuning/regime_quantity"}
     assert {name for name in documented if metrics.fault_of(name) or why_absent(name, config)} <= not_numbers

@@ -16,6 +16,7 @@ from tiny import TINY_NETWORKS, LineEnv, line_config, write_line_data
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import flatten_observations
+from rllib_calql.evaluation.regime import BOTH, DATA, POLICY, RETURN
 from rllib_calql.learning.diagnostics import metric_names
 from rllib_calql.stopping import metrics_of
 from rllib_calql.store.replay import IS_OFFLINE
@@ -233,7 +234,7 @@ def test_every_result_of_both_phases_holds_what_schedulers_read(tmp_path: Path) 
 
 def test_all_diagnostics_are_logged_in_both_phases(tmp_path: Path) -> None:
     config = line_config(tmp_path, offline_updates=2, updates_per_iteration=2).training(lagrangian=True)
-    config.evaluation(evaluation_interval=1, evaluation_duration=2)
+    config.evaluation(evaluation_interval=1, evaluation_duration=2).offline_data(reward_scale=2.0, reward_bias=-1.0)
     algo = config.build()
     per_critic = [
         keys.TD_LOSS_OF_CRITIC,
@@ -283,6 +284,18 @@ def test_all_diagnostics_are_logged_in_both_phases(tmp_path: Path) -> None:
         - offline["evaluation"]["env_runners"]["episode_return_mean"],
     )
     assert 0.0 <= online[keys.FINE_TUNING][keys.REGRET] <= 1.0
+    # The regime stands in every result from the switch on, in units of the environment.
+    at_switch = offline["evaluation"]["env_runners"]
+    assert offline[keys.FINE_TUNING] == {key: online[keys.FINE_TUNING][key] for key in offline[keys.FINE_TUNING]}
+    assert online[keys.FINE_TUNING][keys.REGIME] in (POLICY, DATA, BOTH)
+    assert online[keys.FINE_TUNING][keys.REGIME_QUANTITY] == RETURN
+    assert online[keys.FINE_TUNING][keys.REGIME_POLICY] == at_switch["episode_return_mean"]
+    assert online[keys.FINE_TUNING][keys.REGIME_DATA] == online[keys.STORE][keys.OFFLINE_RETURN_MEAN]
+    for result in (offline, online):  # Half of the difference of two returns is their standard deviation.
+        evaluated = result["evaluation"]["env_runners"]
+        half = (evaluated["episode_return_max"] - evaluated["episode_return_min"]) / 2
+        assert evaluated["num_episodes"] == 2
+        assert evaluated[keys.EPISODE_RETURN_STD] == pytest.approx(half)
     assert 0.0 <= online["evaluation"]["env_runners"][keys.SUCCESS_RATE] <= 1.0
 
 

@@ -19,6 +19,7 @@ from rllib_calql.system import activity
 
 _UNKNOWN = ("", "unknown", "none", "nan", "<na>", "nat")  # The last two are those of Pandas.
 
+RETURN_SQUARE_MEAN = "episode_return_square_mean"  # Of env runners; results hold the standard deviation instead.
 EPISODES, ENV_STEPS = "episodes", "env steps"  # Units of what a process is doing, see `system.activity`.
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,16 @@ class EpisodeCutCallback(RLlibCallback):
 
 
 class EpisodeOutcomeCallback(RLlibCallback):
-    """Logs how far episodes succeed where the environment reports success in its infos, see `.evaluation(...)`."""
+    """Logs what RLlib does not: how far episodes succeed, and the squares of their returns, for their spread.
+
+    They succeed where the environment reports success in its infos, see `.evaluation(...)`.
+    """
 
     @override(RLlibCallback)
     def on_episode_end(
         self, *, episode: Any, prev_episode_chunks: Any = None, metrics_logger: Any = None, **kwargs: Any
     ) -> None:
-        """Logs the success of the whole episode, from 0 to 1, or nothing where no step says."""
+        """Logs the whole episode's squared return, and its success, from 0 to 1, or none where no step says."""
         runner = kwargs.get("env_runner")
         config = getattr(runner, "config", None)
         # The configs of RLlib's own algorithms, which `rllib evaluate` takes as well, have no such settings.
@@ -74,7 +78,11 @@ class EpisodeOutcomeCallback(RLlibCallback):
             # A chunk begins with the info of the reset, or with the last one of the chunk before: no step of its own.
             infos = [info for chunk in chunks for info in chunk.get_infos()[1:]]
         success = success_of([_outcome_of_step(reports_in(info, key)) for info in infos], rule)
-        if success is not None and metrics_logger is not None:
+        if metrics_logger is None:
+            return
+        episode_return = sum(chunk.get_return() for chunk in chunks)
+        metrics_logger.log_value(RETURN_SQUARE_MEAN, episode_return**2, reduce="mean", window=_window_of_rllib(config))
+        if success is not None:
             metrics_logger.log_value(SUCCESS_RATE, success, reduce="mean", window=_window(config))
 
 
@@ -107,6 +115,11 @@ def _outcome(key: str, reported: Any) -> bool | None:
 def _window(config: Any) -> int:
     """Episodes that the mean runs over, as for RLlib's own episode metrics."""
     return int(getattr(config, "metrics_num_episodes_for_smoothing", 100))
+
+
+def _window_of_rllib(config: Any) -> int:
+    """Episodes of one env runner in RLlib's mean return, so that both means are those of the same episodes."""
+    return max(1, math.ceil(_window(config) / (getattr(config, "num_env_runners", 0) or 1)))
 
 
 OWN_CALLBACKS = (EpisodeCutCallback, EpisodeOutcomeCallback)

@@ -20,10 +20,14 @@ Q_WARNING = "q_warning"  # What `DivergenceWatch` warned of in this phase; absen
 OFFLINE = "offline"  # Value of `PHASE` during pre-training.
 ONLINE = "online"  # Value of `PHASE` during fine-tuning.
 
-# Below "fine_tuning" (online phase, once an evaluation exists)
-FINE_TUNING = "fine_tuning"  # Parent key of the two below.
+# Below "fine_tuning" (from the switch on, once an evaluation exists)
+FINE_TUNING = "fine_tuning"  # Parent key of those below.
 DIP = "dip"  # Worst evaluation return since the switch minus the evaluation at the switch (at most 0).
 REGRET = "regret"  # Mean over the evaluations since the switch of 1 - score, see `EvaluationHistory`.
+REGIME = "regime"  # What was better at the switch, "policy", "data" or "both", see `regime_of`; absent if not known.
+REGIME_QUANTITY = "regime_quantity"  # What they were compared by, "return" or "success rate".
+REGIME_POLICY = "regime_policy"  # That of the policy: the last evaluation before the switch.
+REGIME_DATA = "regime_data"  # That of the offline data's episodes.
 
 # Below "store"
 STORE = "store"  # Parent key of the sizes below.
@@ -46,6 +50,7 @@ SUCCESS_WARNING = "success_warning"  # That no episode shows `success_key`; abse
 PRETRAINED_WARNING = "pretrained_warning"  # Which offline updates `pretrained` has brought; absent if it says nothing.
 
 # Below "env_runners" and "evaluation/env_runners"
+EPISODE_RETURN_STD = "episode_return_std"  # Standard deviation of the returns in RLlib's `episode_return_mean`.
 SUCCESS_RATE = "success_rate"  # Mean success of the episodes whose infos say, see `success_key` and `success_rule`.
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
 

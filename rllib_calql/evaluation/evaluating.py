@@ -7,9 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+)
 
-from rllib_calql.collection.callbacks import EPISODES
+from rllib_calql.collection.callbacks import EPISODES, RETURN_SQUARE_MEAN
 from rllib_calql.collection.requests import evaluate_or_tell
 from rllib_calql.collection.success_key import SuccessKeyWatch, infos_seen_by
 from rllib_calql.common import metrics as keys
@@ -68,10 +73,20 @@ def completed_evaluation(
 
 
 def known_results(runner_results: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the success rate where no episode said anything: RLlib reports NaN then, if one did earlier."""
-    rate = runner_results.get(keys.SUCCESS_RATE)
-    is_unknown = isinstance(rate, float) and math.isnan(rate)
-    return {name: value for name, value in runner_results.items() if not (is_unknown and name == keys.SUCCESS_RATE)}
+    """With the standard deviation of the returns, and without a success rate that is unknown.
+
+    If no episode said anything, RLlib reports NaN for that, if one did earlier.
+    """
+    known = dict(runner_results)
+    rate = known.get(keys.SUCCESS_RATE)
+    if isinstance(rate, float) and math.isnan(rate):
+        del known[keys.SUCCESS_RATE]
+    squares, mean = known.pop(RETURN_SQUARE_MEAN, None), known.get(EPISODE_RETURN_MEAN)
+    if squares is not None and mean is not None:
+        # The rounding of a mean would make up a spread.
+        are_equal = known.get(EPISODE_RETURN_MIN) == known.get(EPISODE_RETURN_MAX)
+        known[keys.EPISODE_RETURN_STD] = 0.0 if are_equal else math.sqrt(max(0.0, squares - mean**2))
+    return known
 
 
 def _check_evaluation_works(group: Any) -> None:

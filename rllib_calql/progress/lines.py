@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.progress.advice import advice_of
 from rllib_calql.progress.budget import format_duration
 
 STARTING = "starting"  # The phase of a trial without a result.
@@ -54,6 +55,7 @@ class TrialProgress:
         best: Best evaluation return, success rate and normalised score so far, each on its own.
         training_return: Mean return of recent training episodes.
         dip: Worst evaluation since the switch minus the evaluation at the switch.
+        advice: What policy and data at the switch speak for, as a sentence.
         wall_s: Seconds of training.
         phase_start: `done` and `wall_s` from which `per_s` is measured.
         activity: What it is doing, for people; empty if that is not known.
@@ -69,6 +71,7 @@ class TrialProgress:
     best: Evaluation = Evaluation()
     training_return: float | None = None
     dip: float | None = None
+    advice: str | None = None
     wall_s: float = 0.0
     phase_start: tuple[int, float] = (0, 0.0)
     activity: str = ""
@@ -100,6 +103,7 @@ def observe(progress: TrialProgress, result: Mapping[str, Any], totals: Totals) 
         ),
         training_return=_number(result.get(_RUNNERS), _RETURN),
         dip=_first(_number(result.get(keys.FINE_TUNING), keys.DIP), progress.dip),
+        advice=advice_of(result) or progress.advice,
         wall_s=wall_s,
         phase_start=start,
         activity="",
@@ -187,6 +191,8 @@ def format_summary(
         lines.append(f"  {'training return':<18} final {progress.training_return:.2f}")
     if progress.dip is not None:
         lines.append(f"  {'dip at the switch':<18} {progress.dip:.2f}")
+    if progress.advice is not None:
+        lines.append(f"  {'regime':<18} {progress.advice}")
     lines.append(f"  {'checkpoint':<18} {checkpoint or 'none'}")
     if best_checkpoint is not None:
         lines.append(f"  {'best checkpoint':<18} {best_checkpoint}")

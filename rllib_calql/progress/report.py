@@ -55,6 +55,7 @@ def rows(trials: Mapping[str, TrialRecord]) -> list[dict[str, Any]]:
             "dip": trial.dip,
             "regret": trial.regret,
             "data return": trial.data_return,
+            "regime": trial.regime,
             "offline updates": trial.points[-1].num_offline_updates if trial.points else 0,
             "env steps": trial.points[-1].num_env_steps if trial.points else 0,
             "time s": trial.points[-1].time_s if trial.points else 0.0,

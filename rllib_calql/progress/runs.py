@@ -65,6 +65,7 @@ class TrialRecord:
         dip: Worst evaluation since the switch minus the one at the switch.
         regret: Mean of 1 - score over the evaluations since the switch.
         data_return: Mean return of the offline data.
+        regime: What was better at the switch, "policy", "data" or "both".
         settings: Its settings, as Tune wrote them.
         last_result: The newest result of all.
     """
@@ -75,6 +76,7 @@ class TrialRecord:
     dip: float | None = None
     regret: float | None = None
     data_return: float | None = None
+    regime: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     last_result: Mapping[str, Any] = field(default_factory=dict)
 
@@ -136,7 +138,7 @@ def read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bo
     points: list[Point] = []
     last: Mapping[str, Any] = {}
     mark_before: tuple[Any, ...] | None = None  # Of the evaluation in the result before.
-    dip = regret = data_return = None
+    dip = regret = data_return = regime = None
     for result in _results(filesystem, posixpath.join(folder, _RESULTS)):
         mark, last = mark_of_evaluation(result), result
         point = _point(result, (result.get("evaluation") or {}) if mark != mark_before else {})
@@ -146,6 +148,7 @@ def read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bo
         points.append(point)
         dip = _first(_number(result, f"{keys.FINE_TUNING}/{keys.DIP}"), dip)
         regret = _first(_number(result, f"{keys.FINE_TUNING}/{keys.REGRET}"), regret)
+        regime = _at(result, f"{keys.FINE_TUNING}/{keys.REGIME}") or regime
         data_return = _first(_number(result, f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}"), data_return)
     if last.get("done"):
         status = "ended"
@@ -158,7 +161,7 @@ def read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bo
     settings: Mapping[str, Any] = {}
     if _SETTINGS in names:
         settings = next(iter(_results(filesystem, posixpath.join(folder, _SETTINGS), is_one=True)), {})
-    return TrialRecord(name, status, tuple(points), dip, regret, data_return, settings, last)
+    return TrialRecord(name, status, tuple(points), dip, regret, data_return, regime, settings, last)
 
 
 def _point(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Point:

@@ -59,6 +59,10 @@ class Episode:
         """All of them."""
         return self.infos
 
+    def get_return(self) -> float:
+        """Nothing was rewarded."""
+        return 0.0
+
 
 @pytest.mark.parametrize(
     ("reports", "logged"),
@@ -77,8 +81,8 @@ def test_an_episode_succeeds_if_a_step_says_yes_and_fails_if_some_say_no(
 
     class Logger:
         def log_value(self, key: str, value: float, **_: Any) -> None:
-            assert key == SUCCESS_RATE
-            values.append(value)
+            if key == SUCCESS_RATE:
+                values.append(value)
 
     half = len(reports) // 2
     EpisodeOutcomeCallback().on_episode_end(

@@ -59,6 +59,45 @@ def test_other_algorithms_count_iterations_if_they_stop_by_them_and_env_steps_ot
     assert format_line(by_steps) == "PPO_a  training  400 env steps  200/s  training return 21.00"
 
 
+REGIMES = {
+    "policy": (
+        "At the switch the policy (return 0.94) is better than the data (0.40): `warmup_env_steps` keeps what it can, a "
+        "low `mixing_ratio` costs little (arXiv:2510.01460)."
+    ),
+    "data": (
+        "At the switch the data (return 0.40) are better than the policy (0.94): a high `mixing_ratio` keeps what they "
+        "show, `warmup_env_steps` adds little (arXiv:2510.01460)."
+    ),
+    "both": (
+        "At the switch the policy (return 0.94) and the data (0.40) are about equal: both are worth keeping, by "
+        "`warmup_env_steps` and by `mixing_ratio` (arXiv:2510.01460)."
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_summary_says_what_the_regime_at_the_switch_speaks_for(regime: str) -> None:
+    told = {"regime": regime, "regime_quantity": "return", "regime_policy": 0.94, "regime_data": 0.4}
+    progress = observe(TrialProgress("a"), result_of("offline", 5_000, 1.0, fine_tuning=told), TOTALS)
+    progress = observe(progress, result_of("online", 1, 2.0), TOTALS)  # Another tool's result in between.
+    assert f"  regime             {REGIMES[regime]}" in format_summary(progress, "ended", None).splitlines()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        {"dip": -1.0},
+        {"regime": "other", "regime_policy": 1.0, "regime_data": 0.0},
+        {"regime": "policy", "regime_policy": float("nan"), "regime_data": 0.0},
+        {"regime": "policy"},
+    ],
+)
+def test_the_summary_says_nothing_of_a_regime_that_is_not_known(told: Any) -> None:
+    progress = observe(TrialProgress("a"), result_of("offline", 1, 1.0, fine_tuning=told), TOTALS)
+    assert "regime" not in format_summary(progress, "ended", None)
+
+
 def test_an_iteration_without_evaluation_keeps_the_last_one_and_nan_is_no_return() -> None:
     progress = observe(TrialProgress("a"), result_of("offline", 1, 1.0, **evaluation(5.0)), TOTALS)
     later = result_of("offline", 2, 2.0, env_runners={"episode_return_mean": float("nan")})

@@ -61,7 +61,7 @@ RESULTS = [
     # RLlib repeats the last evaluation, with other counters.
     result(3, 2_000, 200, None, evaluation=repeated(-300.0, 2)),
     result(4, 2_000, 400, -350.0, fine_tuning={"dip": -50.0, "regret": 0.5}),
-    result(5, 2_000, 600, -200.0, fine_tuning={"dip": -50.0, "regret": 0.25}, done=True),
+    result(5, 2_000, 600, -200.0, fine_tuning={"dip": -50.0, "regret": 0.25, "regime": "data"}, done=True),
 ]
 
 
@@ -87,6 +87,7 @@ def test_the_table_has_final_and_best_dip_regret_and_the_returns_of_the_data(tmp
         "dip": -50.0,
         "regret": 0.25,
         "data return": -500.0,
+        "regime": "data",
         "offline updates": 2_000,
         "env steps": 600,
         "time s": 50.0,
@@ -128,8 +129,8 @@ def test_the_command_compares_runs_in_one_table_and_one_page(tmp_path: Path) -> 
     done = CliRunner().invoke(main, ["report", str(one), str(two), "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    one_row = ["one", "ended", "-200.00", "-200.00", "-50.00", "0.25", "-500.00", "2,000", "600", "0:50"]
-    two_row = ["two", "interrupted", "-300.00", "-300.00", "-", "-", "-500.00", "2,000", "200", "0:30"]
+    one_row = ["one", "ended", "-200.00", "-200.00", "-50.00", "0.25", "-500.00", "data", "2,000", "600", "0:50"]
+    two_row = ["two", "interrupted", "-300.00", "-300.00", "-", "-", "-500.00", "-", "2,000", "200", "0:30"]
     assert [re.split(r"  +", line) for line in lines[1:3]] == [one_row, two_row]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(PNG)
     page = (tmp_path / "out" / "comparison.html").read_text()
