@@ -74,6 +74,12 @@ ABSENT = [
     ("collection/num_env_runner_failures_lifetime", {}, "set `num_env_runners`"),
     ("collection/learner_busy_share", {"num_env_runners": 1, "sample_async": False}, "set `sample_async: true`"),
     ("num_offline_updates_lifetime", {}, "there are no offline data; set `input_`"),
+    ("fine_tuning/regime_policy", {"evaluation_interval": 1}, "there are no offline data; set `input_`"),
+    (
+        "fine_tuning/regime_data",
+        {"evaluation_interval": 1, "input_": "minari:rllib-calql/pendulum-swingup-v0", "offline_updates": 0},
+        "nothing is learned before the switch; raise `offline_updates`",
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Whether the policy at the switch or the data are the better prior: numbers worked by hand, from tables of Student's t.
+"""Whether policy or data are the better prior at the switch: numbers worked by hand, from tables of Student's t.
 
 97.5 % quantiles: 12.706 with 1 degree of freedom, 2.776 with 4, 2.306 with 8, 2.093 with 19, 1.984 with 99.
 """

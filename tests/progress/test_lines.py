@@ -61,8 +61,8 @@ def test_other_algorithms_count_iterations_if_they_stop_by_them_and_env_steps_ot
 
 REGIMES = {
     "policy": (
-        "At the switch the policy (return 0.94) is better than the data (0.40): `warmup_env_steps` keeps what it can, a "
-        "low `mixing_ratio` costs little (arXiv:2510.01460)."
+        "At the switch the policy (return 0.94) is better than the data (0.40): `warmup_env_steps` keeps what it can, "
+        "a low `mixing_ratio` costs little (arXiv:2510.01460)."
     ),
     "data": (
         "At the switch the data (return 0.40) are better than the policy (0.94): a high `mixing_ratio` keeps what they "
