@@ -8,7 +8,8 @@ Three departures from what autograd would do, none of which changes the result b
 * Rows whose gradient is exactly zero, which are those that calibration stopped pushing down, are left out of the
   backward pass.
 
-Layer norm costs two more passes over each block in the cache, one forward and one backward.
+With layer norm only the sums of each layer are kept. To normalise them again in the backward pass, in the cache, is
+cheaper than to fetch the activations from main memory too.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class _BlockwiseCritic(torch.autograd.Function):
         action_weight: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        """Evaluates all blocks; keeps the activations, and what was normalised, where a gradient is wanted."""
+        """Evaluates all blocks; keeps the activations, or the sums that a norm follows, where a gradient is wanted."""
         num_hidden = len(parameters) // (4 if has_norms else 2)
         layers, of_norms = parameters[: 2 * num_hidden], parameters[2 * num_hidden :]
         num_actions, batch_size, _ = actions.shape
@@ -119,9 +120,7 @@ class _BlockwiseCritic(torch.autograd.Function):
         blocks = _blocks(batch_size, num_actions, max(weight.shape[1] for weight in weights), dtype)
         keeps = any(ctx.needs_input_grad)
         num_kept = num_rows if keeps else min(num_rows, (blocks[0][1] - blocks[0][0]) * num_actions)
-        hiddens = [obs_part.new_empty((num_kept, weight.shape[1]), dtype=dtype) for weight in weights]
-        sums = [torch.empty_like(hidden) for hidden in hiddens] if has_norms else hiddens
-        moments = [obs_part.new_empty((2, num_kept, 1), dtype=norm_dtype) for _ in scales]
+        values = [obs_part.new_empty((num_kept, weight.shape[1]), dtype=dtype) for weight in weights]
         q = obs_part.new_empty(num_rows)
         evaluate = _ACTIVATIONS[activation].evaluate
         for first, end in blocks:
@@ -129,24 +128,19 @@ class _BlockwiseCritic(torch.autograd.Function):
             kept = here if keeps else slice(0, (end - first) * num_actions)
             hidden = rows[here]
             for index, weight in enumerate(weights):
-                into = sums[index][kept]
+                sums = values[index][kept]
                 if index == 0:
-                    torch.mm(hidden, weight, out=into)
-                    into.view(end - first, num_actions, -1).add_(obs_part[first:end].unsqueeze(1))
+                    torch.mm(hidden, weight, out=sums)
+                    sums.view(end - first, num_actions, -1).add_(obs_part[first:end].unsqueeze(1))
                 else:
-                    torch.addmm(biases[index - 1], hidden, weight, out=into)
-                hidden = hiddens[index][kept]
-                if has_norms:
-                    shape, scale, shift = into.shape[1:], scales[index], shifts[index]
-                    into, mean, rstd = torch.native_layer_norm(into, shape, scale, shift, LAYER_NORM_EPS)
-                    torch.stack((mean, rstd), out=moments[index][:, kept])
-                evaluate(into, hidden)
+                    torch.addmm(biases[index - 1], hidden, weight, out=sums)
+                hidden = _normalised(sums, scales[index], shifts[index])[0] if has_norms else sums
+                evaluate(hidden, hidden)
             torch.addmv(last_bias, hidden.to(q.dtype), last_weight, out=q[here])
         if keeps:
-            normalised = (*sums, *moments, *scales, *shifts) if has_norms else ()
-            ctx.save_for_backward(rows, last_weight, *weights, *hiddens, *normalised)
+            ctx.save_for_backward(rows, last_weight, *weights, *values, *scales, *shifts)
             ctx.blocks, ctx.num_actions, ctx.num_hidden = blocks, num_actions, num_hidden
-            ctx.differentiate = _ACTIVATIONS[activation].differentiate
+            ctx.activation = _ACTIVATIONS[activation]
         return q.view(batch_size, num_actions).t()
 
     @staticmethod
@@ -155,8 +149,8 @@ class _BlockwiseCritic(torch.autograd.Function):
         """Gradients of `obs_part` and of all parameters."""
         rows, last_weight, *saved = ctx.saved_tensors
         num_actions, num_hidden = ctx.num_actions, ctx.num_hidden
-        weights, hiddens, *of_norms = (saved[at : at + num_hidden] for at in range(0, len(saved), num_hidden))
-        norms = list(zip(*of_norms, strict=True))  # Of every layer; none without layer norm.
+        weights, values, *of_norms = (saved[at : at + num_hidden] for at in range(0, len(saved), num_hidden))
+        norms = list(zip(*of_norms, strict=True))  # Scale and shift of every layer; none without layer norm.
         grad_rows = grad_q.t().reshape(-1)
         grad_obs_part = grad_q.new_zeros((grad_q.shape[1], weights[0].shape[1]))
         grad_weights = [grad_q.new_zeros(weight.shape) for weight in weights]
@@ -165,21 +159,24 @@ class _BlockwiseCritic(torch.autograd.Function):
         grad_last = torch.zeros_like(last_weight)
         for first, end in ctx.blocks:
             here = slice(first * num_actions, end * num_actions)
-            grad, inputs = grad_rows[here], [rows[here], *(hidden[here] for hidden in hiddens)]
-            normalised = [(sums[here], moments[:, here]) for sums, moments, *_ in norms]
+            grad, inputs = grad_rows[here], [rows[here], *(of_layer[here] for of_layer in values)]
             kept = grad.nonzero().squeeze(1)
             is_sparse = len(kept) <= (1.0 - _MIN_SHARE_LEFT_OUT) * len(grad)
             if is_sparse:
-                grad, inputs = grad[kept], [values.index_select(0, kept) for values in inputs]
-                normalised = [(sums.index_select(0, kept), both.index_select(1, kept)) for sums, both in normalised]
+                grad, inputs = grad[kept], [of_layer.index_select(0, kept) for of_layer in inputs]
+            normalised = []
+            for index, (scale, shift) in enumerate(norms, start=1):
+                sums = inputs[index]
+                inputs[index], mean, rstd = _normalised(sums, scale, shift)
+                ctx.activation.evaluate(inputs[index], inputs[index])
+                normalised.append((sums, mean, rstd, scale, shift))
             last_hidden = inputs[-1]
             grad_last.addmv_(last_hidden.to(grad.dtype).t(), grad)
             grad_hidden = torch.outer(grad, last_weight).to(last_hidden.dtype)
             for index in reversed(range(num_hidden)):
-                ctx.differentiate(grad_hidden, inputs[index + 1])
+                ctx.activation.differentiate(grad_hidden, inputs[index + 1])
                 if norms:
-                    _, _, *scale_and_shift = norms[index]
-                    grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index], *scale_and_shift)
+                    grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index])
                     grad_norms[index].add_(torch.stack(of_norm))
                 _add_product_(grad_weights[index], inputs[index].t(), grad_hidden)
                 if index:
@@ -209,14 +206,18 @@ def _blocks(batch_size: int, num_actions: int, width: int, dtype: torch.dtype) -
     return sorted(blocks, key=lambda block: block[0] - block[1])  # The longest first: it sets the size of buffers.
 
 
+def _normalised(sums: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of rows (R, n), into new memory, their means and the inverse of their standard deviations (R, 1)."""
+    return torch.native_layer_norm(sums, scale.shape, scale, shift, LAYER_NORM_EPS)
+
+
 def _through_norm(
-    grad: Tensor, sums: Tensor, moments: Tensor, scale: Tensor, shift: Tensor
+    grad: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what was normalised, of the scale and of the shift."""
-    mean, rstd = moments.unbind()
+    """Gradients of what was normalised, of the scale and of the shift, given that of the norm's result."""
     wanted = [True, True, True]
     gradients: tuple[Tensor, Tensor, Tensor] = _aten.native_layer_norm_backward(
-        grad, sums, [len(scale)], mean, rstd, scale, shift, wanted
+        grad, sums, scale.shape, mean, rstd, scale, shift, wanted
     )
     return gradients
 
