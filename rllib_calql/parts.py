@@ -110,6 +110,8 @@ def build_parts(
         seed=config.seed,
         track_tails=config.truncation == "bootstrap",
         obs_dtype=observation_dtype(spaces.module),
+        n_step=config.n_step,
+        gamma=config.gamma,
     )
     divergence = DivergenceWatch(
         gamma=config.gamma,

@@ -134,6 +134,24 @@ def is_known_id(name: str) -> bool:
     return version is None and registration.find_highest_version(namespace, base) is not None
 
 
+def time_limit_of(env: Any, env_config: Mapping[str, Any] | None = None) -> int | None:
+    """Steps after which an environment that Gymnasium makes by an id ends an episode; None if that is not known.
+
+    Args:
+        env: As in `resolve_env`.
+        env_config: Keyword arguments of `gymnasium.make`, which has one that sets the limit.
+    """
+    if not isinstance(env, str) or _registered_with_ray(env) is not None:
+        return None
+    name = env.rpartition(":")[2]
+    if not is_known_id(name):
+        return None
+    limit = (env_config or {}).get("max_episode_steps")
+    if limit is None:
+        limit = gym.spec(name).max_episode_steps
+    return limit if isinstance(limit, int) and limit > 0 else None  # Gymnasium takes -1 for no limit.
+
+
 def _resolve_in_module(module_name: str, attribute: str, name: str, what: str) -> ResolvedEnv:
     before = set(registration.registry)
     module = imported_module(module_name, what)

@@ -40,6 +40,7 @@ class CalQLSettings(DataSettings):
         self.lagrangian_thresh = 0.8  # Paper, AntMaze.
         self.max_target_backup = True  # Authors; RLlib's CQL has no such option.
         self.deterministic_backup = True  # Authors (`backup_entropy=False`).
+        self.n_step = 1  # Authors; CPQL and d3rlpy's examples take more.
         self.conservative_gap_clip: tuple[float, float] = (float("-inf"), float("inf"))
         self.num_critics = 2
         self.critic_subset: int | None = None  # Authors; REDQ and RLPD: 2 of 10.
@@ -99,6 +100,7 @@ class CalQLSettings(DataSettings):
         lagrangian_thresh: float = NotProvided,
         max_target_backup: bool = NotProvided,
         deterministic_backup: bool = NotProvided,
+        n_step: int = NotProvided,
         conservative_gap_clip: Sequence[float] = NotProvided,
         num_critics: int = NotProvided,
         critic_subset: int | None = NotProvided,
@@ -132,6 +134,9 @@ class CalQLSettings(DataSettings):
             lagrangian_thresh: That gap, in units of Q.
             max_target_backup: Whether the target takes the best of `num_actions` next actions.
             deterministic_backup: Whether the target leaves out the entropy term.
+            n_step: Rewards that the target sums before it goes on with a value, fewer at the end of an episode.
+                Uncorrected: above 1 the target holds the policy of the data for `n_step` steps, not the one that is
+                trained.
             conservative_gap_clip: Bounds of the gap of each transition.
             num_critics: Size of the critic ensemble.
             critic_subset: Critics that the minimum in the target runs over, drawn anew for every gradient update, at
@@ -172,6 +177,7 @@ class CalQLSettings(DataSettings):
             lagrangian_thresh=lagrangian_thresh,
             max_target_backup=max_target_backup,
             deterministic_backup=deterministic_backup,
+            n_step=n_step,
             conservative_gap_clip=conservative_gap_clip,
             num_critics=num_critics,
             critic_subset=critic_subset,

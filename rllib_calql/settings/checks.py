@@ -33,6 +33,7 @@ _IN_FLOAT32 = (
 _POSITIVE_INTEGERS = (
     "num_actions",
     "num_critics",
+    "n_step",
     "target_update_period",
     "actor_update_period",
     "updates_per_iteration",

@@ -1,4 +1,4 @@
-"""The checks of what fine-tuning adds: schedules, critics in the target, steps of the actor, imitation."""
+"""The checks of what fine-tuning adds: schedules, critics and steps in the target, steps of the actor, imitation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rllib_calql.common.schedules import is_schedule, largest_value
+from rllib_calql.environments.resolving import time_limit_of
 from rllib_calql.settings.quantities import A_SCHEDULE, check_schedule, is_integer, is_real
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def check_online_side(config: CalQLConfig) -> None:
     _check_weights(config)
     _check_backup(config)
     _check_actor(config)
+    _check_target_steps(config)
 
 
 def _check_mixture(ratio: Any) -> None:
@@ -74,3 +76,21 @@ def _check_actor(config: CalQLConfig) -> None:
     period = config.actor_update_period_online
     if period is not None and not is_integer(period, 1):
         raise ValueError(f"`actor_update_period_online` must be None or a positive integer, got {period!r}.")
+
+
+def _check_target_steps(config: CalQLConfig) -> None:
+    """Refuses targets longer than any episode can be. How long those of the data are, is known once they are read."""
+    if config.in_evaluation or not config.is_online:  # Evaluation may cut episodes earlier.
+        return
+    if config.n_step > config.episode_limit_env_steps:
+        name = "max_episode_env_steps" if config.episode_limit_env_steps < config.online_capacity else "online_capacity"
+        raise ValueError(
+            f"`n_step` must be at most `{name}`, {config.episode_limit_env_steps}, for online episodes are not longer; "
+            f"got {config.n_step}. Lower it or raise `{name}`."
+        )
+    limit = None if config.is_offline else time_limit_of(config.env, config.env_config)
+    if limit is not None and config.n_step > limit:
+        raise ValueError(
+            f"`n_step` must be at most {limit}, the steps after which the environment {config.env!r} ends an episode; "
+            f"got {config.n_step}. Lower it."
+        )

@@ -78,7 +78,6 @@ UNUSED_SETTINGS: dict[str, str] = {
     "twin_q": "set the size of the critic ensemble, `num_critics`",
     "q_model_config": "it belongs to the old API stack; set `critic_hiddens` in `.rl_module(model_config=...)`",
     "policy_model_config": "it belongs to the old API stack; set `actor_hiddens` in `.rl_module(model_config=...)`",
-    "n_step": "returns of several steps would mix the data's policy into the target; only 1 is possible",
     "replay_buffer_config": "transitions are drawn uniformly, never prioritised; set `online_capacity` for the size",
     "training_intensity": "set `updates_per_env_step`",
     "num_steps_sampled_before_learning_starts": "set `warmup_env_steps`",

@@ -141,6 +141,7 @@ class CalQLOfflineData(OfflineData):
                 '`unfinished_episodes="truncate"`, or record longer ones.'
             )
         store.offline, self.report = loaded
+        self._check_target_steps(int(store.offline.lengths.max()))
         check_resolution(
             self.report,
             observation_space,
@@ -190,6 +191,14 @@ class CalQLOfflineData(OfflineData):
         obs_nbytes = conversion.obs_dtype.itemsize * flat_size(conversion.observation_space)
         row_nbytes = obs_nbytes + 4 * (flat_size(conversion.action_space) + 2)  # Reward and return are float32, too.
         return Sharing(self._shared_tables, row_nbytes, load)
+
+    def _check_target_steps(self, longest: int) -> None:
+        """Refuses targets of which no episode holds one whole."""
+        if self.config.n_step > longest:
+            raise ValueError(
+                f"`n_step` must be at most {longest}, the steps of the longest episode in `input_` "
+                f"{self.config.input_!r}; got {self.config.n_step}. Lower it."
+            )
 
     def _check_report(self, report: DatasetReport) -> None:
         """Refuses data that tell success from failure nowhere."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
+from rllib_calql.store.target_steps import TargetSteps
+
 Array = npt.NDArray[Any]
 RECORDS = "records"
 FINAL_OBSERVATIONS = "final_observations"
 
 _FAULT_BYTES = 64 * 2**10  # The kernel maps this much around a page that is touched (fault-around).
 _MIN_ROWS_AT_ONCE = 256
+_ONE_STEP = TargetSteps()
 _STATISTICS_ROWS = 2**16
 _FINGERPRINT_BYTES = 4 * 2**20
 
@@ -105,11 +109,7 @@ class OfflineTable:
         # Rows as bytes: `take` then copies whole records, several times faster than NumPy gathers structured ones.
         self._bytes = np.asarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
         self._maps: list[mmap.mmap] = [m for m in (_map_of(records), _map_of(final_observations)) if m is not None]
-        pages_per_row = 1 + records.dtype.itemsize // _FAULT_BYTES
-        limit = memory_limit if self._maps and memory_limit is not None else None
-        self._rows_at_once = (
-            None if limit is None else max(_MIN_ROWS_AT_ONCE, limit // (4 * _FAULT_BYTES * pages_per_row))
-        )
+        self._memory_limit = memory_limit if self._maps else None
 
     def __len__(self) -> int:
         """R."""
@@ -125,20 +125,51 @@ class OfflineTable:
         """Bytes of records and final observations."""
         return int(self.records.nbytes + self.final_observations.nbytes)
 
-    def gather(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
+    def gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array], steps: TargetSteps = _ONE_STEP) -> None:
         """Writes transitions into columns, converting observations to the columns' type.
 
         Args:
             rows: [n] Row numbers.
-            out: Arrays of n rows: obs, next_obs, actions, rewards, terminateds, returns_to_go.
+            out: Arrays of n rows: obs, next_obs, actions, rewards, terminateds, returns_to_go; with targets of several
+                steps also `BOOTSTRAP_DISCOUNT` and, where it is wanted, `BOOTSTRAP_OBS`.
+            steps: Of the targets that rewards and terminations are for.
         """
-        at_once = self._rows_at_once or max(1, len(rows))
+        at_once = self._rows_at_once(steps.n_step) or max(1, len(rows))
         for start in range(0, len(rows), at_once):
             piece = slice(start, start + at_once)
-            self._gather(rows[piece], {name: column[piece] for name, column in out.items()})
+            columns = {name: column[piece] for name, column in out.items()}
+            self._gather(rows[piece], columns)
+            if steps.n_step > 1:
+                self._gather_targets(rows[piece], columns, steps)
             self._let_go()
 
-    def _gather(self, rows: npt.NDArray[np.int64], out: dict[str, Array]) -> None:
+    def _rows_at_once(self, n_step: int) -> int | None:
+        """Rows whose pages are within the memory limit; None without one."""
+        if self._memory_limit is None:
+            return None
+        pages_per_row = 1 + n_step * self.records.dtype.itemsize // _FAULT_BYTES
+        return max(_MIN_ROWS_AT_ONCE, self._memory_limit // (4 * _FAULT_BYTES * pages_per_row))
+
+    def rows_of_last_reward(self, rows: npt.NDArray[np.int64], steps: TargetSteps) -> npt.NDArray[np.int64]:
+        """The rows whose rewards are the last in the targets of these rows."""
+        episodes = np.searchsorted(self._stops, rows, side="right")
+        return rows + steps.num_rewards(self._stops[episodes] - rows) - 1
+
+    def _gather_targets(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array], steps: TargetSteps) -> None:
+        """Overwrites rewards and terminations with those of several steps, and adds what goes with them."""
+        episodes = np.searchsorted(self._stops, rows, side="right")
+        num_rewards = steps.num_rewards(self._stops[episodes] - rows)
+        following = rows + num_rewards
+        is_end = following == self._stops[episodes]
+        rewards = self.records[Columns.REWARDS]
+        out[Columns.REWARDS][...] = steps.sum_rewards(num_rewards, lambda k, places: rewards[rows[places] + k])
+        out[Columns.TERMINATEDS][...] = is_end & self.terminateds[episodes]
+        out[BOOTSTRAP_DISCOUNT][...] = steps.bootstrap_discounts(num_rewards)
+        if BOOTSTRAP_OBS in out:
+            out[BOOTSTRAP_OBS][...] = self._take(np.minimum(following, len(self) - 1))[Columns.OBS]
+            out[BOOTSTRAP_OBS][is_end] = self.final_observations[episodes[is_end]]
+
+    def _gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
         episodes = np.searchsorted(self._stops, rows, side="right")
         is_last = rows + 1 == self._stops[episodes]
         records = self._take(rows)
@@ -216,7 +247,7 @@ class OfflineTable:
 
     def _let_go(self) -> None:
         """Unmaps the pages that were touched. They stay in the page cache, from where they are mapped again."""
-        if self._rows_at_once is not None:
+        if self._memory_limit is not None:
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 

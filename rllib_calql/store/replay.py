@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
 from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.returns_connector import TAIL_DISCOUNT
+from rllib_calql.store.target_steps import TargetSteps
 
 IS_OFFLINE = "is_offline"  # 1.0 for offline rows: which part of a batch a row came from.
-# With `n_step` above 1, where the target goes on after the rewards of a row: the observation, and the discount that its
-# value gets there, float32.
-BOOTSTRAP_OBS = "bootstrap_obs"
-BOOTSTRAP_DISCOUNT = "bootstrap_discounts"
+logger = logging.getLogger(__name__)
 
 _LAST_ROW = "last_row"  # Row of the same table that holds the episode's last transition.
 _REWARD_SUM = "reward_sum"  # Return-to-go without the value of the last observation.
@@ -39,12 +39,19 @@ class _Table:
         self.columns: dict[str, Array] = {
             name: np.empty((0, *shape), dtype=dtypes.get(name, np.float32)) for name, shape in column_shapes.items()
         }
+        # Steps that are left in the episode, the row's own included. The rows that follow are there as long as the row
+        # is, for the oldest are overwritten first.
+        self.steps_left = np.empty(0, dtype=np.int32)
 
     def _grow(self, num_rows: int) -> None:
         for name, column in self.columns.items():
-            grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
-            grown[: self.size] = column[: self.size]
-            self.columns[name] = grown
+            self.columns[name] = self._grown(column, num_rows)
+        self.steps_left = self._grown(self.steps_left, num_rows)
+
+    def _grown(self, column: Array, num_rows: int) -> Array:
+        grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
+        grown[: self.size] = column[: self.size]
+        return grown
 
     def append(self, rows: RowColumns) -> None:
         """Adds one episode's rows."""
@@ -61,9 +68,33 @@ class _Table:
         where = (self.position + np.arange(num_rows)) % capacity
         for name, column in self.columns.items():
             column[where] = where[-1] if name == _LAST_ROW else rows[name]
+        self.steps_left[where] = np.arange(num_rows, 0, -1)
         self.position = (self.position + num_rows) % self.limit
         self.size = min(self.size + num_rows, capacity)
         self.num_appended += num_rows
+
+    def gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array], steps: TargetSteps) -> None:
+        """Writes rows, of any shape, into columns of that shape; `out` as in `OfflineTable.gather`."""
+        if steps.n_step == 1:
+            for name, column in out.items():
+                column[...] = self.columns[name][rows]
+            return
+        num_rewards = steps.num_rewards(self.steps_left[rows])
+        last_rows = (rows + num_rewards - 1) % self.limit
+        rewards = self.columns[Columns.REWARDS]
+        for name, column in out.items():
+            if name == Columns.REWARDS:
+                column[...] = steps.sum_rewards(num_rewards, lambda k, places: rewards[(rows[places] + k) % self.limit])
+            elif name == BOOTSTRAP_DISCOUNT:
+                column[...] = steps.bootstrap_discounts(num_rewards)
+            elif name == BOOTSTRAP_OBS:
+                column[...] = self.columns[Columns.NEXT_OBS][last_rows]
+            else:
+                column[...] = self.columns[name][last_rows if name == Columns.TERMINATEDS else rows]
+
+    def rows_of_last_reward(self, rows: npt.NDArray[np.int64], steps: TargetSteps) -> npt.NDArray[np.int64]:
+        """The rows whose rewards are the last in the targets of these rows."""
+        return (rows + steps.num_rewards(self.steps_left[rows]) - 1) % self.limit
 
     def clear(self) -> None:
         self.size = self.position = 0
@@ -71,7 +102,8 @@ class _Table:
 
     def get_state(self) -> dict[str, Any]:
         columns = {name: column[: self.size].copy() for name, column in self.columns.items()}
-        return {"columns": columns, "position": self.position, "limit": self.limit}
+        steps_left = self.steps_left[: self.size].copy()
+        return {"columns": columns, "steps_left": steps_left, "position": self.position, "limit": self.limit}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         if set(state["columns"]) != set(self.columns) or any(
@@ -87,6 +119,8 @@ class _Table:
             )
         self.size = len(state["columns"][Columns.REWARDS])
         self.columns = {name: np.array(column) for name, column in state["columns"].items()}
+        # Earlier versions did not keep them. Targets of one step are right for every row.
+        self.steps_left = np.array(state.get("steps_left", np.ones(self.size)), dtype=np.int32)
         self.position = state["position"]
         self.num_replaced += 1
 
@@ -104,6 +138,10 @@ class TransitionStore:
         seed: Seed of the one random generator, or None for an unpredictable one.
         track_tails: Whether returns hold a value of the last observation that `refresh_returns` renews.
         obs_dtype: Type of observations in the ring and in batches.
+        n_step: Steps of rewards that targets sum. Above 1, rewards and terminations of a batch are those of
+            `TargetSteps`, and there are two more columns: `BOOTSTRAP_OBS`, the observation after the last reward of the
+            sum, and `BOOTSTRAP_DISCOUNT`, gamma^m. Next observations stay those of one step.
+        gamma: Discount of these rewards; used with `n_step` above 1 only.
     """
 
     def __init__(
@@ -115,6 +153,8 @@ class TransitionStore:
         seed: int | None = None,
         track_tails: bool = False,
         obs_dtype: npt.DTypeLike = np.float32,
+        n_step: int = 1,
+        gamma: float = 1.0,
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {
             Columns.OBS: (obs_dim,),
@@ -128,6 +168,7 @@ class TransitionStore:
         if track_tails:
             shapes |= {TAIL_DISCOUNT: (), _REWARD_SUM: (), _LAST_ROW: ()}
         self._track_tails = track_tails
+        self.target_steps = TargetSteps(n_step, gamma)
         self.offline: OfflineTable | None = None
         self._online = _Table(shapes, limit=online_capacity, obs_dtype=np.dtype(obs_dtype))
         self._rng = np.random.default_rng(seed)
@@ -174,11 +215,15 @@ class TransitionStore:
 
     def empty_columns(self, *num_rows: int) -> dict[str, Array]:
         """Columns of a batch, not filled, of shape (*num_rows, ...) each."""
-        return {
+        columns = {
             name: np.empty((*num_rows, *column.shape[1:]), dtype=column.dtype)
             for name, column in self._online.columns.items()
             if name in self._batch_columns
         }
+        if self.target_steps.n_step > 1:
+            columns[BOOTSTRAP_OBS] = np.empty_like(columns[Columns.NEXT_OBS])
+            columns[BOOTSTRAP_DISCOUNT] = np.empty(num_rows, dtype=np.float32)
+        return columns
 
     def add_online(self, rows: RowColumns) -> None:
         """Adds the rows of one whole online episode, columns as in `transitions_from_episode`.
@@ -188,15 +233,27 @@ class TransitionStore:
         """
         self._online.append({**rows, _REWARD_SUM: rows[Columns.RETURNS_TO_GO]} if self._track_tails else rows)
 
+    def gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
+        """Writes rows, all offline or all online, into columns of a batch.
+
+        Args:
+            rows: [n] Row numbers, as `draw` gives them.
+            out: Arrays of n rows, those of `empty_columns`; `BOOTSTRAP_OBS` may be missing.
+        """
+        if len(rows) and rows[0] < self.num_offline:
+            self._offline_data().gather(rows, out, self.target_steps)
+        else:
+            self._online.gather(rows - self.num_offline, out, self.target_steps)
+
+    def rows_of_last_reward(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows whose rewards are the last in the targets of these rows, all offline or all online, see `draw`."""
+        if len(rows) and rows[0] < self.num_offline:
+            return self._offline_data().rows_of_last_reward(rows, self.target_steps)
+        return self._online.rows_of_last_reward(rows - self.num_offline, self.target_steps) + self.num_offline
+
     def offline_column(self, name: str) -> Array:
         """Copy of an offline column in memory, shape (num_offline, ...), read-only."""
         return self._offline_data().column(name)
-
-    def offline_rows(self, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
-        """Columns of a batch for these offline rows."""
-        columns = self.empty_columns(len(rows))
-        self._offline_data().gather(rows, columns)
-        return columns
 
     def online_column(self, name: str) -> Array:
         """Read-only view of an online column, shape (num_online, ...), in storage order."""
@@ -238,8 +295,8 @@ class TransitionStore:
             )
         if num_offline_rows < batch_size:
             online_rows = rows[:, num_offline_rows:] - self.num_offline
-            for name, column in batch.items():
-                column[:, num_offline_rows:] = self._online.columns[name][online_rows]
+            online = {name: column[:, num_offline_rows:] for name, column in batch.items()}
+            self._online.gather(online_rows, online, self.target_steps)
         is_offline = np.zeros((num_batches, batch_size), dtype=np.float32)
         is_offline[:, :num_offline_rows] = 1.0
         batch[IS_OFFLINE] = is_offline
@@ -286,7 +343,7 @@ class TransitionStore:
             else np.empty((rows.size, *column.shape[2:]), column.dtype)
             for name, column in out.items()
         }
-        self._offline_data().gather(rows.reshape(-1), flat)
+        self._offline_data().gather(rows.reshape(-1), flat, self.target_steps)
         if not is_whole:
             for name, column in out.items():
                 column[...] = flat[name].reshape(column.shape)
@@ -339,9 +396,17 @@ class TransitionStore:
         Raises:
             ValueError: If columns or capacity are not those of the state.
         """
-        if state["online"] is None:
+        online = state["online"]
+        if online is None:
             self._online.clear()
         else:
-            self._online.set_state(state["online"])
+            self._online.set_state(online)
+            if self.target_steps.n_step > 1 and self.num_online and "steps_left" not in online:
+                logger.warning(
+                    "The checkpoint is of an earlier version, which did not keep where online episodes end: its %d "
+                    "online transitions have targets of one step, new ones of `n_step` %d.",
+                    self.num_online,
+                    self.target_steps.n_step,
+                )
         self._rng.bit_generator.state = state["rng"]
         return int(state["num_online"]) - self.num_online

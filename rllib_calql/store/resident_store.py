@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from ray.rllib.core.columns import Columns
 from torch import Tensor
 
+from rllib_calql.networks.steps import BOOTSTRAP_OBS
 from rllib_calql.store.replay import IS_OFFLINE, TransitionStore
 
+_LAST_ROWS = "last_rows"  # Of targets of several steps: the rows of their last rewards.
 ROW_NUMBERS = "row_numbers"  # The one column of a batch whose rows the learner looks up itself.
 
 _ROWS_AT_ONCE = 2**16
@@ -34,11 +38,10 @@ class ResidentStore:
         self._num_offline = store.num_offline
         self._columns = {
             name: torch.zeros((_num_rows(store), *row.shape[1:]), dtype=torch.from_numpy(row).dtype, device=device)
-            for name, row in store.empty_columns(1).items()
+            for name, row in _empty_columns(store, 1).items()
         }
         for start in range(0, self._num_offline, _ROWS_AT_ONCE):
-            rows = np.arange(start, min(start + _ROWS_AT_ONCE, self._num_offline))
-            self._write(rows, store.offline_rows(rows))
+            self._write(np.arange(start, min(start + _ROWS_AT_ONCE, self._num_offline)))
         self._version = (-1, 0)  # Of no ring yet.
         self.follow()
 
@@ -51,9 +54,7 @@ class ResidentStore:
         num_new = version[1] - self._version[1] if is_same_ring else self._store.num_online
         newest = self._store.newest_online_rows(num_new)
         for start in range(0, len(newest), _ROWS_AT_ONCE):
-            rows = newest[start : start + _ROWS_AT_ONCE]
-            columns = {name: self._store.online_column(name)[rows] for name in self._columns}
-            self._write(self._num_offline + rows, columns)
+            self._write(self._num_offline + newest[start : start + _ROWS_AT_ONCE])
         self._version = version
 
     def look_up(self, row_numbers: Tensor) -> dict[str, Tensor]:
@@ -63,12 +64,27 @@ class ResidentStore:
             row_numbers: (B,) as drawn by `TransitionStore.draw`.
         """
         batch = {name: column.index_select(0, row_numbers) for name, column in self._columns.items()}
+        if _LAST_ROWS in batch:
+            batch[BOOTSTRAP_OBS] = self._columns[Columns.NEXT_OBS].index_select(0, batch.pop(_LAST_ROWS))
         batch[IS_OFFLINE] = (row_numbers < self._num_offline).to(torch.float32)
         return batch
 
-    def _write(self, rows: npt.NDArray[np.int64], columns: dict[str, npt.NDArray[np.generic]]) -> None:
+    def _write(self, rows: npt.NDArray[np.int64]) -> None:
+        """Copies these rows, all of them offline or all of them online."""
+        columns = _empty_columns(self._store, len(rows))
+        self._store.gather(rows, {name: column for name, column in columns.items() if name != _LAST_ROWS})
+        if _LAST_ROWS in columns:
+            columns[_LAST_ROWS] = self._store.rows_of_last_reward(rows)
         for name, column in self._columns.items():
             column[torch.from_numpy(rows).to(column.device)] = torch.from_numpy(columns[name]).to(column.device)
+
+
+def _empty_columns(store: TransitionStore, num_rows: int) -> dict[str, npt.NDArray[Any]]:
+    """What is kept of so many rows: no second observation after them, but the row where it is the next observation."""
+    columns = store.empty_columns(num_rows)
+    if columns.pop(BOOTSTRAP_OBS, None) is not None:
+        columns[_LAST_ROWS] = np.empty(num_rows, dtype=np.int64)
+    return columns
 
 
 def _num_rows(store: TransitionStore) -> int:
@@ -82,7 +98,7 @@ def resident_store(store: TransitionStore, device: torch.device) -> ResidentStor
     """
     if device.type != "cuda" or store.tracks_tails:
         return None
-    needed = _num_rows(store) * store.row_nbytes
+    needed = _num_rows(store) * sum(column.nbytes for column in _empty_columns(store, 1).values())
     free, _ = torch.cuda.mem_get_info(device)
     if needed > _SHARE_OF_FREE_MEMORY * free:
         logger.info(

@@ -169,6 +169,23 @@ def test_the_bad_one_of_several_files_is_named(tmp_path: Path, updates: list[int
     assert_refused(offline_config([good, bad]).build, updates, r"`rewards` holds nan .*row 2 of '.*bad\.parquet'")
 
 
+def test_a_target_longer_than_every_recorded_episode_is_refused(tmp_path: Path, updates: list[int]) -> None:
+    config = offline_config(write(tmp_path / "rows.parquet", two_episodes()))
+    config.training(n_step=5)
+    assert_refused(
+        config.build,
+        updates,
+        r"`n_step` must be at most 4, the steps of the longest episode in .*rows.*; got 5\.",
+    )
+    config.training(n_step=4)
+    algo = config.build()
+    try:
+        algo.train()
+        assert len(updates) == 1
+    finally:
+        algo.stop()
+
+
 def test_a_missing_file_is_refused_with_what_resembles_it(tmp_path: Path, updates: list[int]) -> None:
     write(tmp_path / "expert-rows.parquet", two_episodes())
     for path in (tmp_path / "expert-row.parquet", str(tmp_path / "expert-row.parquet")):

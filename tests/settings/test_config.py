@@ -43,6 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lagrangian_thresh": 0.8,
         "max_target_backup": True,
         "deterministic_backup": True,
+        "n_step": 1,
         "conservative_gap_clip": (-INF, INF),
         "num_critics": 2,
         "critic_subset": None,
@@ -112,6 +113,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "lagrangian_thresh": 5.0,
         "max_target_backup": False,
         "deterministic_backup": False,
+        "n_step": 3,
         "conservative_gap_clip": (-200.0, 200.0),
         "num_critics": 5,
         "critic_subset": 2,
@@ -422,6 +424,7 @@ def test_what_the_algorithm_cannot_run_on_is_refused(case: str) -> None:
 POSITIVE_INTEGERS = (
     "training.num_actions",
     "training.num_critics",
+    "training.n_step",
     "training.target_update_period",
     "training.train_batch_size_per_learner",
     "fine_tuning.updates_per_iteration",
@@ -537,6 +540,51 @@ def test_a_value_out_of_range_is_refused_with_setting_rule_and_value(setting: st
         config.validate()
     shown = repr(tuple(value)) if name == "conservative_gap_clip" and isinstance(value, tuple) else repr(value)
     assert shown in str(error.value) or name == "grad_clip"  # RLlib's own message for the last.
+
+
+BY_PENDULUM = "the steps after which the environment '.*Pendulum-v1' ends an episode"
+LONGER_THAN_EPISODES: list[tuple[Callable[[CalQLConfig], Any], int, str]] = [
+    (lambda c: c.fine_tuning(max_episode_env_steps=50), 50, "`max_episode_env_steps`, 50, .* or raise"),
+    (lambda c: c.fine_tuning(online_capacity=40), 40, "`online_capacity`, 40, .* or raise"),
+    (lambda c: c.environment("Pendulum-v1"), 200, f"200, {BY_PENDULUM}"),
+    (lambda c: c.environment("gymnasium.envs:Pendulum-v1"), 200, f"200, {BY_PENDULUM}"),
+    (lambda c: c.environment("Pendulum-v1", env_config={"max_episode_steps": 30}), 30, f"30, {BY_PENDULUM}"),
+]
+
+
+@pytest.mark.parametrize(("change", "largest", "rule"), LONGER_THAN_EPISODES, ids=lambda value: str(value)[:20])
+def test_a_target_is_not_longer_than_an_episode_can_be(
+    change: Callable[[CalQLConfig], Any], largest: int, rule: str
+) -> None:
+    config = CalQLConfig().environment("Pendulum-v1").fine_tuning(warmup_env_steps=0)
+    change(config)
+    config.training(n_step=largest).validate()
+    with pytest.raises(ValueError, match=rf"`n_step` must be at most {rule}") as error:
+        config.training(n_step=largest + 1).validate()
+    assert f"; got {largest + 1}. Lower it" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: c.environment("Pendulum-v1", env_config={"max_episode_steps": -1}),  # Gymnasium's word for no limit.
+        lambda c: c.environment(gym.Env),
+        lambda c: c.environment("Pendulum-v1").offline_data(input_="rows.parquet").fine_tuning(offline_updates=1),
+        lambda c: c.offline_data(input_="rows.parquet").fine_tuning(offline_updates=1, max_episode_env_steps=5),
+    ],
+    ids=["no limit", "a class", "data may hold longer ones", "no environment"],
+)
+def test_a_target_of_many_steps_is_accepted_where_episodes_may_be_as_long(make: Callable[[CalQLConfig], Any]) -> None:
+    config = CalQLConfig().training(n_step=300)
+    make(config)
+    config.validate()
+
+
+def test_evaluation_may_cut_episodes_earlier_than_targets_are_long() -> None:
+    config = complete_config().training(n_step=20)
+    config.evaluation(evaluation_config={"max_episode_env_steps": 10}).validate()
+    evaluation = config.copy(copy_frozen=False).update_from_dict({"max_episode_env_steps": 10, "in_evaluation": True})
+    evaluation.validate()
 
 
 BAD_NETWORKS = [

@@ -18,6 +18,7 @@ TINY_NETWORKS = {"actor_hiddens": [8], "critic_hiddens": [8]}
 ONLINE_SIDE: dict[str, Any] = {
     "num_critics": 4,
     "critic_subset": 2,
+    "n_step": 3,
     "actor_q": "mean",
     "actor_update_period": 3,
     "actor_update_period_online": 2,
