@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import ONLINE_SIDE, assert_identical, line_config, run_state, write_line_data
+from tiny import ONLINE_SIDE, TINY_NETWORKS, assert_identical, line_config, run_state, write_line_data
 
 from rllib_calql import CalQL
 from rllib_calql.store import offline_table
@@ -58,6 +58,7 @@ def test_a_run_with_every_setting_of_the_online_side_resumes_bit_for_bit(
     if not conservative_online:
         del settings["min_q_weight_online"]
     config.update_from_dict(settings | {"conservative_online": conservative_online})
+    config.rl_module(model_config={**TINY_NETWORKS, "layer_norm": "critic"})
     algo = config.build()
     states = {}
     for iteration in range(1, 8):
