@@ -138,9 +138,10 @@ class OfflineTable:
         for start in range(0, len(rows), at_once):
             piece = slice(start, start + at_once)
             columns = {name: column[piece] for name, column in out.items()}
-            self._gather(rows[piece], columns)
+            episodes = np.searchsorted(self._stops, rows[piece], side="right")
+            self._gather(rows[piece], episodes, columns)
             if steps.n_step > 1:
-                self._gather_targets(rows[piece], columns, steps)
+                self._gather_targets(rows[piece], episodes, columns, steps)
             self._let_go()
 
     def _rows_at_once(self, n_step: int) -> int | None:
@@ -155,9 +156,14 @@ class OfflineTable:
         episodes = np.searchsorted(self._stops, rows, side="right")
         return rows + steps.num_rewards(self._stops[episodes] - rows) - 1
 
-    def _gather_targets(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array], steps: TargetSteps) -> None:
+    def _gather_targets(
+        self,
+        rows: npt.NDArray[np.int64],
+        episodes: npt.NDArray[np.int64],
+        out: Mapping[str, Array],
+        steps: TargetSteps,
+    ) -> None:
         """Overwrites rewards and terminations with those of several steps, and adds what goes with them."""
-        episodes = np.searchsorted(self._stops, rows, side="right")
         num_rewards = steps.num_rewards(self._stops[episodes] - rows)
         following = rows + num_rewards
         is_end = following == self._stops[episodes]
@@ -169,8 +175,7 @@ class OfflineTable:
             out[BOOTSTRAP_OBS][...] = self._take(np.minimum(following, len(self) - 1))[Columns.OBS]
             out[BOOTSTRAP_OBS][is_end] = self.final_observations[episodes[is_end]]
 
-    def _gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
-        episodes = np.searchsorted(self._stops, rows, side="right")
+    def _gather(self, rows: npt.NDArray[np.int64], episodes: npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
         is_last = rows + 1 == self._stops[episodes]
         records = self._take(rows)
         for name in (Columns.OBS, Columns.ACTIONS, Columns.REWARDS):
