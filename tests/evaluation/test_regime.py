@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,8 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.evaluating import known_results
 from rllib_calql.evaluation.history import EvaluationHistory
 from rllib_calql.evaluation.regime import BOTH, DATA, POLICY, RETURN, SUCCESS, Episodes, Regime, regime_of
+from rllib_calql.parts import Parts
+from rllib_calql.results import completed_result
 
 MIXED = Episodes(number=100, mean=0.0, std=math.sqrt(0.99))  # A sample's standard deviation of 1, 99 degrees.
 FEW = math.sqrt(0.8)  # The same of 5 episodes.
@@ -153,3 +156,42 @@ def test_the_spread_of_returns_comes_from_the_mean_of_their_squares(returns: lis
     assert known[keys.EPISODE_RETURN_STD] == pytest.approx(std, abs=0.0, rel=1e-6)
     assert RETURN_SQUARE_MEAN not in known
     assert known_results(known) == known
+
+
+def result_after(history: EvaluationHistory, *, phase_now: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The result of an iteration without an evaluation, in which RLlib repeats the last one as it is."""
+    parts = SimpleNamespace(
+        lifetime=SimpleNamespace(phase=phase_now, counters=dict, num_env_steps_behind=0.0),
+        divergence=SimpleNamespace(out_of_range=0.0, warning=None),
+        success_key=SimpleNamespace(warning=None),
+        pretrained=SimpleNamespace(remark=None),
+        keeper=SimpleNamespace(num_discarded=0),
+        collection=SimpleNamespace(results=dict),
+        store=SimpleNamespace(num_offline=0, num_online=0),
+        updater=SimpleNamespace(take_speed=lambda: None),
+        history=history,
+    )
+    return completed_result(
+        {"evaluation": {"env_runners": raw}},
+        None,
+        cast("Parts", parts),
+        phase="offline",
+        is_done=False,
+        offline_data=None,
+    )
+
+
+def test_results_tell_the_regime_from_the_switch_on() -> None:
+    history = EvaluationHistory(data=MIXED)
+    history.add(evaluation(5.0), online=False)
+    assert keys.FINE_TUNING not in result_after(history, phase_now="offline", raw={})
+    assert result_after(history, phase_now="online", raw={})[keys.FINE_TUNING] == history.regime()
+    unknown = EvaluationHistory()
+    assert keys.FINE_TUNING not in result_after(unknown, phase_now="online", raw={})
+
+
+def test_an_evaluation_that_rllib_repeats_shows_the_spread_as_the_first_time() -> None:
+    raw = {"episode_return_mean": 2.0, "episode_return_min": 1.0, "episode_return_max": 3.0, RETURN_SQUARE_MEAN: 5.0}
+    result = result_after(EvaluationHistory(), phase_now="online", raw=raw)
+    known = {"episode_return_mean": 2.0, "episode_return_min": 1.0, "episode_return_max": 3.0}
+    assert result["evaluation"]["env_runners"] == known | {keys.EPISODE_RETURN_STD: 1.0}
