@@ -222,6 +222,7 @@ class CalQL(CQL):
             super()._compile_iteration_results(train_results=train_results, eval_results=eval_results),
             eval_results,
             self._parts,
+            self.config,
             phase=self._phase_of_result,
             is_done=self._is_done(),
             offline_data=self.offline_data,

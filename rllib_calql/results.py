@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN, EVALUATION_RESULTS, LEARNER_RESULTS
 from ray.tune.result import DONE
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.evaluating import known_results
+from rllib_calql.learning.diagnostics import without_what_is_not_evaluated
 
 if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
     from rllib_calql.parts import Parts
     from rllib_calql.store.offline_data import CalQLOfflineData
 
@@ -20,6 +23,7 @@ def completed_result(
     results: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     parts: Parts,
+    config: CalQLConfig,
     *,
     phase: str,
     is_done: bool,
@@ -31,6 +35,7 @@ def completed_result(
         results: RLlib's.
         evaluation: RLlib's results of an evaluation in this iteration, if there was one; the history takes it in.
         parts: The algorithm's.
+        config: The algorithm's.
         phase: What this iteration's updates belong to.
         is_done: Whether there is nothing left to train; Tune then ends the trial.
         offline_data: Where the report on the data is; None without.
@@ -62,6 +67,12 @@ def completed_result(
             completed[keys.OFFLINE_DATA_WARNINGS] = "\n".join(offline_data.warnings)
     if (speed := parts.updater.take_speed()) is not None:
         completed[keys.UPDATES_PER_S] = speed
+    learner_results = results.get(LEARNER_RESULTS) or {}
+    if DEFAULT_MODULE_ID in learner_results:
+        reported = without_what_is_not_evaluated(
+            learner_results[DEFAULT_MODULE_ID], config, online=phase == keys.ONLINE
+        )
+        completed[LEARNER_RESULTS] = {**learner_results, DEFAULT_MODULE_ID: reported}
     runner_results = known_results(results.get(ENV_RUNNER_RESULTS) or {})
     # Tune's schedulers stop a trial whose result lacks their metric.
     runner_results.setdefault(EPISODE_RETURN_MEAN, float("nan"))

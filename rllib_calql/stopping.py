@@ -15,7 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandScheduler, Tri
 from rllib_calql.collection.callbacks import OWN_CALLBACKS
 from rllib_calql.common import metrics as keys
 from rllib_calql.config import CalQLConfig
-from rllib_calql.learning.diagnostics import metric_names
+from rllib_calql.learning.diagnostics import ACTOR_METRICS, conservative_metrics, metric_names
 
 _ENV_STEPS, _ENV_STEPS_OF_RUNNERS = "num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime"
 # Of Tune and RLlib, at the top level of every result.
@@ -189,6 +189,11 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
     name = metric.removeprefix("learners/default_policy/")
     if name.startswith(keys.ALPHA_PRIME) and not config.lagrangian:
         return "there is no multiplier; set `lagrangian: true`"
+    is_conservative = config.is_conservative(online=config.is_online)
+    if not is_conservative and name in conservative_metrics(num_critics=_largest(config.num_critics)):
+        return "after the switch there is no conservative term; set `conservative_online: true`"
+    if name in ACTOR_METRICS and max(config.period_of_actor(online=online) for online in (False, True)) > 1:
+        return "results without a step of the actor lack it; set `actor_update_period: 1`"
     if name in (keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE) and not config.normalize_observations:
         return "observations are not normalised; set `normalize_observations: true`"
     of_runners = (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, keys.LEARNER_BUSY_SHARE)

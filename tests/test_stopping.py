@@ -202,3 +202,23 @@ def test_every_documented_metric_can_stop_a_run() -> None:
     not_numbers = {keys.PHASE, keys.OFFLINE_DATA, keys.Q_WARNING, keys.OFFLINE_DATA_WARNINGS, keys.SUCCESS_WARNING}
     not_numbers |= {keys.PRETRAINED_WARNING, "fine_tuning/regime", "fine_tuning/regime_quantity"}
     assert {name for name in documented if metrics.fault_of(name) or why_absent(name, config)} <= not_numbers
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric", "reason"),
+    [
+        ({"conservative_online": False}, "cql_loss", "after the switch there is no conservative term"),
+        ({"conservative_online": False}, "cql_gap_q2", "after the switch there is no conservative term"),
+        ({"conservative_online": False}, "q1_data", None),
+        ({}, "cql_loss", None),
+        ({"actor_update_period_online": 4}, "policy_loss", "results without a step of the actor lack it"),
+        ({"actor_update_period_online": 4}, "alpha_value", None),
+    ],
+)
+def test_what_is_not_evaluated_after_the_switch_ends_no_trial(
+    settings: dict[str, Any], metric: str, reason: str | None
+) -> None:
+    config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="rows.parquet")
+    config.fine_tuning(offline_updates=1, **settings)
+    told = why_absent(f"learners/default_policy/{metric}", config)
+    assert told is None if reason is None else (told or "").startswith(reason)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.learning.losses import CriticLoss, SampledValues
+
+if TYPE_CHECKING:
+    from rllib_calql.config import CalQLConfig
 
 _MAY_BE_EMPTY = (
     *(keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
@@ -91,18 +96,50 @@ def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tenso
     }
 
 
+ACTOR_METRICS = frozenset({keys.POLICY_LOSS, keys.ALPHA_LOSS, keys.LOG_PROB})  # Of updates in which the actor steps.
+
+
+def conservative_metrics(*, num_critics: int) -> frozenset[str]:
+    """Names of what is reported of the conservative term, and nowhere else."""
+    of_critics = (
+        *(keys.GAP_OF_CRITIC, keys.Q_UNIFORM_OF_CRITIC, keys.Q_CURRENT_OF_CRITIC, keys.Q_NEXT_OF_CRITIC),
+        *(keys.Q_STD_OF_CRITIC, keys.BOUND_RATE_CURRENT_OF_CRITIC, keys.BOUND_RATE_NEXT_OF_CRITIC),
+    )
+    names = {template.format(c=c + 1) for template in of_critics for c in range(num_critics)}
+    return frozenset({*names, keys.CQL_LOSS, keys.ALPHA_PRIME, keys.ALPHA_PRIME_LOSS})
+
+
+def without_what_is_not_evaluated(metrics: Mapping[str, Any], config: CalQLConfig, *, online: bool) -> dict[str, Any]:
+    """RLlib's results of a learner, without names that it reported earlier and not in this iteration.
+
+    RLlib reports them as NaN. A NaN of what was evaluated stays.
+
+    Args:
+        metrics: Of one module.
+        config: The settings.
+        online: The phase.
+    """
+    absent = set(_MAY_BE_EMPTY)
+    if config.period_of_actor(online=online) > 1:
+        absent |= ACTOR_METRICS
+    if not config.is_conservative(online=online):
+        absent |= conservative_metrics(num_critics=config.num_critics)
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not (name in absent and isinstance(value, float) and math.isnan(value))
+    }
+
+
 def metric_names(*, num_critics: int) -> frozenset[str]:
     """Names of all that the learner reports of its losses and updates, some of it with some settings alone."""
-    of_critics = (
-        *(keys.TD_LOSS_OF_CRITIC, keys.GAP_OF_CRITIC, keys.Q_DATA_OF_CRITIC, keys.Q_UNIFORM_OF_CRITIC),
-        *(keys.Q_CURRENT_OF_CRITIC, keys.Q_NEXT_OF_CRITIC, keys.Q_STD_OF_CRITIC),
-        *(keys.BOUND_RATE_CURRENT_OF_CRITIC, keys.BOUND_RATE_NEXT_OF_CRITIC),
-    )
+    of_critics = (keys.TD_LOSS_OF_CRITIC, keys.Q_DATA_OF_CRITIC)
     return frozenset(
         {
             *(template.format(c=c + 1) for template in of_critics for c in range(num_critics)),
-            *(keys.QF_LOSS, keys.POLICY_LOSS, keys.ALPHA_LOSS, keys.ALPHA_VALUE, keys.ALPHA_PRIME),
-            *(keys.ALPHA_PRIME_LOSS, keys.CQL_LOSS, keys.LOG_PROB, keys.TARGET_Q, keys.REFERENCE_VALUE_MEAN),
+            *conservative_metrics(num_critics=num_critics),
+            *ACTOR_METRICS,
+            *(keys.QF_LOSS, keys.ALPHA_VALUE, keys.TARGET_Q, keys.REFERENCE_VALUE_MEAN),
             *(keys.CALIBRATION_GAP, keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
             *(keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE),
             *(keys.NUM_UPDATES_LIFETIME, keys.NUM_SKIPPED_UPDATES_LIFETIME, keys.NUM_SKIPPED_UPDATES_IN_A_ROW),

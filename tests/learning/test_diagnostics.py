@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from rllib_calql import CalQLConfig
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.history import EvaluationHistory
-from rllib_calql.learning.diagnostics import MeanAccumulator, critic_diagnostics
+from rllib_calql.learning.diagnostics import MeanAccumulator, critic_diagnostics, without_what_is_not_evaluated
 from rllib_calql.learning.losses import CriticLoss, SampledValues
 
 # C = 2 critics, N = 2 actions per source, B = 2 states.
@@ -169,3 +171,23 @@ def test_a_restored_history_goes_on_and_a_saved_state_stands_still() -> None:
     assert restored.summary() == {keys.DIP: -10.0, keys.REGRET: pytest.approx(0.6)}
     restored.add({"episode_return_mean": 10.0}, online=True)
     assert restored.summary() == original.summary() == {keys.DIP: -40.0, keys.REGRET: pytest.approx(0.75)}
+
+
+def test_what_was_reported_before_the_switch_alone_is_left_out_and_other_nan_stays() -> None:
+    nan = math.nan
+    of_term = {keys.CQL_LOSS: nan, keys.GAP_OF_CRITIC.format(c=2): nan, keys.BOUND_RATE_NEXT_OF_CRITIC.format(c=1): nan}
+    of_actor = {keys.POLICY_LOSS: nan, keys.LOG_PROB: nan}
+    others = {keys.QF_LOSS: nan, keys.Q_DATA_OF_CRITIC.format(c=1): 2.0, "weights_seq_no": 3}
+    reported = {**of_term, **of_actor, **others, keys.CALIBRATION_GAP_OFFLINE: nan}
+
+    def left(*, online: bool, **settings: Any) -> dict[str, Any]:
+        config = CalQLConfig()
+        for name, value in settings.items():
+            setattr(config, name, value)
+        return without_what_is_not_evaluated(reported, config, online=online)
+
+    assert left(online=True) == {**of_term, **of_actor, **others}
+    assert left(online=False, conservative_online=False) == {**of_term, **of_actor, **others}
+    assert left(online=True, conservative_online=False) == {**of_actor, **others}
+    assert left(online=True, actor_update_period_online=4) == {**of_term, **others}
+    assert left(online=True, conservative_online=False, actor_update_period=20) == others
