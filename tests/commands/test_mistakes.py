@@ -70,6 +70,36 @@ IN_A_FILE = {
     "a number as a word": Mistake(config(actor_lr="small"), ("`actor_lr`", "'small'", "number")),
     "a setting that does nothing here": Mistake(config(lr=1e-3), ("`lr`", "actor_lr")),
     "two settings that contradict": Mistake(config(lagrangian_thresh=3.0), ("`lagrangian_thresh`", "lagrangian=True")),
+    # --- The online side
+    "a schedule that begins late": Mistake(
+        config(mixing_ratio=[[10, 0.5], [20, 0.1]]), ("`mixing_ratio`", "start at 0 env steps, not at 10")
+    ),
+    "a schedule that goes back": Mistake(
+        config(min_q_weight_online=[[0, 1.0], [20, 0.5], [10, 0.1]]),
+        ("`min_q_weight_online`", "must not fall back", "10 comes after 20"),
+    ),
+    "a schedule that leaves its range": Mistake(
+        config(mixing_ratio=[[0, 0.5], [20, 1.5]]), ("`mixing_ratio`", "at most 1")
+    ),
+    "a schedule of words": Mistake(config(bc_weight=[[0, "much"], [9, 0]]), ("`bc_weight`", "pairs", "numbers")),
+    "more critics in the target than there are": Mistake(
+        config(critic_subset=3), ("`critic_subset`", "`num_critics`, 2", "got 3")
+    ),
+    "an unknown way to judge actions": Mistake(config(actor_q="max"), ("`actor_q`", "'mean'", "'max'")),
+    "no step in a target": Mistake(config(n_step=0), ("`n_step`", "positive integer", "0")),
+    "more steps in a target than an episode has": Mistake(
+        config(n_step=20_000), ("`n_step`", "`max_episode_env_steps`", "20000")
+    ),
+    "imitation without data": Mistake({"config": {"bc_weight": 1.0}}, ("`bc_weight`", "no offline data", "`.offline_")),
+    "a weight of a term that is off": Mistake(
+        config(conservative_online=False, min_q_weight_online=1.0), ("`min_q_weight_online`", "`conservative_online`")
+    ),
+    "a metric that fine-tuning does not have": Mistake(
+        {"stop": {"training_iteration": 9, "learners/default_policy/cql_loss": 3.0}}
+        | config(conservative_online=False),
+        ("`learners/default_policy/cql_loss`", "no conservative term", "`conservative_online: true`"),
+    ),
+    # --- Data and phases
     "data without a number of updates": Mistake(
         {"config": {"input_": "DATA"}}, ("`offline_updates`", "`input_`", "fine_tuning")
     ),
