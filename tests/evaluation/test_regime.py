@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from rllib_calql import CalQLConfig
 from rllib_calql.collection.callbacks import RETURN_SQUARE_MEAN
 from rllib_calql.common import metrics as keys
 from rllib_calql.evaluation.evaluating import known_results
@@ -175,6 +176,7 @@ def result_after(history: EvaluationHistory, *, phase_now: str, raw: dict[str, A
         {"evaluation": {"env_runners": raw}},
         None,
         cast("Parts", parts),
+        CalQLConfig(),
         phase="offline",
         is_done=False,
         offline_data=None,
