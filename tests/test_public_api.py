@@ -132,6 +132,7 @@ SIGNATURES = {
         "lagrangian_thresh",
         "max_target_backup",
         "deterministic_backup",
+        "n_step",
         "conservative_gap_clip",
         "num_critics",
         "critic_subset",

@@ -80,8 +80,9 @@ class EpisodeOutcomeCallback(RLlibCallback):
         success = success_of([_outcome_of_step(reports_in(info, key)) for info in infos], rule)
         if metrics_logger is None:
             return
-        episode_return = sum(chunk.get_return() for chunk in chunks)
-        metrics_logger.log_value(RETURN_SQUARE_MEAN, episode_return**2, reduce="mean", window=_window_of_rllib(config))
+        episode_return = float(sum(chunk.get_return() for chunk in chunks))
+        square = episode_return * episode_return  # Infinite, and no error, where it is beyond float64.
+        metrics_logger.log_value(RETURN_SQUARE_MEAN, square, reduce="mean", window=_window_of_rllib(config))
         if success is not None:
             metrics_logger.log_value(SUCCESS_RATE, success, reduce="mean", window=_window(config))
 

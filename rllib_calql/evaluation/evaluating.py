@@ -82,10 +82,10 @@ def known_results(runner_results: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rate, float) and math.isnan(rate):
         del known[keys.SUCCESS_RATE]
     squares, mean = known.pop(RETURN_SQUARE_MEAN, None), known.get(EPISODE_RETURN_MEAN)
-    if squares is not None and mean is not None:
+    if squares is not None and mean is not None and math.isfinite(squares):
         # The rounding of a mean would make up a spread.
         are_equal = known.get(EPISODE_RETURN_MIN) == known.get(EPISODE_RETURN_MAX)
-        known[keys.EPISODE_RETURN_STD] = 0.0 if are_equal else math.sqrt(max(0.0, squares - mean**2))
+        known[keys.EPISODE_RETURN_STD] = 0.0 if are_equal else math.sqrt(max(0.0, squares - mean * mean))
     return known
 
 

@@ -255,6 +255,12 @@ class TransitionStore:
         """Copy of an offline column in memory, shape (num_offline, ...), read-only."""
         return self._offline_data().column(name)
 
+    def offline_rows(self, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+        """Columns of a batch for these offline rows."""
+        columns = self.empty_columns(len(rows))
+        self._offline_data().gather(rows, columns, self.target_steps)
+        return columns
+
     def online_column(self, name: str) -> Array:
         """Read-only view of an online column, shape (num_online, ...), in storage order."""
         view = self._online.columns[name][: self._online.size]

@@ -25,6 +25,7 @@ from small_learners import make_learner
 from tiny import TINY_NETWORKS, LineEnv
 
 import rllib_calql.settings.calql_settings
+import rllib_calql.settings.data_settings
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.learning.learner import CalQLTorchLearner
 from rllib_calql.settings.calql_settings import CalQLSettings
@@ -42,12 +43,13 @@ TESTS = Path(__file__).parents[1]
 
 
 def own_settings() -> set[str]:
-    """What `CalQLSettings` sets itself."""
-    tree = ast.parse(inspect.getsource(rllib_calql.settings.calql_settings))
-    (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
-    (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    attributes = (node for node in ast.walk(init) if isinstance(node, ast.Attribute))
-    names = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    """What `CalQLSettings` and `DataSettings` set themselves."""
+    names: set[str] = set()
+    for module in (rllib_calql.settings.calql_settings, rllib_calql.settings.data_settings):
+        (kind,) = (node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef))
+        (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+        attributes = (node for node in ast.walk(init) if isinstance(node, ast.Attribute))
+        names |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
     return {{"train_batch_size_per_learner": "_train_batch_size_per_learner"}.get(name, name) for name in names}
 
 
