@@ -9,7 +9,8 @@ Three departures from what autograd would do, none of which changes the result b
   backward pass.
 
 With layer norm only the sums of each layer are kept. To normalise them again in the backward pass, in the cache, is
-cheaper than to fetch the activations from main memory too.
+as fast as to keep and fetch the activations too, and takes half the memory. Blocks are larger then: a norm is several
+more operations a block, and to start and join the threads of each costs more than the nearest cache saves.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 LAYER_NORM_EPS = 1e-5  # As torch's.
 _BLOCK_BYTES = 2**20  # Of one layer's activations: two or three of them fit into a core's cache.
+_NORM_BLOCK_BYTES = 2**22  # The same with layer norm: they fit into the cache that cores share.
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
 
@@ -117,7 +119,8 @@ class _BlockwiseCritic(torch.autograd.Function):
         norm_dtype = torch.promote_types(dtype, torch.float32)
         scales, shifts = ([value.to(norm_dtype) for value in of_norms[start::2]] for start in (0, 1))
         rows = actions.transpose(0, 1).reshape(num_rows, -1).to(dtype)  # Rows of one state lie side by side.
-        blocks = _blocks(batch_size, num_actions, max(weight.shape[1] for weight in weights), dtype)
+        width = max(weight.shape[1] for weight in weights)
+        blocks = _blocks(batch_size, num_actions, width, dtype, has_norms=has_norms)
         keeps = any(ctx.needs_input_grad)
         num_kept = num_rows if keeps else min(num_rows, (blocks[0][1] - blocks[0][0]) * num_actions)
         values = [obs_part.new_empty((num_kept, weight.shape[1]), dtype=dtype) for weight in weights]
@@ -177,7 +180,8 @@ class _BlockwiseCritic(torch.autograd.Function):
                 ctx.activation.differentiate(grad_hidden, inputs[index + 1])
                 if norms:
                     grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index])
-                    grad_norms[index].add_(torch.stack(of_norm))
+                    for total, one in zip(grad_norms[index], of_norm, strict=True):
+                        total.add_(one)
                 _add_product_(grad_weights[index], inputs[index].t(), grad_hidden)
                 if index:
                     grad_biases[index - 1].add_(grad_hidden.sum(0, dtype=grad.dtype))
@@ -197,9 +201,12 @@ class _BlockwiseCritic(torch.autograd.Function):
         return (grad_obs_part, None, None, None, None, grad_weights[0], *of_layers, *of_last, *of_norms)
 
 
-def _blocks(batch_size: int, num_actions: int, width: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def _blocks(
+    batch_size: int, num_actions: int, width: int, dtype: torch.dtype, *, has_norms: bool = False
+) -> list[tuple[int, int]]:
     """First and end states of every block, the blocks as even as possible."""
-    states = max(1, _BLOCK_BYTES // (num_actions * width * dtype.itemsize))
+    most_bytes = _NORM_BLOCK_BYTES if has_norms else _BLOCK_BYTES
+    states = max(1, most_bytes // (num_actions * width * dtype.itemsize))
     num_blocks = -(-batch_size // states)
     ends = [batch_size * number // num_blocks for number in range(num_blocks + 1)]
     blocks = list(itertools.pairwise(ends))

@@ -32,7 +32,8 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.fixture(params=[None, 1, 9 * 8 * 7], ids=["one block", "a block per state", "uneven blocks"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        monkeypatch.setattr(critic_kernel, "_BLOCK_BYTES", request.param)
+        for name in ("_BLOCK_BYTES", "_NORM_BLOCK_BYTES"):
+            monkeypatch.setattr(critic_kernel, name, request.param)
 
 
 def parameters_of(widths: list[int], *, layer_norm: bool) -> list[Tensor]:
