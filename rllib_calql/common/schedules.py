@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,23 +35,20 @@ def largest_value(value: Any) -> float:
     return max(float(point[1]) for point in value) if is_schedule(value) else float(value)
 
 
-def flaw_of_schedule(value: Any, *, low: float, high: float = math.inf, least_points: int = 2) -> str | None:
-    """What is wrong with a schedule, or None.
+def flaw_of_schedule(value: Sequence[Any], *, low: float, high: float = math.inf) -> str | None:
+    """What is wrong with a list that is to be a schedule, or None.
 
     Args:
-        value: Anything.
+        value: A list or tuple of anything.
         low: Least value of a point.
         high: Largest value of a point.
-        least_points: Points that it must have.
     """
-    if not is_schedule(value):
-        return "it is no list of points"
     if not all(
         is_schedule(point) and len(point) == 2 and all(_is_finite(number) for number in point) for point in value
     ):
         return "its points must be pairs [env_steps, value] of finite numbers"
-    if len(value) < least_points:
-        return f"it must have at least {least_points} points"
+    if len(value) < 2:
+        return "it must have at least 2 points"
     steps, values = zip(*value, strict=True)
     if steps[0] != 0:
         return f"it must start at 0 env steps, not at {steps[0]}"

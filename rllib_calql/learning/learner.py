@@ -71,13 +71,11 @@ class CalQLTorchLearner(OptimisingLearner):
         self._seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
         self._generator = torch.Generator(device=self._device)
         self._generator.manual_seed(self._seed)
-        self._seed_noise_of_other_ranks()
-        self._calql_module.generator = self._generator
         # Of several learners all draw the same subset of critics, from a generator of which each has its own copy.
-        self._generator_of_subsets = self._generator
-        if self.config.num_learners > 1:
-            self._generator_of_subsets = torch.Generator(device=self._device)
-            self._seed_subsets()
+        has_others = self.config.num_learners > 1
+        self._generator_of_subsets = torch.Generator(device=self._device) if has_others else self._generator
+        self._seed_anew()
+        self._calql_module.generator = self._generator
         self._calql_module.generator_of_subsets = self._generator_of_subsets
         self._bc_weight = ScheduledWeight(self.config.bc_weight, self._device)
         self._conservative_weights = {
@@ -115,22 +113,21 @@ class CalQLTorchLearner(OptimisingLearner):
         if reason is not None and not self._learner_index:
             logger.warning("`precision` is %r, but %s.", self.config.precision, reason)
 
-    def _seed_noise_of_other_ranks(self) -> None:
-        """Seeds the noise of the ranks above 0 by seed, rank and update count.
+    def _seed_anew(self) -> None:
+        """Seeds the noise of the ranks above 0 by seed, rank and update count, and all ranks' subsets without the rank.
 
         RLlib gives every learner the same seed, and a checkpoint holds rank 0's random state only. The same noise on
         every rank would correlate their gradients. Seeded at every update call, a resumed run draws what an
         uninterrupted one would have drawn.
         """
         if self._learner_index:
-            entropy = np.random.SeedSequence((self._seed, self._learner_index, self._num_updates))
-            self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-    def _seed_subsets(self) -> None:
-        """Seeds what draws subsets of critics by seed and update count, for the same reason."""
+            self._seed_by(self._generator, self._learner_index)
         if self._generator_of_subsets is not self._generator:
-            entropy = np.random.SeedSequence((self._seed, _SEED_OF_SUBSETS, self._num_updates))
-            self._generator_of_subsets.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+            self._seed_by(self._generator_of_subsets, _SEED_OF_SUBSETS)
+
+    def _seed_by(self, generator: torch.Generator, number: int) -> None:
+        entropy = np.random.SeedSequence((self._seed, number, self._num_updates))
+        generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     # --- One update call -------------------------------------------------------------------------------------------
 
@@ -166,8 +163,7 @@ class CalQLTorchLearner(OptimisingLearner):
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
         self._online = bool(timesteps.get(ONLINE, False))
-        self._seed_noise_of_other_ranks()
-        self._seed_subsets()
+        self._seed_anew()
         env_steps = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         self._move_learning_rates(env_steps)
         for weight in (self._bc_weight, *self._conservative_weights.values()):
@@ -384,8 +380,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._skipped.set_state(own["num_skipped_updates"])
         self._generator.set_state(torch.as_tensor(own["generator"]))
         self._seed = own["seed"]
-        self._seed_noise_of_other_ranks()
-        self._seed_subsets()
+        self._seed_anew()
         self._set_constant_rates()
 
     def set_observation_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:

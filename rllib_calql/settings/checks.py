@@ -18,7 +18,7 @@ from rllib_calql.networks.model_settings import check_model_config, check_module
 from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.settings.online_checks import check_online_side
-from rllib_calql.settings.quantities import A_SCHEDULE, check_schedule, is_integer, is_real
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_real
 from rllib_calql.settings.refused import check_unused
 
 if TYPE_CHECKING:
@@ -179,10 +179,8 @@ def _check_ranges(config: CalQLConfig) -> None:
             raise ValueError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
     for name in ("actor_lr", "critic_lr", "alpha_lr"):
         rate = getattr(config, name)
-        allowed = f"a positive number or {A_SCHEDULE}"
-        if not is_schedule(rate) and not (is_real(rate) and 0 < rate < math.inf):
-            raise ValueError(f"`{name}` must be {allowed}, got {rate!r}.")
-        check_schedule(name, rate, allowed)
+        is_rate = is_real(rate) and 0 < rate < math.inf
+        check_schedulable(name, rate, is_allowed=is_rate, allowed=f"a positive number or {A_SCHEDULE}")
     entropy = config.target_entropy
     if entropy != "auto" and not (is_real(entropy) and math.isfinite(entropy)):
         raise ValueError(f'`target_entropy` must be "auto" or a finite number, got {entropy!r}.')

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from rllib_calql.common.schedules import is_schedule, largest_value
+from rllib_calql.common.schedules import largest_value
 from rllib_calql.environments.resolving import time_limit_of
-from rllib_calql.settings.quantities import A_SCHEDULE, check_schedule, is_integer, is_real
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_real
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -30,9 +30,8 @@ def check_online_side(config: CalQLConfig) -> None:
 
 def _check_mixture(ratio: Any) -> None:
     allowed = f'in [0, 1] or "proportional", or {A_SCHEDULE} of shares in [0, 1]'
-    if not (ratio == "proportional" or is_schedule(ratio) or (is_real(ratio) and 0 <= float(ratio) <= 1)):
-        raise ValueError(f"`mixing_ratio` must be {allowed}, got {ratio!r}.")
-    check_schedule("mixing_ratio", ratio, allowed, high=1.0)
+    is_share = ratio == "proportional" or (is_real(ratio) and 0 <= float(ratio) <= 1)
+    check_schedulable("mixing_ratio", ratio, is_allowed=is_share, allowed=allowed, high=1.0)
 
 
 def _check_weights(config: CalQLConfig) -> None:
@@ -54,9 +53,8 @@ def _check_weights(config: CalQLConfig) -> None:
 
 
 def _check_weight(name: str, weight: Any, allowed: str) -> None:
-    if not is_schedule(weight) and not (is_real(weight) and 0 <= weight < math.inf):
-        raise ValueError(f"`{name}` must be {allowed}, got {weight!r}.")
-    check_schedule(name, weight, allowed)
+    is_weight = is_real(weight) and 0 <= weight < math.inf
+    check_schedulable(name, weight, is_allowed=is_weight, allowed=allowed)
 
 
 def _check_backup(config: CalQLConfig) -> None:

@@ -20,18 +20,21 @@ def is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def check_schedule(name: str, value: Any, allowed: str, *, high: float = math.inf) -> None:
-    """Checks a setting that is a schedule; the others pass.
+def check_schedulable(name: str, value: Any, *, is_allowed: bool, allowed: str, high: float = math.inf) -> None:
+    """Checks a setting that may be a schedule.
 
     Args:
         name: Of the setting.
         value: Of the setting.
+        is_allowed: Whether it is right where it is no schedule.
         allowed: What it may be, for the message.
-        high: Largest value of a point.
+        high: Largest value of a schedule's point.
 
     Raises:
-        ValueError: Saying what is wrong with it.
+        ValueError: Saying what is allowed, and what is wrong with a schedule.
     """
-    flaw = flaw_of_schedule(value, low=0.0, high=high) if is_schedule(value) else None
-    if flaw is not None:
+    if not is_schedule(value):
+        if not is_allowed:
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+    elif flaw := flaw_of_schedule(value, low=0.0, high=high):
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}: {flaw}.")

@@ -258,7 +258,7 @@ class TransitionStore:
     def offline_rows(self, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
         """Columns of a batch for these offline rows."""
         columns = self.empty_columns(len(rows))
-        self._offline_data().gather(rows, columns, self.target_steps)
+        self.gather(rows, columns)
         return columns
 
     def online_column(self, name: str) -> Array:

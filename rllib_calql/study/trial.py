@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import shutil
 import time
@@ -119,13 +118,9 @@ def _evaluate(algo: CalQL, trial: Trial, learner_results: Mapping[str, Any], sec
     num_critics = trial.config.num_critics
 
     def reported(*names: str) -> float | None:
-        """Mean of what the learner reported under these names, None if it reported nothing of it.
-
-        What it reported before the switch and not since, RLlib reports as NaN.
-        """
+        """Mean of what the learner reported under these names, None if it reported nothing of it."""
         values = [float(learner_results[name]) for name in names if name in learner_results]
-        mean = sum(values) / len(values) if values else math.nan
-        return None if math.isnan(mean) else mean
+        return sum(values) / len(values) if values else None
 
     def of_critics(*templates: str) -> float | None:
         return reported(*(template.format(c=c + 1) for template in templates for c in range(num_critics)))

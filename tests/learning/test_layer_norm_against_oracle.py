@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import oracle
 import pytest
-from oracle_bridge import MODULE, float64_learner, load_params, module_of, read_params, torch_batch, use_noise
+from oracle_bridge import (
+    MODULE,
+    assert_params_equal,
+    float64_learner,
+    load_params,
+    module_of,
+    read_params,
+    torch_batch,
+    use_noise,
+)
 
 from rllib_calql.common import metrics as keys
 
@@ -32,13 +40,6 @@ def name_of(settings: oracle.Settings) -> str:
         f"{settings.layer_norm}-max={settings.max_target_backup}-entropy={not settings.deterministic_backup}-"
         f"lagrangian={settings.lagrangian}-{settings.num_critics}"
     )
-
-
-def assert_params_equal(actual: oracle.Params, expected: oracle.Params) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(float(np.abs(value).max()), 1e-12)
-        np.testing.assert_allclose(actual[name], value, rtol=1e-8, atol=1e-8 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("settings", COMBINATIONS, ids=name_of)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
-from oracle_bridge import MODULE, float64_learner, load_params, read_params, torch_batch, use_noise
+from oracle_bridge import MODULE, assert_params_equal, float64_learner, load_params, read_params, torch_batch, use_noise
 
 from rllib_calql.common import metrics as keys
 
@@ -38,13 +38,6 @@ def _name(settings: oracle.Settings) -> str:
     return "-".join(f"{f}={getattr(settings, f)}" for f in changed) or "default"
 
 
-def _assert_params_equal(actual: oracle.Params, expected: oracle.Params) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(float(np.abs(value).max()), 1e-12)
-        np.testing.assert_allclose(actual[name], value, rtol=1e-8, atol=1e-8 * scale, err_msg=name)
-
-
 @pytest.mark.parametrize("settings", _COMBINATIONS + _VARIATIONS, ids=_name)
 def test_losses_gradients_and_one_full_update_equal_the_oracle(settings: oracle.Settings) -> None:
     params, batch, noise = oracle.random_case(7, settings)
@@ -56,8 +49,8 @@ def test_losses_gradients_and_one_full_update_equal_the_oracle(settings: oracle.
 
     gradients = oracle.gradients(params, batch, noise, settings)
     updated, _, metrics = oracle.full_update(params, oracle.initial_opt_state(params), batch, noise, settings)
-    _assert_params_equal(read_params(learner, gradients=True), gradients)
-    _assert_params_equal(read_params(learner), updated)
+    assert_params_equal(read_params(learner, gradients=True), gradients)
+    assert_params_equal(read_params(learner), updated)
     logged = learner._accumulator.pop()
     pairs = {
         keys.QF_LOSS: metrics["critic_loss"],
@@ -95,7 +88,7 @@ def test_five_updates_in_a_row_equal_the_oracle() -> None:
     for _ in range(5):
         learner._uncompiled_update({MODULE: torch_batch(batch)})
         params, state, _ = oracle.full_update(params, state, batch, noise, settings)
-    _assert_params_equal(read_params(learner), params)
+    assert_params_equal(read_params(learner), params)
 
 
 def test_the_first_update_in_float32_is_within_1e_5_of_the_oracle() -> None:
@@ -128,7 +121,7 @@ def test_behaviour_cloning_ends_after_bc_updates() -> None:
     for step_settings in (settings, replace(settings, bc=False), replace(settings, bc=False)):
         learner._uncompiled_update({MODULE: torch_batch(batch)})
         params, state, _ = oracle.full_update(params, state, batch, noise, step_settings)
-    _assert_params_equal(read_params(learner), params)
+    assert_params_equal(read_params(learner), params)
 
 
 def test_targets_move_every_target_update_period_gradient_steps() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from oracle_bridge import MODULE, float64_learner, load_params, read_params, torch_batch, use_noise
+from oracle_bridge import MODULE, assert_params_equal, float64_learner, load_params, read_params, torch_batch, use_noise
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from scipy import stats
 from small_learners import make_learner
@@ -105,13 +105,6 @@ def test_losses_gradients_and_five_updates_equal_the_oracle(
         for key, name in pairs.items():
             assert logged[key] == pytest.approx(expected[name], rel=1e-8, abs=1e-12), key
     assert_params_equal(read_params(learner), params)
-
-
-def assert_params_equal(actual: oracle.Params, expected: oracle.Params) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(float(np.abs(value).max()), 1e-12)
-        np.testing.assert_allclose(actual[name], value, rtol=1e-8, atol=1e-8 * scale, err_msg=name)
 
 
 # --- What is logged ---------------------------------------------------------------------------------------------------

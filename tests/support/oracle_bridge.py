@@ -110,6 +110,14 @@ def read_params(learner: CalQLTorchLearner, *, gradients: bool = False) -> oracl
     return read
 
 
+def assert_params_equal(actual: oracle.Params, expected: oracle.Params) -> None:
+    """Compares parameters or gradients, to 1e-8 of the largest number of each."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(float(np.abs(value).max()), 1e-12)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-8, atol=1e-8 * scale, err_msg=name)
+
+
 def use_noise(learner: CalQLTorchLearner, noise: oracle.Noise) -> None:
     """Makes the next gradient steps use the given random numbers."""
     tensors = {name: torch.from_numpy(value) for name, value in noise.items()}
