@@ -203,7 +203,7 @@ class EnsembleCritic(nn.Module):
             parameters = [parameter.index_select(0, members) for parameter in parameters]
             norms = [(scale.index_select(0, members), shift.index_select(0, members)) for scale, shift in norms]
         dtype = self.product_dtype or obs.dtype
-        if self._are_batched(obs.device):
+        if self._are_batched(len(parameters[0]), len(actions), obs.device):
             obs_weight, bias, *others = parameters
             obs_part = _product(obs.expand(len(obs_weight), -1, -1), obs_weight, bias)
             return self._evaluate(obs_part, actions, dtype, others, norms)
@@ -219,9 +219,13 @@ class EnsembleCritic(nn.Module):
         return torch.stack(q)
 
     @staticmethod
-    def _are_batched(device: torch.device) -> bool:
-        """Whether one batched product for all critics, a C-th of the kernels, is faster than a product for each."""
-        return device.type != "cpu"
+    def _are_batched(num_critics: int, num_actions: int, device: torch.device) -> bool:
+        """Whether one batched product for all critics, a C-th of the kernels, is faster than a product for each.
+
+        On a CPU it is where each product is small: 0.4 to 0.8 of the time for one action and ten critics, 1.0 to 1.6
+        for 13 actions (two threads, 128 to 256 rows and units).
+        """
+        return device.type != "cpu" or (num_actions == 1 and num_critics > 2)
 
     def _evaluate(
         self,

@@ -190,7 +190,7 @@ def test_batched_critics_as_on_gpus_give_the_same_values_and_gradients(
     obs, weight = random(6, 4, seed=1), random(3, 5, 6, seed=3)
     found = []
     for is_batched in (False, True):
-        monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda device, value=is_batched: value))
+        monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda *_, value=is_batched: value))
         actions = random(5, 6, 2, seed=2).requires_grad_(True)
         q = critic(obs, actions, frozen=frozen)
         assert q.shape == (3, 5, 6)
@@ -198,6 +198,23 @@ def test_batched_critics_as_on_gpus_give_the_same_values_and_gradients(
         found.append([q, *torch.autograd.grad((q * weight).sum(), wanted)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_critics", "num_actions", "num_products"), [(3, 1, 3), (2, 1, 0), (3, 2, 0)])
+def test_on_a_cpu_more_than_two_critics_of_one_action_are_one_batched_product_for_each_layer(
+    num_critics: int, num_actions: int, num_products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+    real = torch.baddbmm
+
+    def counted(*args: torch.Tensor) -> torch.Tensor:
+        products.append(len(args[1]))
+        return real(*args)
+
+    monkeypatch.setattr(torch, "baddbmm", counted)
+    critic = EnsembleCritic(num_critics, 4, 2, [8, 8]).double()
+    critic(random(6, 4, seed=1), random(num_actions, 6, 2, seed=2))
+    assert products == [num_critics] * num_products
 
 
 def test_batched_critics_keep_hidden_layers_in_bfloat16_and_the_last_one_in_float32(
@@ -209,7 +226,7 @@ def test_batched_critics_keep_hidden_layers_in_bfloat16_and_the_last_one_in_floa
     critic.product_dtype = torch.bfloat16
     obs, actions = random(6, 4, seed=1).float(), random(5, 6, 2, seed=2).float().requires_grad_(True)
     alone = critic(obs, actions)
-    monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda device: True))
+    monkeypatch.setattr(EnsembleCritic, "_are_batched", staticmethod(lambda *_: True))
     together = critic(obs, actions)
     assert together.dtype == torch.float32
     assert not torch.equal(together, together.bfloat16().float())  # The last layer is not rounded.
