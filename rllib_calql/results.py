@@ -60,6 +60,8 @@ def completed_result(
         keys.NUM_OFFLINE_TRANSITIONS: parts.store.num_offline,
         keys.NUM_ONLINE_TRANSITIONS: parts.store.num_online,
     }
+    if parts.store.split is not None:
+        completed[keys.STORE][keys.NUM_HELD_OUT_TRANSITIONS] = parts.store.split.num_held_out_rows
     if offline_data is not None and offline_data.report is not None:
         completed[keys.OFFLINE_DATA] = offline_data.report.headline
         completed[keys.STORE][keys.OFFLINE_RETURN_MEAN] = offline_data.report.return_distribution.mean

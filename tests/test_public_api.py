@@ -166,6 +166,8 @@ SIGNATURES = {
         "store_memory_limit",
         "cache_dir",
         "share_offline_data",
+        "validation_fraction",
+        "validation_seed",
         "kwargs",
     ],
     "fine_tuning": [

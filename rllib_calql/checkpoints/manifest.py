@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rllib_calql.config import CalQLConfig
     from rllib_calql.store.replay import TransitionStore
+    from rllib_calql.store.split import Split
 
 # Settings of the module that decide on the shape, or on the meaning, of its parameters.
 _NETWORK_SETTINGS = (
@@ -73,6 +74,7 @@ def manifest_of(
             "transitions": store.num_offline,
             "fingerprint": store.offline.fingerprint() if store.offline is not None else None,
         },
+        "hold_out": None if store.split is None else hold_out_of(store.split),
         "rewards": {name: getattr(config, name) for name in _REWARD_SETTINGS},
         "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
         "lagrangian": config.lagrangian,
@@ -91,6 +93,17 @@ def manifest_of(
         },
         "environment": {"import_folders": import_folders(config.env)},
         "versions": versions_here(),
+    }
+
+
+def hold_out_of(split: Split) -> dict[str, Any]:
+    """Which episodes are held out, and by which settings."""
+    return {
+        "validation_fraction": split.fraction,
+        "validation_seed": split.seed,
+        "episodes": len(split.held_out_episodes),
+        "transitions": split.num_held_out_rows,
+        "fingerprint": split.fingerprint(),
     }
 
 
@@ -154,7 +167,15 @@ def check_resumable(stored: Manifest, own: Manifest) -> None:
             f"The checkpoint was made with `{name}` {before!r}, this run has {now!r}: its online data and Q values are "
             f"in the units of the former; restore with `{name}={before!r}`, or begin a new run from it by `pretrained`."
         )
-    before, now = stored["offline_data"], own["offline_data"]
+    _check_same_data(stored["offline_data"], own["offline_data"])
+    if (change := _change_of_hold_out(stored, own)) is not None:
+        raise ValueError(
+            f"The checkpoint was made with {change}, so other episodes would be held out in the midst of a run; "
+            f"restore with {_settings_of_hold_out(stored)}, or begin a new run from it by `pretrained`."
+        )
+
+
+def _check_same_data(before: Manifest, now: Manifest) -> None:
     if before == now:
         return
     if before["transitions"] != now["transitions"]:
@@ -168,6 +189,44 @@ def check_resumable(stored: Manifest, own: Manifest) -> None:
         f"The checkpoint was made with {before['transitions']} offline transitions, {difference}; restore with the "
         "same data, read by the same settings, or begin a new run from it by `pretrained`."
     )
+
+
+def remark_on_hold_out(stored: Manifest, own: Manifest) -> str | None:
+    """What the networks of the checkpoint have seen of the episodes that this run holds out, in a sentence, or None.
+
+    Nothing is said of other data: whether they share episodes is not known.
+    """
+    before, now = stored.get("hold_out"), own.get("hold_out")
+    is_same_data = stored["offline_data"]["fingerprint"] == own["offline_data"]["fingerprint"]
+    change = _change_of_hold_out(stored, own)
+    if not now or not is_same_data or change is None:
+        return None
+    looks_better = "and held-out metrics look better than they are"
+    if not before:
+        return (
+            "It was trained on the same data without a hold-out, so it has seen the episodes that are held out here, "
+            f"{looks_better}; pre-train it with {_settings_of_hold_out(own)}"
+        )
+    if before["validation_seed"] == now["validation_seed"] and before["episodes"] > now["episodes"]:
+        return None  # Those that are held out now are some of those that were.
+    return (
+        f"It was trained on the same data with {change}, so it has seen episodes that are held out here, "
+        f"{looks_better}; set {_settings_of_hold_out(stored)}, or pre-train it anew"
+    )
+
+
+def _change_of_hold_out(stored: Manifest, own: Manifest) -> str | None:
+    """How other episodes are held out now, of the same data; None if they are the same ones."""
+    before, now = stored.get("hold_out"), own.get("hold_out")  # Manifests of earlier versions have none.
+    if (before and before["fingerprint"]) == (now and now["fingerprint"]):
+        return None
+    return f"{_settings_of_hold_out(stored)}, this run has {_settings_of_hold_out(own)}"
+
+
+def _settings_of_hold_out(manifest: Manifest) -> str:
+    held_out = manifest.get("hold_out") or {"validation_fraction": 0.0}
+    names = (name for name in ("validation_fraction", "validation_seed") if name in held_out)
+    return " and ".join(f"`{name}={held_out[name]}`" for name in names)
 
 
 def changes_of_units(stored: Manifest, own: Manifest) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ray.rllib.core import COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 
-from rllib_calql.checkpoints.manifest import changes_of_units, check_networks
+from rllib_calql.checkpoints.manifest import changes_of_units, check_networks, remark_on_hold_out
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.system import activity
@@ -76,7 +76,7 @@ class Pretrained:
         offline_updates: int | None = None,
     ) -> None:
         self._offline_updates = offline_updates
-        self._remark: str | None = None
+        self._remarks: list[str] = []
         self._path = path
         self._learners = learners
         self._lifetime = lifetime
@@ -86,8 +86,8 @@ class Pretrained:
 
     @property
     def remark(self) -> str | None:
-        """What a user should know of the updates that were taken over; None if nothing."""
-        return self._remark
+        """What a user should know of the updates that were taken over, and of what they saw; None if nothing."""
+        return ". ".join(self._remarks) or None
 
     def forget(self) -> None:
         """Nothing is taken over any more: the run has been restored."""
@@ -120,6 +120,7 @@ class Pretrained:
         self._learners.set_learner_state(_adopt, learner_state)
         self._lifetime.continue_from(stored)
         self._tell_updates()
+        self._tell(remark_on_hold_out(stored, own))
         self._is_due = False
         self._on_loaded()
         return True
@@ -131,11 +132,15 @@ class Pretrained:
             return
         left = self._lifetime.num_offline_updates_left
         then = f"{left} are left before it goes online" if left else "so this run goes online at once"
-        self._remark = (
+        self._tell(
             f"{brought} offline updates come along with the networks and count for `offline_updates`, {total}: {then}. "
             f"For {total} more of them set `offline_updates` to {brought + total}"
         )
-        logger.warning("`pretrained`: %s.", self._remark)
+
+    def _tell(self, remark: str | None) -> None:
+        if remark is not None:
+            self._remarks.append(remark)
+            logger.warning("`pretrained`: %s.", remark)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ REGIME_DATA = "regime_data"  # That of the offline data's episodes.
 
 # Below "store"
 STORE = "store"  # Parent key of the sizes below.
-NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held.
+NUM_OFFLINE_TRANSITIONS = "num_offline_transitions"  # Rows of offline data held, held-out ones included.
+NUM_HELD_OUT_TRANSITIONS = "num_held_out_transitions"  # Those of held-out episodes; absent without a hold-out.
 OFFLINE_RETURN_MEAN = "offline_return_mean"  # Mean undiscounted return of the offline episodes, recorded rewards.
 NUM_ONLINE_TRANSITIONS = "num_online_transitions"  # Rows of online data held (at most `online_capacity`).
 

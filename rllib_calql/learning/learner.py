@@ -29,7 +29,7 @@ from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
 from rllib_calql.learning.optimisers import OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
-from rllib_calql.learning.step_losses import Duals, ScheduledWeight, losses_of_step
+from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
 from rllib_calql.networks.steps import KindOfStep
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
@@ -256,19 +256,24 @@ class CalQLTorchLearner(OptimisingLearner):
         fwd_out: dict[str, Tensor],
     ) -> Tensor:
         """Sum of critic, actor, temperature and (with `lagrangian`) dual loss; their parameters are disjoint."""
-        total, scalars = losses_of_step(
-            config,
-            self._calql_module.kind_of_step,
-            batch,
-            fwd_out,
-            Duals(self.curr_log_alpha[module_id], self.log_alpha_prime),
-            target_entropy=self.target_entropy[module_id],
-            action_dim=self._calql_module.num_free_actions,
-            conservative_weight=self._conservative_weights[self._online],
-            bc_weight=self._bc_weight,
-        )
+        total, scalars = self._losses_of(batch, fwd_out)
         self._accumulator.add(scalars)
         return total
+
+    def _losses_of(self, batch: dict[str, Tensor], fwd_out: dict[str, Tensor]) -> StepLosses:
+        """The losses of a step of the module's `kind_of_step`, and what is logged of them."""
+        kind = self._calql_module.kind_of_step
+        return losses_of_step(
+            self.config,
+            kind,
+            batch,
+            fwd_out,
+            Duals(self.curr_log_alpha[DEFAULT_MODULE_ID], self.log_alpha_prime),
+            target_entropy=self.target_entropy[DEFAULT_MODULE_ID],
+            action_dim=self._calql_module.num_free_actions,
+            conservative_weight=self._conservative_weights[kind.is_online],
+            bc_weight=self._bc_weight,
+        )
 
     @override(CQLTorchLearner)
     def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:

@@ -270,11 +270,28 @@ def _check_data(config: CalQLConfig) -> None:
     tolerance = config.observation_jump_tolerance
     if not (is_real(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"`observation_jump_tolerance` must be a number of at least 0, got {tolerance!r}.")
+    _check_hold_out(config)
     if config.cache_dir is not None and not (isinstance(config.cache_dir, str) and config.cache_dir):
         raise ValueError(f"`cache_dir` must be None or the path of a folder, got {config.cache_dir!r}.")
     if config.input_filesystem is None and config.input_filesystem_kwargs:
         raise ValueError("`input_filesystem_kwargs` is set but `input_filesystem` is not; set it or drop them.")
     filesystem_of(config.input_filesystem, config.input_filesystem_kwargs)
+
+
+def _check_hold_out(config: CalQLConfig) -> None:
+    fraction, seed = config.validation_fraction, config.validation_seed
+    if not (is_real(fraction) and 0 <= fraction < 1):
+        raise ValueError(
+            f"`validation_fraction` must be at least 0 and below 1, the share of the episodes that is held out; got "
+            f"{fraction!r}."
+        )
+    if not is_integer(seed, 0):
+        raise ValueError(f"`validation_seed` must be an integer of at least 0, got {seed!r}.")
+    if fraction and not config.is_offline:
+        raise ValueError(
+            f"`validation_fraction` is {fraction!r}, but there are no offline data to hold out from; set "
+            "`.offline_data(input_=...)` or drop it."
+        )
 
 
 def _check_collection(config: CalQLConfig) -> None:

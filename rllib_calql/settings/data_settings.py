@@ -39,6 +39,8 @@ class DataSettings(CQLConfig):
         self.store_memory_limit: int | None = None
         self.cache_dir: str | None = None
         self.share_offline_data = True
+        self.validation_fraction = 0.0
+        self.validation_seed = 0
 
     @override(CQLConfig)
     def offline_data(
@@ -60,6 +62,8 @@ class DataSettings(CQLConfig):
         store_memory_limit: int | None = NotProvided,
         cache_dir: PathLike | None = NotProvided,
         share_offline_data: bool = NotProvided,
+        validation_fraction: float = NotProvided,
+        validation_seed: int = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets where the data come from and how rewards and returns are computed.
@@ -97,6 +101,10 @@ class DataSettings(CQLConfig):
             cache_dir: Folder of these files. None: `rllib_calql` in the user's cache folder.
             share_offline_data: Whether the trials of Ray Tune share one copy of the offline transitions per node, in
                 Ray's object store.
+            validation_fraction: Share of the episodes, at least 0 and below 1, that training never sees: whole
+                episodes, `round(share * episodes)` of them. Every evaluation says how critics and policy do on them,
+                also without an environment.
+            validation_seed: Draws these episodes, and nothing else does: runs that differ in `seed` hold out the same.
             **kwargs: RLlib's own settings (`input_filesystem`, `input_filesystem_kwargs`).
 
         Returns:
@@ -126,6 +134,8 @@ class DataSettings(CQLConfig):
             store_memory_limit=store_memory_limit,
             cache_dir=cache_dir,
             share_offline_data=share_offline_data,
+            validation_fraction=validation_fraction,
+            validation_seed=validation_seed,
         )
         return self
 

@@ -33,11 +33,13 @@ from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.resolution import check_resolution, remark_on_rewards
 from rllib_calql.store.returns_connector import AddReturnsToGo
 from rllib_calql.store.shared_data import SharedTables, SharingSettings, is_in_actor
+from rllib_calql.store.split import split_episodes
 from rllib_calql.store.table_cache import default_cache_dir
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
+_NOT_HELD_OUT = " that is not held out"
 logger = logging.getLogger(__name__)
 
 
@@ -141,7 +143,13 @@ class CalQLOfflineData(OfflineData):
                 '`unfinished_episodes="truncate"`, or record longer ones.'
             )
         store.offline, self.report = loaded
-        self._check_target_steps(int(store.offline.lengths.max()))
+        lengths, config = store.offline.lengths, self.config
+        store.split = split_episodes(lengths, fraction=config.validation_fraction, seed=config.validation_seed)
+        if store.split is not None:
+            held_out = store.held_out_episodes()
+            self.report = replace(self.report, held_out=(len(held_out), store.split.num_held_out_rows))
+            lengths = np.delete(lengths, held_out)
+        self._check_target_steps(int(lengths.max()))
         check_resolution(
             self.report,
             observation_space,
@@ -197,7 +205,8 @@ class CalQLOfflineData(OfflineData):
         if self.config.n_step > longest:
             raise ValueError(
                 f"`n_step` must be at most {longest}, the steps of the longest episode in `input_` "
-                f"{self.config.input_!r}; got {self.config.n_step}. Lower it."
+                f"{self.config.input_!r}{_NOT_HELD_OUT if self.config.validation_fraction else ''}; got "
+                f"{self.config.n_step}. Lower it."
             )
 
     def _check_report(self, report: DatasetReport) -> None:
@@ -228,7 +237,7 @@ class CalQLOfflineData(OfflineData):
     def sample(
         self, num_samples: int, return_iterator: bool = False, num_shards: int = 1, module_state: Any = None
     ) -> MultiAgentBatch | Iterator[MultiAgentBatch]:
-        """Draws offline rows uniformly, by RLlib's signature.
+        """Draws offline rows that are not held out uniformly, by RLlib's signature.
 
         Args:
             num_samples: Rows of one batch.

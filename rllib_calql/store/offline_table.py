@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
+from rllib_calql.store.split import Split
 from rllib_calql.store.target_steps import TargetSteps
 
 Array = npt.NDArray[Any]
@@ -225,11 +226,17 @@ class OfflineTable:
         column.flags.writeable = False
         return column
 
-    def observation_statistics(self) -> tuple[Array, Array]:
-        """Mean and standard deviation of the observations in float64, each of shape (obs_dim,), in two passes."""
-        mean = sum((obs.sum(axis=0, dtype=np.float64) for obs in self._observations()), np.float64(0.0)) / len(self)
-        squares = sum((((obs - mean) ** 2).sum(axis=0) for obs in self._observations()), np.float64(0.0))
-        return np.asarray(mean), np.sqrt(squares / len(self))
+    def observation_statistics(self, split: Split | None = None) -> tuple[Array, Array]:
+        """Mean and standard deviation of the observations in float64, each of shape (obs_dim,), in two passes.
+
+        Args:
+            split: Whose held-out rows are left out; None: all rows count.
+        """
+        num_rows = len(self) if split is None else split.num_training_rows
+        sums = (obs.sum(axis=0, dtype=np.float64) for obs in self._observations(split))
+        mean = sum(sums, np.float64(0.0)) / num_rows
+        squares = sum((((obs - mean) ** 2).sum(axis=0) for obs in self._observations(split)), np.float64(0.0))
+        return np.asarray(mean), np.sqrt(squares / num_rows)
 
     def fingerprint(self) -> str:
         """Digest of all transitions and episodes, the same wherever and from what files they were loaded."""
@@ -245,9 +252,11 @@ class OfflineTable:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def _observations(self) -> Iterator[Array]:
+    def _observations(self, split: Split | None) -> Iterator[Array]:
         for start in range(0, len(self), _STATISTICS_ROWS):
-            yield self.records[Columns.OBS][start : start + _STATISTICS_ROWS]
+            observations = self.records[Columns.OBS][start : start + _STATISTICS_ROWS]
+            rows = np.arange(start, start + len(observations))
+            yield observations if split is None else observations[split.is_training_row(rows)]
             self._let_go()
 
     def _let_go(self) -> None:

@@ -13,6 +13,7 @@ from ray.rllib.core.columns import Columns
 from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
 from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.returns_connector import TAIL_DISCOUNT
+from rllib_calql.store.split import Split
 from rllib_calql.store.target_steps import TargetSteps
 
 IS_OFFLINE = "is_offline"  # 1.0 for offline rows: which part of a batch a row came from.
@@ -129,7 +130,7 @@ class TransitionStore:
     """Transitions with their reference values: an offline table and an online ring.
 
     Both parts are sampled uniformly with replacement. Every batch holds exactly the asked number of offline rows,
-    never that number in expectation.
+    never that number in expectation. Held-out rows are in the offline table like all others, and are never drawn.
 
     Args:
         obs_dim: Size of a flat observation.
@@ -142,6 +143,10 @@ class TransitionStore:
             `TargetSteps`, and there are two more columns: `BOOTSTRAP_OBS`, the observation after the last reward of the
             sum, and `BOOTSTRAP_DISCOUNT`, gamma^m. Next observations stay those of one step.
         gamma: Discount of these rewards; used with `n_step` above 1 only.
+
+    Attributes:
+        offline: The offline table, or None.
+        split: Which of its episodes are held out; None if none are.
     """
 
     def __init__(
@@ -170,13 +175,31 @@ class TransitionStore:
         self._track_tails = track_tails
         self.target_steps = TargetSteps(n_step, gamma)
         self.offline: OfflineTable | None = None
+        self.split: Split | None = None
         self._online = _Table(shapes, limit=online_capacity, obs_dtype=np.dtype(obs_dtype))
         self._rng = np.random.default_rng(seed)
 
     @property
     def num_offline(self) -> int:
-        """Offline rows held."""
+        """Offline rows held, those of held-out episodes included."""
         return 0 if self.offline is None else len(self.offline)
+
+    @property
+    def num_training_rows(self) -> int:
+        """Offline rows that batches are drawn from."""
+        return self.num_offline if self.split is None else self.split.num_training_rows
+
+    def training_rows(self) -> npt.NDArray[np.int64]:
+        """Numbers of the offline rows that batches are drawn from, ascending."""
+        return np.arange(self.num_offline) if self.split is None else self.split.training_rows()
+
+    def held_out_rows(self) -> npt.NDArray[np.int64]:
+        """Numbers of the offline rows that are held out, ascending."""
+        return np.empty(0, np.int64) if self.split is None else self.split.held_out_rows()
+
+    def held_out_episodes(self) -> npt.NDArray[np.int64]:
+        """Numbers of the offline episodes that are held out, ascending."""
+        return np.empty(0, np.int64) if self.split is None else self.split.held_out_episodes
 
     @property
     def num_online(self) -> int:
@@ -272,7 +295,7 @@ class TransitionStore:
         if self.num_offline == 0:
             return 0
         if mixing_ratio == "proportional":
-            mixing_ratio = self.num_offline / (self.num_offline + self.num_online)
+            mixing_ratio = self.num_training_rows / (self.num_training_rows + self.num_online)
         return round(batch_size * float(mixing_ratio))
 
     def draw_seed(self) -> int:
@@ -322,11 +345,11 @@ class TransitionStore:
         Raises:
             ValueError: If a part that is asked for is empty.
         """
-        parts = [
-            self._draw_part("offline", self.num_offline, num_batches, num_offline_rows),
-            self._draw_part("online", self.num_online, num_batches, batch_size - num_offline_rows) + self.num_offline,
-        ]
-        return np.concatenate(parts, axis=1)
+        offline = self._draw_part("offline", self.num_training_rows, num_batches, num_offline_rows)
+        online = self._draw_part("online", self.num_online, num_batches, batch_size - num_offline_rows)
+        if self.split is not None:
+            offline = self.split.rows_of(offline)
+        return np.concatenate([offline, online + self.num_offline], axis=1)
 
     def _offline_data(self) -> OfflineTable:
         if self.offline is None:
@@ -355,8 +378,8 @@ class TransitionStore:
                 column[...] = flat[name].reshape(column.shape)
 
     def observation_statistics(self) -> tuple[Array, Array]:
-        """Mean and standard deviation of the offline observations, in float64, each of shape (obs_dim,)."""
-        return self._offline_data().observation_statistics()
+        """Mean and deviation of the offline observations not held out, in float64, each of shape (obs_dim,)."""
+        return self._offline_data().observation_statistics(self.split)
 
     def refresh_returns(self, estimate_values: Callable[[Array], Array]) -> None:
         """Renews the value of the last observation in the returns of all episodes that were cut ("bootstrap").

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rllib_calql.checkpoints.manifest import hold_out_of
 from rllib_calql.checkpoints.pretrained import Pretrained, restoring
 from rllib_calql.checkpoints.saving import Saving
 from rllib_calql.checkpoints.versions import versions_here
 from rllib_calql.common.lifetime import Lifetime
+from rllib_calql.store.split import Split, split_episodes
 
 MODULE = "learner_group/learner/rl_module/default_policy"
 
@@ -68,7 +72,16 @@ class Learners:
 class Run:
     """All that is saved of a run, and what happened to it."""
 
-    def __init__(self, *, keeps_online_data: bool = True, gamma: float = 0.9, pretrained: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        keeps_online_data: bool = True,
+        gamma: float = 0.9,
+        pretrained: Any = None,
+        split: Split | None = None,
+        data: str = "a",
+    ) -> None:
+        self.split, self.data = split, data
         self.lifetime = Lifetime(offline_updates=5, updates_per_env_step=1.0, warmup_env_steps=0)
         self.store, self.history, self.keeper = Store(), Part(at_switch=1.5), Part(num_discarded=2)
         self.learners, self.gamma, self.aligned = Learners(), gamma, 0
@@ -100,7 +113,8 @@ class Run:
             "spaces": {},
             "lagrangian": False,
             "rewards": {"gamma": self.gamma},
-            "offline_data": {"transitions": 3, "fingerprint": "a"},
+            "offline_data": {"transitions": 3, "fingerprint": self.data},
+            **({} if self.split is None else {"hold_out": hold_out_of(self.split)}),
             "online_data": {"transitions": 7, "mebibytes": 0.0, "in_checkpoint": True},
             "versions": versions_here(),
         }
@@ -182,3 +196,83 @@ def test_a_run_that_is_restored_does_not_read_its_pretrained_networks(tmp_path: 
         due.pretrained.load_if_due()
     due.pretrained.forget()
     assert not due.pretrained.load_if_due()
+
+
+def split_of(fraction: float, seed: int = 0) -> Split:
+    split = split_episodes(np.full(20, 3), fraction=fraction, seed=seed)
+    assert split is not None
+    return split
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            (0.1, 0),
+            (0.2, 0),
+            r"made with `validation_fraction=0\.1` and `validation_seed=0`, this run has `.*=0\.2` and",
+        ),
+        ((0.1, 0), (0.1, 4), "this run has `validation_fraction=0.1` and `validation_seed=4`"),
+        ((0.1, 3), None, "this run has `validation_fraction=0.0`, so .*restore with `.*=0.1` and `validation_seed=3`"),
+        (None, (0.1, 3), "made with `validation_fraction=0.0`, this run has `.*=0.1` and `.*=3`, so .*restore with `v"),
+    ],
+)
+def test_a_checkpoint_with_other_held_out_episodes_changes_nothing(
+    tmp_path: Path, before: tuple[float, int] | None, now: tuple[float, int] | None, message: str
+) -> None:
+    run = Run(split=None if before is None else split_of(*before))
+    other = Run(split=None if now is None else split_of(*now))
+    path = run.save(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=message):
+        other.restore(path)
+    assert (other.store.state, other.aligned) == ({}, 0)
+
+
+def test_a_checkpoint_with_the_same_held_out_episodes_is_restored(tmp_path: Path) -> None:
+    run = Run(split=split_of(0.1, 3))
+    path = run.save(tmp_path / "checkpoint")
+    restored = Run(split=split_of(0.11, 3))  # Both are 2 of 20.
+    restored.restore(path)
+    assert restored.store.state == {"rows": 7}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "data", "remark"),
+    [
+        (
+            (0.1, 0),
+            (0.2, 0),
+            "a",
+            "It was trained on the same data with `validation_fraction=0.1` and .*, so it has seen",
+        ),
+        (None, (0.2, 0), "a", "It was trained on the same data without a hold-out, so it has seen"),
+        (
+            (0.2, 0),
+            (0.2, 1),
+            "a",
+            "It was trained on the same data with `validation_fraction=0.2` and .*, so it has seen",
+        ),
+        ((0.1, 0), (0.1, 0), "a", None),
+        ((0.2, 0), (0.1, 0), "a", None),  # These are some of those.
+        ((0.1, 0), None, "a", None),
+        (None, (0.2, 0), "b", None),
+    ],
+)
+def test_networks_that_saw_what_is_held_out_are_said_to(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    before: tuple[float, int] | None,
+    now: tuple[float, int] | None,
+    data: str,
+    remark: str | None,
+) -> None:
+    source = Run(split=None if before is None else split_of(*before))
+    split = None if now is None else split_of(*now)
+    run = Run(pretrained=source.save(tmp_path / "checkpoint"), split=split, data=data)
+    with caplog.at_level(logging.WARNING, logger="rllib_calql"):
+        assert run.pretrained.load_if_due()
+    if remark is None:
+        assert run.pretrained.remark is None
+    else:
+        assert re.match(remark, run.pretrained.remark or "")
+        assert (run.pretrained.remark or "") in caplog.text

@@ -79,6 +79,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "store_memory_limit": None,
         "cache_dir": None,
         "share_offline_data": True,
+        "validation_fraction": 0.0,
+        "validation_seed": 0,
     },
     "fine_tuning": {
         "offline_updates": None,
@@ -149,6 +151,8 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "store_memory_limit": 10**9,
         "cache_dir": "/cache",
         "share_offline_data": False,
+        "validation_fraction": 0.2,
+        "validation_seed": 3,
         "input_filesystem": LocalFileSystem(),
     },
     "fine_tuning": {
@@ -490,6 +494,8 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     ("offline_data.reward_bias", NOT_FINITE_OR_NO_NUMBER, "must be a finite number"),
     ("training.lagrangian_thresh", NOT_FINITE_OR_NO_NUMBER, "must be a finite number"),
     ("offline_data.failure_reward", (NAN, INF, "0", True), "must be None or a finite number"),
+    ("offline_data.validation_fraction", (-0.1, 1, 1.5, *NOT_FINITE_OR_NO_NUMBER), "must be at least 0 and below 1"),
+    ("offline_data.validation_seed", (-1, 0.5, "1", None, True), "must be an integer of at least 0"),
     ("fine_tuning.mixing_ratio", (-0.1, 1.5, NAN, "half", None, True), r'must be in \[0, 1\] or "proportional"'),
     (
         "training.conservative_gap_clip",
@@ -781,6 +787,13 @@ def test_imitation_needs_offline_data(weight: Any) -> None:
         config.validate()
     config.offline_data(input_="rows.parquet").fine_tuning(offline_updates=1).validate()
     CalQLConfig().environment("Pendulum-v1").training(bc_weight=[[0, 0], [100, 0.0]]).validate()
+
+
+def test_a_hold_out_needs_offline_data() -> None:
+    config = CalQLConfig().environment("Pendulum-v1").offline_data(validation_fraction=0.1)
+    with pytest.raises(ValueError, match=r"`validation_fraction` is 0.1, but there are no offline data .*; set `.off"):
+        config.validate()
+    config.offline_data(input_="rows.parquet").fine_tuning(offline_updates=1).validate()
 
 
 # What the target takes, offline and online: (best of several actions, entropy).

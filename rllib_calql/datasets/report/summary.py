@@ -15,7 +15,7 @@ from rllib_calql.datasets.report.magnitudes import OUTLIER_FACTOR
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _QUANTILE_NAMES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max", "mean", "std")
-_ARRAYS = ("returns", "lengths")  # Not part of what is stored.
+_NOT_STORED = ("returns", "lengths", "held_out")  # Arrays, and what is no property of the data.
 _WIDTH = 110  # Columns of a terminal.
 _LABEL_WIDTH = 18
 _MOST_ROWS = 40  # Of one array in a table of ranges.
@@ -107,6 +107,8 @@ class DatasetReport:
         notes: What looks wrong, one sentence each.
         returns: [E] in order of reading, if they were asked for; not stored by `to_dict`.
         lengths: [E] likewise.
+        held_out: Episodes and transitions that a run holds out; None if it holds out none, or there is no run. Not
+            stored, for the data do not depend on it. All other numbers are of the whole data.
     """
 
     names: tuple[str, ...]
@@ -131,6 +133,7 @@ class DatasetReport:
     notes: tuple[str, ...]
     returns: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
     lengths: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    held_out: tuple[int, int] | None = None
 
     @property
     def share_succeeded(self) -> float | None:
@@ -158,12 +161,14 @@ class DatasetReport:
             parts.append(f"{format_share(self.share_failed)} failed")
         if self.share_outlying_rewards:
             parts.append(f"{format_share(self.share_outlying_rewards)} of the rewards over {OUTLIER_FACTOR:,} x usual")
+        if self.held_out is not None:
+            parts[0] += " (held out {:,} and {:,})".format(*self.held_out)
         return "; ".join([", ".join(parts), *(f"{count:,} {remark}" for remark, count in self.remarks.items())])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, for JSON: its numbers are finite."""
+        """Everything but the arrays and what is held out, for JSON: its numbers are finite."""
         content = asdict(replace(self, returns=None, lengths=None))
-        return {name: value for name, value in content.items() if name not in _ARRAYS}
+        return {name: value for name, value in content.items() if name not in _NOT_STORED}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DatasetReport:
@@ -172,7 +177,7 @@ class DatasetReport:
         Raises:
             ValueError: If names are missing or unknown, as in a report of another version.
         """
-        expected = {known.name for known in fields(cls)} - set(_ARRAYS)
+        expected = {known.name for known in fields(cls)} - set(_NOT_STORED)
         if set(content) != expected:
             differing = ", ".join(f"`{name}`" for name in sorted(set(content) ^ expected))
             raise ValueError(f"The stored dataset report lacks or has in excess {differing}; build the report anew.")
@@ -186,13 +191,20 @@ class DatasetReport:
         }
         return cls(**values)
 
+    def _held_out_of(self, what: int) -> str:
+        """How many of the episodes (0) or transitions (1) are held out, and how many are left to train on."""
+        if self.held_out is None:
+            return ""
+        total, held_out = (self.num_episodes, self.num_transitions)[what], self.held_out[what]
+        return f", {held_out:,} of them held out and {total - held_out:,} to train on"
+
     def __str__(self) -> str:
         """Rows of label and text, at most 110 columns wide unless a name is longer."""
         shares = map(format_share, (self.share_terminated, self.share_truncated, self.share_unfinished))
         counts = [
             ("dataset" if len(self.names) < 2 else "datasets", ", ".join(self.names) or "-"),
-            ("episodes", f"{self.num_episodes:,}"),
-            ("transitions", f"{self.num_transitions:,}"),
+            ("episodes", f"{self.num_episodes:,}{self._held_out_of(0)}"),
+            ("transitions", f"{self.num_transitions:,}{self._held_out_of(1)}"),
             ("ended", "terminated {}, truncated {}; without an end in the data {}".format(*shares)),
         ]
         rewards = [
