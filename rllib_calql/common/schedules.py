@@ -43,9 +43,7 @@ def flaw_of_schedule(value: Sequence[Any], *, low: float, high: float = math.inf
         low: Least value of a point.
         high: Largest value of a point.
     """
-    if not all(
-        is_schedule(point) and len(point) == 2 and all(_is_finite(number) for number in point) for point in value
-    ):
+    if not all(is_schedule(point) and len(point) == 2 and all(map(_is_finite, point)) for point in value):
         return "its points must be pairs [env_steps, value] of finite numbers"
     if len(value) < 2:
         return "it must have at least 2 points"
@@ -61,5 +59,16 @@ def flaw_of_schedule(value: Sequence[Any], *, low: float, high: float = math.inf
     return None
 
 
-def _is_finite(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+def is_float(value: Any) -> bool:
+    """Whether it is a number that a float can hold; NaN is one, a whole number of 400 digits is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_finite(value: Any) -> bool:
+    return is_float(value) and math.isfinite(value)

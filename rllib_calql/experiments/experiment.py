@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from rllib_calql.experiments.best_checkpoint import BestMetric
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.experiments.schedulers import mutations, parse_scheduler
-from rllib_calql.experiments.search_spaces import find_spaces, foreseeable_choices, substitute
+from rllib_calql.experiments.search_spaces import (
+    KeyPath,
+    find_spaces,
+    foreseeable_choices,
+    foreseeable_combinations,
+    substitute,
+)
 from rllib_calql.experiments.typed_settings import build_config, settings_by_method
 from rllib_calql.registration import register
 from rllib_calql.sources import check_sources
@@ -204,18 +210,25 @@ def _read_python(path: Path) -> Experiment:
 def _examples_of(config: AlgorithmConfig, name: str) -> tuple[AlgorithmConfig, ...]:
     """What trials may get: one value for each space, every foreseeable value once. Bad ones show before training."""
     spaces = dict(find_spaces(vars(config)))
-    examples = []
-    for chosen in foreseeable_choices(spaces):
-        example = config.copy(copy_frozen=False)
-        for attribute in {path[0] for path in spaces}:
-            setattr(example, attribute, substitute(getattr(config, attribute), chosen, (attribute,)))
-        with reported(f"Experiment '{name}'"):
-            example.validate()
-            _check_places(example)
-        examples.append(example)
+    examples = [_validated(config, spaces, chosen, name) for chosen in foreseeable_choices(spaces)]
+    if len(spaces) > 1:
+        for chosen in foreseeable_combinations(spaces):
+            _validated(config, spaces, chosen, name)
     with reported(f"Experiment '{name}'"):
         check_sources(examples)
     return tuple(examples)
+
+
+def _validated(
+    config: AlgorithmConfig, spaces: Mapping[KeyPath, Any], chosen: Mapping[KeyPath, Any], name: str
+) -> AlgorithmConfig:
+    example = config.copy(copy_frozen=False)
+    for attribute in {path[0] for path in spaces}:
+        setattr(example, attribute, substitute(getattr(config, attribute), chosen, (attribute,)))
+    with reported(f"Experiment '{name}'"):
+        example.validate()
+        _check_places(example)
+    return example
 
 
 def _check_places(config: AlgorithmConfig) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
 
 from rllib_calql.experiments.errors import ExperimentError, reported
 
 KeyPath = tuple[Any, ...]
+_MAX_COMBINATIONS = 64  # A check takes about 20 ms.
 # Name -> (constructor, number of entries of the list; None for any).
 _SEARCH_SPACES: dict[str, tuple[Callable[..., Any], int | None]] = {
     "grid_search": (tune.grid_search, None),
@@ -73,12 +76,26 @@ def foreseeable_choices(spaces: Mapping[KeyPath, Any]) -> Iterator[dict[KeyPath,
     yield from (first | {path: value} for path, space in spaces.items() for value in _foreseeable_values(space)[1:])
 
 
+def foreseeable_combinations(spaces: Mapping[KeyPath, Any]) -> Iterator[dict[KeyPath, Any]]:
+    """The choices in which every foreseeable value is there with every one of the other spaces.
+
+    Beyond 64 there are none, and none where a function chooses by what the others chose.
+    """
+    if any(isinstance(space, Function) for space in spaces.values()):
+        return
+    values = [_foreseeable_values(space) for space in spaces.values()]
+    if math.prod(map(len, values)) <= _MAX_COMBINATIONS:
+        yield from (dict(zip(spaces, chosen, strict=True)) for chosen in itertools.product(*values))
+
+
 def _foreseeable_values(space: Any) -> Sequence[Any]:
     if isinstance(space, dict):
         values: Sequence[Any] = space["grid_search"]
         return values
     if isinstance(space, Categorical):
         return list(space.categories)
+    if isinstance(space, Integer):
+        return [space.lower, space.upper - 1]
     return [space.lower, space.upper] if isinstance(space, Float) else [space.sample()]
 
 

@@ -49,7 +49,7 @@ def check_model_config(settings: Mapping[str, Any]) -> None:
     for name in ("actor_hiddens", "critic_hiddens"):
         if not _is_list_of(settings[name], _is_positive):
             raise ValueError(f"`{name}` must be a list of positive layer widths, got {settings[name]!r}.")
-    if settings["activation"] not in ACTIVATIONS:
+    if not (isinstance(settings["activation"], str) and settings["activation"] in ACTIVATIONS):
         raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {settings['activation']!r}.")
     layer_norm = settings["layer_norm"]
     if not (isinstance(layer_norm, bool) or (isinstance(layer_norm, str) and layer_norm in ("actor", "critic"))):

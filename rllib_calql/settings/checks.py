@@ -18,7 +18,7 @@ from rllib_calql.networks.model_settings import check_model_config, check_module
 from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.settings.online_checks import check_online_side
-from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_real
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_one_of, is_real
 from rllib_calql.settings.refused import check_unused
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _check_clipping(config: CalQLConfig) -> None:
     clip_to = config.grad_clip
     if clip_to is not None and not (is_real(clip_to) and 0 < clip_to < math.inf):
         raise ValueError(f"`grad_clip` must be None or a positive number, got {clip_to!r}.")
-    if config.grad_clip_by not in _CLIPPED_BY:
+    if not is_one_of(config.grad_clip_by, _CLIPPED_BY):
         raise ValueError(f"`grad_clip_by` must be one of {_CLIPPED_BY}, got {config.grad_clip_by!r}.")
 
 
@@ -182,7 +182,7 @@ def _check_ranges(config: CalQLConfig) -> None:
         is_rate = is_real(rate) and 0 < rate < math.inf
         check_schedulable(name, rate, is_allowed=is_rate, allowed=f"a positive number or {A_SCHEDULE}")
     entropy = config.target_entropy
-    if entropy != "auto" and not (is_real(entropy) and math.isfinite(entropy)):
+    if not is_one_of(entropy, ("auto",)) and not (is_real(entropy) and math.isfinite(entropy)):
         raise ValueError(f'`target_entropy` must be "auto" or a finite number, got {entropy!r}.')
     if config.tau > 1:
         raise ValueError(f"`tau` must be in (0, 1], got {config.tau!r}.")
@@ -227,11 +227,11 @@ def _check_choices(config: CalQLConfig) -> None:
             "`reference_value` and `use_recorded_returns` name columns of offline data, and there are none; set "
             "`input_` or drop them."
         )
-    if config.precision not in PRECISIONS:
+    if not is_one_of(config.precision, PRECISIONS):
         raise ValueError(f"`precision` must be one of {PRECISIONS}, got {config.precision!r}.")
-    if config.truncation not in TRUNCATION_RULES:
+    if not is_one_of(config.truncation, TRUNCATION_RULES):
         raise ValueError(f"`truncation` must be one of {TRUNCATION_RULES}, got {config.truncation!r}.")
-    if config.action_space_of_data not in ("environment", "module"):
+    if not is_one_of(config.action_space_of_data, ("environment", "module")):
         raise ValueError(
             f'`action_space_of_data` must be "environment" or "module", got {config.action_space_of_data!r}.'
         )
@@ -261,7 +261,7 @@ def _check_data(config: CalQLConfig) -> None:
         ("unfinished_episodes", ("error", "truncate", "drop")),
         ("missing_final_observation", ("drop_step", "repeat")),
     ):
-        if getattr(config, name) not in allowed:
+        if not is_one_of(getattr(config, name), allowed):
             raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(config, name)!r}.")
     for name in ("max_episode_steps_in_data", "store_memory_limit"):
         value = getattr(config, name)
@@ -365,7 +365,7 @@ def _check_success(config: CalQLConfig) -> None:
             f"`success_key` is {key!r}, but Gymnasium's vector environments keep no info whose key begins with `_`; "
             "rename it in the environment."
         )
-    if config.success_rule not in SUCCESS_RULES:
+    if not is_one_of(config.success_rule, SUCCESS_RULES):
         raise ValueError(f"`success_rule` must be one of {SUCCESS_RULES}, got {config.success_rule!r}.")
     overrides = config.evaluation_config if isinstance(config.evaluation_config, Mapping) else {}
     for name in ("success_key", "success_rule"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from rllib_calql.common.schedules import largest_value
+from rllib_calql.common.schedules import is_schedule, largest_value, value_at
 from rllib_calql.environments.resolving import time_limit_of
-from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_real
+from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_one_of, is_real
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -21,17 +21,22 @@ def check_online_side(config: CalQLConfig) -> None:
     Raises:
         ValueError: At the first setting that is wrong.
     """
-    _check_mixture(config.mixing_ratio)
+    _check_mixture(config.mixing_ratio, is_offline=config.is_offline)
     _check_weights(config)
     _check_backup(config)
     _check_actor(config)
     _check_target_steps(config)
 
 
-def _check_mixture(ratio: Any) -> None:
+def _check_mixture(ratio: Any, *, is_offline: bool) -> None:
     allowed = f'in [0, 1] or "proportional", or {A_SCHEDULE} of shares in [0, 1]'
-    is_share = ratio == "proportional" or (is_real(ratio) and 0 <= float(ratio) <= 1)
+    is_share = is_one_of(ratio, ("proportional",)) or (is_real(ratio) and 0 <= float(ratio) <= 1)
     check_schedulable("mixing_ratio", ratio, is_allowed=is_share, allowed=allowed, high=1.0)
+    if is_schedule(ratio) and largest_value(ratio) > 0 and not is_offline:
+        raise ValueError(
+            f"`mixing_ratio` is {ratio!r}, but there are no offline data to take rows from; set "
+            "`.offline_data(input_=...)` or drop it."
+        )
 
 
 def _check_weights(config: CalQLConfig) -> None:
@@ -48,6 +53,15 @@ def _check_weights(config: CalQLConfig) -> None:
     if largest_value(weight) > 0 and not config.is_offline:
         raise ValueError(
             f"`bc_weight` is {weight!r}, but there are no offline data to imitate; set `.offline_data(input_=...)` or "
+            "drop it."
+        )
+    # After the switch, batches without offline rows; before it, the first weight, if there are updates at all.
+    has_rows_online = config.mixing_ratio == "proportional" or largest_value(config.mixing_ratio) > 0
+    has_rows_offline = config.offline_updates and value_at(weight, 0) > 0
+    if largest_value(weight) > 0 and not (has_rows_online or has_rows_offline):
+        raise ValueError(
+            f"`bc_weight` is {weight!r}, but no batch in which it counts holds offline rows to imitate: `mixing_ratio` "
+            f"is {config.mixing_ratio!r} and `offline_updates` {config.offline_updates!r}. Raise `mixing_ratio`, or "
             "drop it."
         )
 
@@ -69,7 +83,7 @@ def _check_backup(config: CalQLConfig) -> None:
 
 
 def _check_actor(config: CalQLConfig) -> None:
-    if config.actor_q not in ACTOR_Q:
+    if not is_one_of(config.actor_q, ACTOR_Q):
         raise ValueError(f"`actor_q` must be one of {ACTOR_Q}, got {config.actor_q!r}.")
     period = config.actor_update_period_online
     if period is not None and not is_integer(period, 1):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from rllib_calql.common.schedules import flaw_of_schedule, is_schedule
+from rllib_calql.common.schedules import flaw_of_schedule, is_float, is_schedule
 
 A_SCHEDULE = "a schedule [[0, value], [env_steps, value], ...]"
 
 
 def is_real(value: Any) -> bool:
-    """Whether it is a number, infinity included."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether it is a number that a float can hold, infinity included."""
+    return is_float(value) and not math.isnan(value)
+
+
+def is_one_of(value: Any, choices: Collection[str]) -> bool:
+    """Whether it is one of these words. An array is none; Python would compare each of its entries."""
+    return isinstance(value, str) and value in choices
 
 
 def is_integer(value: Any, minimum: int) -> bool:

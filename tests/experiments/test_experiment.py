@@ -159,6 +159,20 @@ def test_every_foreseeable_value_is_checked_before_training(tmp_path: Path) -> N
         config_of(tmp_path, "mixing_ratio: {grid_search: [0.5, 1.5]}")
 
 
+def test_values_that_do_not_go_together_are_refused_before_training(tmp_path: Path) -> None:
+    searched = "critic_subset: {grid_search: [1, 2]}, num_critics: {grid_search: [2, 1]}"  # 2 of 2 and 1 of 1 are fine.
+    with pytest.raises(ExperimentError, match=r"`critic_subset` must be .* to `num_critics`, 1, got 2"):
+        config_of(tmp_path, searched)
+    config_of(tmp_path, searched.replace("[2, 1]", "[3, 2]"))
+
+
+def test_both_ends_of_random_whole_numbers_are_checked(tmp_path: Path) -> None:
+    config_of(tmp_path, "critic_subset: {randint: [1, 3]}")  # 1 and 2, as Tune draws them.
+    for ends, bad in (("[0, 3]", 0), ("[1, 4]", 3)):
+        with pytest.raises(ExperimentError, match=rf"`critic_subset` must be .*got {bad}"):
+            config_of(tmp_path, f"critic_subset: {{randint: {ends}}}")
+
+
 def test_a_trial_is_sized_by_the_largest_value_of_the_grid(tmp_path: Path) -> None:
     text = "e: {run: CalQL, env: Pendulum-v1, stop: {}, config: {num_env_runners: {grid_search: [0, 3, 1]}}}"
     assert read_one(tmp_path, text).num_cpus_of_largest_trial == 4

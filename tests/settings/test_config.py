@@ -28,6 +28,7 @@ from rllib_calql.datasets import InMemoryEpisodes
 
 INF = float("inf")
 NAN = float("nan")
+HUGE = 10**400  # A whole number that is no float.
 
 # The table "Public names" of the design, typed in by hand. One deliberate departure: `warmup_env_steps` is None, which
 # means 0 with offline data and 1,000 random steps without.
@@ -448,11 +449,11 @@ BOOLEANS = (
     "training.store_buffer_in_checkpoints",
     "offline_data.share_offline_data",
 )
-NOT_FINITE_OR_NO_NUMBER = (NAN, INF, -INF, "1.0", None, True)
+NOT_FINITE_OR_NO_NUMBER = (NAN, INF, -INF, HUGE, "1.0", None, True)
 BAD_SCHEDULES = (
     *([], [[0, 0.5]], [0, 0.5], [[0, 0.5], [9]], [[0, 0.5], [9, "x"]], [[0, 0.5], [9, NAN]], [[0, 0.5], [INF, 0.5]]),
     *([[5, 0.5], [9, 0.1]], [[0, 0.5], [9, 0.4], [8, 0.3]], [[0, 0.5], [9, -0.1]], [[-1, 0.5], [9, 0.5]]),
-    *([[0, True], [9, 0.5]], [[0, 0.5], None]),
+    *([[0, True], [9, 0.5]], [[0, 0.5], None], [[0, HUGE], [9, 0.5]], [[0, 0.5], [HUGE, 0.5]]),
 )
 BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
     *((name, (0, -2, 1.0, "2", True), "must be a positive integer") for name in POSITIVE_INTEGERS),
@@ -794,6 +795,42 @@ def test_a_hold_out_needs_offline_data() -> None:
     with pytest.raises(ValueError, match=r"`validation_fraction` is 0.1, but there are no offline data .*; set `.off"):
         config.validate()
     config.offline_data(input_="rows.parquet").fine_tuning(offline_updates=1).validate()
+
+
+def test_imitation_is_refused_where_no_batch_holds_rows_to_imitate() -> None:
+    def config(weight: Any, ratio: Any, updates: int) -> CalQLConfig:
+        config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="rows.parquet")
+        return config.training(bc_weight=weight).fine_tuning(offline_updates=updates, mixing_ratio=ratio)
+
+    for weight, ratio, updates in ((0.5, 0.0, 0), (0.5, [[0, 0.0], [9, 0]], 0), ([[0, 0.0], [9, 0.5]], 0.0, 5)):
+        with pytest.raises(ValueError, match=r"`bc_weight` is .* no batch in which it counts .* `mixing_ratio` is"):
+            config(weight, ratio, updates).validate()
+    for weight, ratio, updates in ((0.5, 0.0, 5), (0.5, "proportional", 0), (0.5, [[0, 0.0], [9, 0.1]], 0)):
+        config(weight, ratio, updates).validate()
+
+
+def test_a_schedule_of_offline_rows_is_refused_without_offline_data() -> None:
+    config = CalQLConfig().environment("Pendulum-v1")
+    with pytest.raises(ValueError, match=r"`mixing_ratio` is .* no offline data to take rows from; set `.offline_data"):
+        config.copy().fine_tuning(mixing_ratio=[[0, 0.5], [9, 0.1]]).validate()
+    config.fine_tuning(mixing_ratio=[[0, 0.0], [9, 0.0]]).validate()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("training.actor_q", "training.precision", "training.target_entropy"),
+        *("fine_tuning.mixing_ratio", "offline_data.truncation", "offline_data.action_space_of_data"),
+        *("offline_data.unfinished_episodes", "evaluation.success_rule", "rl_module.activation"),
+    ],
+)
+def test_an_array_in_the_place_of_a_word_is_refused_by_name(setting: str) -> None:
+    method, name = setting.split(".")
+    values: Any = {name: np.array([0.5, 0.2])}
+    config = CalQLConfig().environment("Pendulum-v1")
+    getattr(config, method)(**({"model_config": values} if method == "rl_module" else values))
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got array"):
+        config.validate()
 
 
 # What the target takes, offline and online: (best of several actions, entropy).
