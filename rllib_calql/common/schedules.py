@@ -53,6 +53,10 @@ def flaw_of_schedule(value: Sequence[Any], *, low: float, high: float = math.inf
     for before, after in itertools.pairwise(steps):
         if after < before:
             return f"its env steps must not fall back, and {after} comes after {before}"
+    if steps[1] == 0:
+        return "its first value holds for no env step, since the second point is at 0 as well; move that to 1 or later"
+    if any(first == third for first, third in zip(steps, steps[2:], strict=False)):
+        return "it has more than two points at one env step, of which all but the first and the last do nothing"
     for number in values:
         if not low <= number <= high:
             return f"its values must be at least {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
