@@ -37,6 +37,13 @@ _NETWORK_SETTINGS = (
 )
 _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
 _SETTING_OF = {"reference_column": "reference_value"}
+# A run does not go on from a checkpoint that was made with other ones. The offline data's content counts as well.
+SETTINGS_KEPT = frozenset(
+    {
+        *(_SETTING_OF.get(name, name) for name in (*_NETWORK_SETTINGS, *_REWARD_SETTINGS)),
+        *("env", "input_", "use_recorded_returns", "online_capacity", "validation_fraction", "validation_seed"),
+    }
+)
 
 Manifest = Mapping[str, Any]
 

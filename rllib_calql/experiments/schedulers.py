@@ -16,6 +16,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from rllib_calql.checkpoints.manifest import SETTINGS_KEPT
+from rllib_calql.config import CalQLConfig
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.experiments.search_spaces import is_space, parse_spaces
 
@@ -56,7 +58,7 @@ def parse_scheduler(
     if cls is PopulationBasedTraining:
         # Not every result has an evaluation to judge by.
         options = {"time_attr": "training_iteration", "perturbation_interval": 1, "require_attrs": False} | options
-        options[_MUTATIONS] = _parse_mutations(options.get(_MUTATIONS), where, settings)
+        options[_MUTATIONS] = _parse_mutations(options.get(_MUTATIONS), where, settings, type(config))
     if str(options["metric"]).startswith("evaluation/") and not config.evaluation_interval:
         raise ExperimentError(
             f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
@@ -71,7 +73,7 @@ def mutations(scheduler: TrialScheduler | None) -> dict[str, Any]:
     return {key: tune.choice(value) if isinstance(value, list) else value for key, value in changed.items()}
 
 
-def _parse_mutations(entry: Any, where: str, settings: Collection[str]) -> dict[str, Any]:
+def _parse_mutations(entry: Any, where: str, settings: Collection[str], config_class: type) -> dict[str, Any]:
     if not isinstance(entry, dict) or not entry:
         raise ExperimentError(
             f"`{_MUTATIONS}` of {where} must map settings to search spaces or lists of values, got {entry!r}."
@@ -80,6 +82,11 @@ def _parse_mutations(entry: Any, where: str, settings: Collection[str]) -> dict[
     for key, value in parsed.items():
         if key not in settings:
             raise ExperimentError(f"Unknown setting `{key}` in `{_MUTATIONS}` of {where}{did_you_mean(key, settings)}")
+        if key in SETTINGS_KEPT and issubclass(config_class, CalQLConfig):
+            raise ExperimentError(
+                f"`{key}` in `{_MUTATIONS}` of {where} cannot be changed in a run: its networks and data are those of "
+                f"the checkpoint that it goes on from. Search over it in `config`, `{key}: {{grid_search: [...]}}`."
+            )
         is_list = isinstance(value, list) and len(value) > 0
         if not is_list and (isinstance(value, dict) or not is_space(value)):
             raise ExperimentError(

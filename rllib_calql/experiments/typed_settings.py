@@ -109,6 +109,10 @@ def _find_setting(
             f"Unknown setting `{key}` in {place}: it is one of the networks; write it as "
             f"`model_config: {{{key}: ...}}`."
         )
+    if group and (others := [method for method in methods if key in methods[method]]):
+        raise ExperimentError(
+            f"Unknown setting `{key}` in {place}: it is one of `{others[0]}`; move it there, or beside the groups."
+        )
     raise ExperimentError(
         f"Unknown setting `{key}` in {place}{did_you_mean(str(key), known)} "
         f"Settings are those of the methods of {type(config).__name__}."

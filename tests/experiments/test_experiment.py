@@ -252,7 +252,7 @@ HEAD = "run: CalQL, env: Pendulum-v1"
         (f"e: {{{HEAD}, config: {{training: {{taw: 0.1}}}}}}\n", r"`taw` in `training`.*did you mean `tau`"),
         (
             f"e: {{{HEAD}, config: {{training: {{mixing_ratio: 0.1}}}}}}\n",
-            r"Unknown setting `mixing_ratio` in `training`",
+            r"Unknown setting `mixing_ratio` in `training`.*: it is one of `fine_tuning`; move it there",
         ),
         (f"e: {{{HEAD}, config: {{tau: 0.1, training: {{tau: 0.2}}}}}}\n", r"`tau` of experiment 'e' is there twice"),
         (f"e: {{{HEAD}, config: {{mixing_ratio: 7}}}}\n", r"Experiment 'e': `mixing_ratio`.*got 7"),

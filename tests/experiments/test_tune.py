@@ -222,6 +222,9 @@ def test_population_based_training_can_be_written_in_yaml(tmp_path: Path) -> Non
         ("{actor_lr: 3e-4}", r"`actor_lr` in `hyperparam_mutations`.*must be a list of values or a space.*got 0\.0003"),
         ("{actor_lr: {grid_search: [1, 2]}}", r"`actor_lr` in `hyperparam_mutations`.*a space to sample from"),
         ("{tau: [0.1, 7]}", r"`tau`.*got 7"),
+        ("{num_critics: [2, 3]}", r"`num_critics` in `hyperparam_mutations`.*cannot be changed in a run"),
+        ("{gamma: {uniform: [0.9, 0.99]}}", r"`gamma` in `hyperparam_mutations`.*cannot be changed in a run"),
+        ("{reference_value: [a, b]}", r"`reference_value` in `hyperparam_mutations`.*cannot be changed in a run"),
         ("{}", r"must map settings to search spaces or lists of values, got \{\}"),
     ],
 )
