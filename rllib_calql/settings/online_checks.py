@@ -88,6 +88,12 @@ def _check_actor(config: CalQLConfig) -> None:
     period = config.actor_update_period_online
     if period is not None and not is_integer(period, 1):
         raise ValueError(f"`actor_update_period_online` must be None or a positive integer, got {period!r}.")
+    first_period = config.period_of_actor(online=not config.num_offline_updates)
+    if 0 < config.bc_updates < first_period:
+        raise ValueError(
+            f"`bc_updates` is {config.bc_updates}, but the actor makes its first step in update {first_period} "
+            "(`actor_update_period`), so it would clone nothing; raise `bc_updates` or lower the period."
+        )
 
 
 def _check_target_steps(config: CalQLConfig) -> None:

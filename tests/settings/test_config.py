@@ -810,6 +810,24 @@ def test_imitation_is_refused_where_no_batch_holds_rows_to_imitate() -> None:
         config(weight, ratio, updates).validate()
 
 
+@pytest.mark.parametrize(("offline_updates", "period_online"), [(10, None), (10, 2), (0, None)])
+def test_cloning_that_ends_before_the_actors_first_step_is_refused(
+    offline_updates: int, period_online: int | None
+) -> None:
+    config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="somewhere")
+    config.training(bc_updates=4, actor_update_period=5)
+    config.fine_tuning(offline_updates=offline_updates, actor_update_period_online=period_online)
+    with pytest.raises(ValueError, match=r"`bc_updates` is 4, but the actor makes its first step in update 5"):
+        config.validate()
+    config.training(bc_updates=5).validate()
+
+
+def test_cloning_from_the_switch_on_goes_by_the_online_period() -> None:
+    config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="somewhere")
+    config.training(bc_updates=4, actor_update_period=5)
+    config.fine_tuning(offline_updates=0, actor_update_period_online=4).validate()
+
+
 def test_a_schedule_of_offline_rows_is_refused_without_offline_data() -> None:
     config = CalQLConfig().environment("Pendulum-v1")
     with pytest.raises(ValueError, match=r"`mixing_ratio` is .* no offline data to take rows from; set `.offline_data"):
