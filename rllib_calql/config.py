@@ -13,6 +13,7 @@ from ray.rllib.utils.annotations import override
 
 from rllib_calql.collection.connectors import ActionsForEnv, EncodedEpisodes, FlatObservations, LatestObservations
 from rllib_calql.common.encoding import encoded_space
+from rllib_calql.common.references import LEARNED, PENALTY, QUANTILE, REFERENCE_VALUES, RETURNS_TO_GO, TD
 from rllib_calql.common.spaces import check_observation_space, is_flat_or_image
 from rllib_calql.datasets.episodes.reader import ReadOptions
 from rllib_calql.environments.sharing import SharedEnv, shared_env
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from rllib_calql.algorithm import CalQL
 
 _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy worth collecting with yet.
-_RETURNS_TO_GO = "returns_to_go"
 
 
 @with_checked_keywords
@@ -102,9 +102,51 @@ class CalQLConfig(CalQLSettings):
 
     @property
     def reference_column(self) -> str | None:
-        """Column of the offline data that holds the reference value; None if returns-to-go are computed."""
-        is_computed = self.reference_value == _RETURNS_TO_GO and not self.use_recorded_returns
-        return None if is_computed else self.reference_value
+        """Column of the offline data in the place of computed returns-to-go; None if these are computed."""
+        if self.names_column:
+            return self.reference_value
+        return RETURNS_TO_GO if self.use_recorded_returns else None
+
+    @property
+    def names_column(self) -> bool:
+        """Whether `reference_value` is a column of the offline data, which online rows lack."""
+        return self.reference_value not in REFERENCE_VALUES
+
+    @property
+    def reference_of_rows(self) -> tuple[str, str]:
+        """What bounds Q in offline and in online rows: their own column, "learned", "quantile", or "none"."""
+        if not self.names_column:
+            return self.reference_value, self.reference_value
+        return RETURNS_TO_GO, self.reference_online or RETURNS_TO_GO
+
+    @property
+    def has_reference_network(self) -> bool:
+        """Whether there is a network that learns a reference value."""
+        return LEARNED in (self.reference_value, self.reference_online)
+
+    def uses_reference_network(self, *, online: bool) -> bool:
+        """Whether that network bounds Q in the given phase; it is not trained in one in which it does not."""
+        is_bound = self.calibrates(online=online) and self.is_conservative(online=online)
+        return self.has_reference_network and is_bound
+
+    @property
+    def bootstraps_reference(self) -> bool:
+        """Whether the network is fitted by temporal differences."""
+        return self.has_reference_network and self.reference_fit == TD
+
+    @property
+    def has_reference_quantile(self) -> bool:
+        """Whether a quantile of episode returns bounds Q."""
+        return self.reference_value == QUANTILE
+
+    @property
+    def calibration_penalty_weight(self) -> float | None:
+        """Tau of the penalty form of calibration; None with the maximum.
+
+        Source:
+            rlox 1.2.0, where the level of the quantile is the weight as well.
+        """
+        return self.calibration_quantile if self.calibration_form == PENALTY else None
 
     @property
     def read_options(self) -> ReadOptions:
@@ -281,7 +323,7 @@ class CalQLConfig(CalQLSettings):
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
         of_losses = ("num_critics", "num_actions", "max_target_backup", "critic_subset", "actor_q")
-        names = (*of_losses, "normalize_observations", "observation_clip")
+        names = (*of_losses, "has_reference_network", "normalize_observations", "observation_clip")
         included: dict[str, Any] = super()._model_config_auto_includes
         return included | {name: getattr(self, name) for name in names}
 

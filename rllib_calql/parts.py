@@ -17,6 +17,7 @@ from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
 from rllib_calql.collection.success_key import SuccessKeyWatch
 from rllib_calql.common.encoding import flat_size, observation_dtype
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
 from rllib_calql.evaluation.history import EvaluationHistory
@@ -129,10 +130,12 @@ def build_parts(
         warmup_env_steps=config.num_warmup_env_steps,
     )
     weights = WeightPublisher(env_runner_group, has_remote_runners=config.num_env_runners > 0)
+    episode_returns = EpisodeReturns(store.offline_episode_returns())
     updater = Updater(
         config,
         learner_group,
         store=store,
+        episode_returns=episode_returns,
         lifetime=lifetime,
         divergence=divergence,
         metrics=metrics,
@@ -143,6 +146,7 @@ def build_parts(
         store,
         lifetime,
         divergence,
+        episode_returns,
         add_returns=add_returns,
         space=spaces.module,
         episode_limit_env_steps=config.episode_limit_env_steps,
@@ -191,7 +195,7 @@ def build_parts(
         store=store,
         keeps_online_data=config.store_buffer_in_checkpoints,
         history=history,
-        collection=(keeper, collection, divergence),
+        collection=(keeper, collection, divergence, episode_returns),
         learners=updater,
         pretrained=pretrained,
         manifest=manifest,

@@ -14,8 +14,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandScheduler, Tri
 
 from rllib_calql.collection.callbacks import OWN_CALLBACKS
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.references import PENALTY
 from rllib_calql.config import CalQLConfig
-from rllib_calql.learning.diagnostics import ACTOR_METRICS, conservative_metrics, metric_names
+from rllib_calql.learning.diagnostics import ACTOR_METRICS, REFERENCE_METRICS, conservative_metrics, metric_names
 
 _ENV_STEPS, _ENV_STEPS_OF_RUNNERS = "num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime"
 # Of Tune and RLlib, at the top level of every result.
@@ -192,6 +193,8 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
     is_conservative = config.is_conservative(online=config.is_online)
     if not is_conservative and name in conservative_metrics(num_critics=_largest(config.num_critics)):
         return "after the switch there is no conservative term; set `conservative_online: true`"
+    if (reason := _why_absent_of_reference(name, config)) is not None:
+        return reason
     if name in ACTOR_METRICS and max(config.period_of_actor(online=online) for online in (False, True)) > 1:
         return "results without a step of the actor lack it; set `actor_update_period: 1`"
     if name in (keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE) and not config.normalize_observations:
@@ -204,6 +207,24 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
     if name != metric and name not in {*metric_names(num_critics=config.num_critics), *_OF_LEARNER}:
         beyond = name in metric_names(num_critics=100)
         return f"there are no more than {config.num_critics} critics; raise `num_critics`" if beyond else None
+    return None
+
+
+def _why_absent_of_reference(name: str, config: CalQLConfig) -> str | None:
+    """The same of what is reported of a learner's reference value."""
+    if name in REFERENCE_METRICS and not config.has_reference_network:
+        return "no reference value is learned; set `reference_value: learned`"
+    is_used = config.uses_reference_network(online=config.is_online)
+    if config.has_reference_network and not is_used and name in {*REFERENCE_METRICS, keys.REFERENCE_VALUE_MEAN}:
+        where = "calibrate_online" if config.conservative_online else "conservative_online"
+        return f"after the switch nothing bounds Q; set `{where}: true`"
+    of_settings = (
+        (keys.BOUND_RATE_UNIFORM_OF_CRITIC, config.bound_uniform_actions, "bound_uniform_actions: true"),
+        (keys.CALIBRATION_PENALTY_OF_CRITIC, config.calibration_form == PENALTY, "calibration_form: penalty"),
+    )
+    for template, is_on, setting in of_settings:
+        if not is_on and name in {template.format(c=c + 1) for c in range(_largest(config.num_critics))}:
+            return f"it is of another calibration; set `{setting}`"
     return None
 
 

@@ -124,6 +124,12 @@ SIGNATURES = {
     "training": [
         "calibrate",
         "reference_value",
+        "reference_updates",
+        "reference_fit",
+        "reference_online",
+        "calibration_quantile",
+        "calibration_form",
+        "bound_uniform_actions",
         "min_q_weight",
         "num_actions",
         "temperature",

@@ -37,11 +37,20 @@ _NETWORK_SETTINGS = (
 )
 _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
 _SETTING_OF = {"reference_column": "reference_value"}
+_REFERENCE_SETTINGS = ("reference_value", "reference_online", "reference_fit")
 # A run does not go on from a checkpoint that was made with other ones. The offline data's content counts as well.
 SETTINGS_KEPT = frozenset(
     {
         *(_SETTING_OF.get(name, name) for name in (*_NETWORK_SETTINGS, *_REWARD_SETTINGS)),
-        *("env", "input_", "use_recorded_returns", "online_capacity", "validation_fraction", "validation_seed"),
+        *(
+            "env",
+            "input_",
+            "use_recorded_returns",
+            "reference_online",
+            "online_capacity",
+            "validation_fraction",
+            "validation_seed",
+        ),
     }
 )
 
@@ -83,6 +92,10 @@ def manifest_of(
         },
         "hold_out": None if store.split is None else hold_out_of(store.split),
         "rewards": {name: getattr(config, name) for name in _REWARD_SETTINGS},
+        "reference": {
+            "is_learned": config.has_reference_network,
+            **{name: getattr(config, name) for name in _REFERENCE_SETTINGS},
+        },
         "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
         "lagrangian": config.lagrangian,
         "spaces": {
@@ -169,6 +182,13 @@ def check_resumable(stored: Manifest, own: Manifest) -> None:
             "The checkpoint was made with `lagrangian=True`, this run has False; restore with True, or begin a new run "
             "from it by `pretrained`."
         )
+    if _learns_reference(stored) != _learns_reference(own):
+        has = "lacks" if _learns_reference(own) else "has"
+        raise ValueError(
+            f"The checkpoint {has} the network of a learned reference value: it was made with "
+            f"{_reference_settings(stored)}, this run has {_reference_settings(own)}; restore with the former, or "
+            "begin a new run from it by `pretrained`."
+        )
     for name, before, now in _changed_rewards(stored, own):
         raise ValueError(
             f"The checkpoint was made with `{name}` {before!r}, this run has {now!r}: its online data and Q values are "
@@ -234,6 +254,40 @@ def _settings_of_hold_out(manifest: Manifest) -> str:
     held_out = manifest.get("hold_out") or {"validation_fraction": 0.0}
     names = (name for name in ("validation_fraction", "validation_seed") if name in held_out)
     return " and ".join(f"`{name}={held_out[name]}`" for name in names)
+
+
+def check_reference_is_there(stored: Manifest, own: Manifest) -> None:
+    """Refuses networks without the one of a learned reference value where there are no data to fit it to.
+
+    Raises:
+        ValueError: Naming the setting and the remedy.
+    """
+    has_data = own["offline_data"]["transitions"] > 0
+    if _learns_reference(own) and not has_data and not _learns_reference(stored):
+        raise ValueError(
+            f"The checkpoint was made with {_reference_settings(stored)}, so that it lacks the network of a learned "
+            "reference value, and there are no offline data to fit one to; set `input_`, or "
+            '`reference_value="returns_to_go"`.'
+        )
+
+
+def fits_reference_anew(stored: Manifest, own: Manifest) -> bool:
+    """Whether this run has to fit a learned reference value: that of the checkpoint is of other data or settings."""
+    names = ("reference", "rewards", "offline_data", "hold_out")
+    is_same = all(stored.get(name) == own.get(name) for name in names)
+    return _learns_reference(own) and own["offline_data"]["transitions"] > 0 and not is_same
+
+
+def _learns_reference(manifest: Manifest) -> bool:
+    return bool(manifest.get("reference", {}).get("is_learned", False))  # Manifests of earlier versions have none.
+
+
+def _reference_settings(manifest: Manifest) -> str:
+    settings = manifest.get("reference") or {
+        "reference_value": manifest["rewards"].get("reference_column") or "returns_to_go"
+    }
+    names = [name for name in ("reference_value", "reference_online") if settings.get(name) is not None]
+    return " and ".join(f"`{name}={settings[name]!r}`" for name in names)
 
 
 def changes_of_units(stored: Manifest, own: Manifest) -> list[str]:

@@ -10,7 +10,13 @@ from typing import Any, Protocol
 
 from ray.rllib.core import COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 
-from rllib_calql.checkpoints.manifest import changes_of_units, check_networks, remark_on_hold_out
+from rllib_calql.checkpoints.manifest import (
+    changes_of_units,
+    check_networks,
+    check_reference_is_there,
+    fits_reference_anew,
+    remark_on_hold_out,
+)
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.system import activity
@@ -108,6 +114,7 @@ class Pretrained:
         def read(files: CheckpointFiles) -> tuple[dict[str, Any], dict[str, Any]]:
             stored = files.manifest()
             check_networks(stored, own)
+            check_reference_is_there(stored, own)
             return stored, files.learner_state()
 
         with _named():
@@ -117,6 +124,8 @@ class Pretrained:
                 "The Q values of `pretrained` were learned in other units: %s. They are adapted only by training.",
                 ", ".join(changes),
             )
+        if fits_reference_anew(stored, own):  # From where it is.
+            learner_state = {**learner_state, _STATE: {**learner_state[_STATE], "num_reference_updates": 0}}
         self._learners.set_learner_state(_adopt, learner_state)
         self._lifetime.continue_from(stored)
         self._tell_updates()

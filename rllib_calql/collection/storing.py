@@ -13,6 +13,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.util import log_once
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import possible_returns
 from rllib_calql.learning.divergence import DivergenceWatch
@@ -33,6 +34,7 @@ class EpisodeKeeper:
         store: Gets the transitions.
         lifetime: Counts what is stored.
         divergence: Learns which returns are possible.
+        episode_returns: Gets the return of each episode.
         add_returns: Attaches returns-to-go.
         space: Of observations as the module sees them.
         episode_limit_env_steps: Env steps after which episodes are cut.
@@ -43,6 +45,7 @@ class EpisodeKeeper:
         store: TransitionStore,
         lifetime: Lifetime,
         divergence: DivergenceWatch,
+        episode_returns: EpisodeReturns,
         *,
         add_returns: AddReturnsToGo,
         space: gym.spaces.Box,
@@ -51,6 +54,7 @@ class EpisodeKeeper:
         self._store = store
         self._lifetime = lifetime
         self._divergence = divergence
+        self._episode_returns = episode_returns
         self._add_returns = add_returns
         self._space = space
         self._episode_limit_env_steps = episode_limit_env_steps
@@ -87,6 +91,7 @@ class EpisodeKeeper:
             logger.warning("%s; if that matters, %s. Said once.", remark, REMEDY)
         self._num_discarded_in_a_row = 0
         self._store.add_online(rows)
+        self._episode_returns.add(rows[Columns.RETURNS_TO_GO][0])
         self._divergence.include(*_returns_of(episode, rows, settings.gamma))
         self._lifetime.count_episode(len(episode))
         if len(episode) >= self._episode_limit_env_steps and episode.is_truncated and log_once("calql_cut"):

@@ -70,7 +70,10 @@ CALIBRATION_GAP_OFFLINE = "calibration_gap_offline"  # The same, offline rows on
 CALIBRATION_GAP_ONLINE = "calibration_gap_online"  # The same, online rows only (online phase).
 CLIPPED_OFFLINE = "clipped_observations_offline"  # Share of the numbers of offline rows that `observation_clip` clips.
 CLIPPED_ONLINE = "clipped_observations_online"  # The same, online rows only (online phase).
-REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the batch.
+REFERENCE_VALUE_MEAN = "reference_value_mean"  # Mean of the reference value V over the rows that it bounds.
+REFERENCE_LOSS = "reference_loss"  # Mean squared error of a learned V on the rows that it is fitted to.
+REFERENCE_GAP = "reference_gap"  # mean(V(s) - G) over these rows.
+NUM_REFERENCE_UPDATES_LIFETIME = "num_reference_updates_lifetime"  # Updates of the fit of V before all other updates.
 NUM_UPDATES_LIFETIME = "num_updates_lifetime"  # Gradient updates this learner has made, skipped ones included.
 NUM_SKIPPED_UPDATES_LIFETIME = "num_skipped_updates_lifetime"  # Those that changed nothing, see `SkippedUpdates`.
 NUM_SKIPPED_UPDATES_IN_A_ROW = "num_skipped_updates_in_a_row"  # Skipped updates since the last one that was not.
@@ -87,3 +90,5 @@ Q_STD_OF_CRITIC = (
 )
 BOUND_RATE_CURRENT_OF_CRITIC = "bound_rate_cql_q{c}_current_actions"  # Share of current actions lifted to V.
 BOUND_RATE_NEXT_OF_CRITIC = "bound_rate_cql_q{c}_next_actions"  # Share of next-state actions lifted to V.
+BOUND_RATE_UNIFORM_OF_CRITIC = "bound_rate_cql_q{c}_rand"  # Share of uniform actions lifted to V, if these are.
+CALIBRATION_PENALTY_OF_CRITIC = "calibration_penalty_q{c}"  # Mean penalty of the other form of calibration.

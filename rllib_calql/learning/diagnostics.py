@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MAY_BE_EMPTY = (
     *(keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
     *(keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE),
+    *(keys.REFERENCE_GAP, keys.REFERENCE_VALUE_MEAN),
 )
 
 
@@ -27,7 +28,7 @@ def critic_diagnostics(
     q_data: Tensor,
     values: SampledValues | None,
     terms: CriticLoss,
-    reference_value: Tensor,
+    returns_to_go: Tensor,
     is_offline: Tensor,
 ) -> dict[str, Tensor]:
     """Per-critic statistics and the calibration gap; see `metrics.py` for each key.
@@ -37,7 +38,7 @@ def critic_diagnostics(
         values: Q of the sampled actions before calibration; None without the conservative term, whose statistics are
             then left out.
         terms: The unreduced critic loss.
-        reference_value: V(s), shape (B,).
+        returns_to_go: G, shape (B,), or what a column of the data has in its place.
         is_offline: 1.0 for offline rows, shape (B,).
 
     Returns:
@@ -46,11 +47,10 @@ def critic_diagnostics(
     scalars = _of_critics({keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=1), keys.Q_DATA_OF_CRITIC: q_data.mean(dim=1)})
     if values is not None:
         scalars |= _of_sampled_actions(values, terms)
-    difference = q_data.mean(dim=0) - reference_value
+    difference = q_data.mean(dim=0) - returns_to_go
     scalars[keys.CALIBRATION_GAP] = difference.mean()
     scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum() / is_offline.sum()
     scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
-    scalars[keys.REFERENCE_VALUE_MEAN] = reference_value.mean()
     return scalars
 
 
@@ -59,6 +59,11 @@ def _of_sampled_actions(values: SampledValues, terms: CriticLoss) -> dict[str, T
     assert terms.bound_current is not None
     assert terms.bound_next is not None
     sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=1)
+    optional = {}
+    if terms.bound_uniform is not None:
+        optional[keys.BOUND_RATE_UNIFORM_OF_CRITIC] = terms.bound_uniform.float().mean(dim=(1, 2))
+    if terms.penalty is not None:
+        optional[keys.CALIBRATION_PENALTY_OF_CRITIC] = terms.penalty.mean(dim=1)
     return _of_critics(
         {
             keys.GAP_OF_CRITIC: terms.gap.mean(dim=1),
@@ -68,6 +73,7 @@ def _of_sampled_actions(values: SampledValues, terms: CriticLoss) -> dict[str, T
             keys.Q_STD_OF_CRITIC: sampled.std(dim=1, correction=0).mean(dim=1),
             keys.BOUND_RATE_CURRENT_OF_CRITIC: terms.bound_current.float().mean(dim=(1, 2)),
             keys.BOUND_RATE_NEXT_OF_CRITIC: terms.bound_next.float().mean(dim=(1, 2)),
+            **optional,
         }
     )
 
@@ -96,6 +102,9 @@ def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tenso
     }
 
 
+REFERENCE_METRICS = frozenset(  # Of a learned reference value.
+    {keys.REFERENCE_LOSS, keys.REFERENCE_GAP, keys.NUM_REFERENCE_UPDATES_LIFETIME}
+)
 ACTOR_METRICS = frozenset({keys.POLICY_LOSS, keys.ALPHA_LOSS, keys.LOG_PROB})  # Of updates in which the actor steps.
 
 
@@ -104,6 +113,7 @@ def conservative_metrics(*, num_critics: int) -> frozenset[str]:
     of_critics = (
         *(keys.GAP_OF_CRITIC, keys.Q_UNIFORM_OF_CRITIC, keys.Q_CURRENT_OF_CRITIC, keys.Q_NEXT_OF_CRITIC),
         *(keys.Q_STD_OF_CRITIC, keys.BOUND_RATE_CURRENT_OF_CRITIC, keys.BOUND_RATE_NEXT_OF_CRITIC),
+        *(keys.BOUND_RATE_UNIFORM_OF_CRITIC, keys.CALIBRATION_PENALTY_OF_CRITIC),
     )
     names = {template.format(c=c + 1) for template in of_critics for c in range(num_critics)}
     return frozenset({*names, keys.CQL_LOSS, keys.ALPHA_PRIME, keys.ALPHA_PRIME_LOSS})
@@ -124,6 +134,8 @@ def without_what_is_not_evaluated(metrics: Mapping[str, Any], config: CalQLConfi
         absent |= ACTOR_METRICS
     if not config.is_conservative(online=online):
         absent |= conservative_metrics(num_critics=config.num_critics)
+    if not config.uses_reference_network(online=online):
+        absent |= REFERENCE_METRICS
     return {
         name: value
         for name, value in metrics.items()
@@ -139,6 +151,7 @@ def metric_names(*, num_critics: int) -> frozenset[str]:
             *(template.format(c=c + 1) for template in of_critics for c in range(num_critics)),
             *conservative_metrics(num_critics=num_critics),
             *ACTOR_METRICS,
+            *REFERENCE_METRICS,
             *(keys.QF_LOSS, keys.ALPHA_VALUE, keys.TARGET_Q, keys.REFERENCE_VALUE_MEAN),
             *(keys.CALIBRATION_GAP, keys.CALIBRATION_GAP_OFFLINE, keys.CALIBRATION_GAP_ONLINE),
             *(keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE),

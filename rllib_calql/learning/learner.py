@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 ONLINE = "online"  # Entry of `timesteps`: whether the update belongs to the online phase.
+FITS_REFERENCE = "fits_reference"  # Entry of `timesteps`: whether the updates fit a learned reference value alone.
+REFERENCE_QUANTILE = "reference_quantile"  # Entry of `timesteps`: the quantile that is the reference value, if it is.
 UPDATES = "updates"  # Unit of what a process is doing, see `system.activity`.
 
 _STATE = "calql"
@@ -60,7 +62,8 @@ class CalQLTorchLearner(OptimisingLearner):
         """Creates the module, the dual variable, the optimisers and this rank's random generator."""
         self.log_alpha_prime = torch.ones(1, dtype=torch.float32)
         self._num_updates = 0
-        self._online = False
+        self._num_reference_updates = 0
+        self._online = self._fits_reference = False
         self._accumulator = MeanAccumulator()
         self._resident_store: ResidentStore | None = None
         keep_freed_memory()
@@ -78,6 +81,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._calql_module.generator = self._generator
         self._calql_module.generator_of_subsets = self._generator_of_subsets
         self._bc_weight = ScheduledWeight(self.config.bc_weight, self._device)
+        self._reference_quantile = torch.zeros((), dtype=torch.float64, device=self._device)
         self._conservative_weights = {
             online: ScheduledWeight(self.config.conservative_weight(online=online), self._device)
             for online in (False, True)
@@ -86,6 +90,11 @@ class CalQLTorchLearner(OptimisingLearner):
         # The all-reduce of several learners is not recorded, and a replayed step logs nothing.
         has_graphs = self.config.num_learners <= 1 and not self.config.log_gradients
         self._graphed = graphed_steps(self._step_of_rows, self._generator, self._device) if has_graphs else None
+
+    @property
+    def num_reference_updates(self) -> int:
+        """Updates that have fitted a learned reference value alone, over the lifetime."""
+        return self._num_reference_updates
 
     @property
     def resident_store(self) -> ResidentStore | None:
@@ -126,7 +135,8 @@ class CalQLTorchLearner(OptimisingLearner):
             self._seed_by(self._generator_of_subsets, _SEED_OF_SUBSETS)
 
     def _seed_by(self, generator: torch.Generator, number: int) -> None:
-        entropy = np.random.SeedSequence((self._seed, number, self._num_updates))
+        num_updates = self._num_updates + self._num_reference_updates
+        entropy = np.random.SeedSequence((self._seed, number, num_updates))
         generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     # --- One update call -------------------------------------------------------------------------------------------
@@ -152,7 +162,7 @@ class CalQLTorchLearner(OptimisingLearner):
                 is a `resident_store`.
             batch_refs: The same as an object reference, for remote learners.
             training_data: The same as RLlib's container.
-            timesteps: RLlib's lifetime counters, and `ONLINE`.
+            timesteps: RLlib's lifetime counters, and `ONLINE`, `FITS_REFERENCE`, `REFERENCE_QUANTILE`.
             minibatch_size: Rows per gradient step; all rows if None.
             **kwargs: Accepted for RLlib's calling convention.
 
@@ -163,6 +173,9 @@ class CalQLTorchLearner(OptimisingLearner):
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
         self._online = bool(timesteps.get(ONLINE, False))
+        self._fits_reference = bool(timesteps.get(FITS_REFERENCE, False))
+        if REFERENCE_QUANTILE in timesteps:
+            self._reference_quantile.fill_(timesteps[REFERENCE_QUANTILE])  # Where a recorded step looks for it.
         self._seed_anew()
         env_steps = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         self._move_learning_rates(env_steps)
@@ -205,7 +218,7 @@ class CalQLTorchLearner(OptimisingLearner):
         falls on the averages.
         """
         fwd_out, loss_per_module = self._make_step(batch)
-        self._num_updates += 1
+        self._count_step()
         return fwd_out, loss_per_module, {}
 
     def _make_step(self, batch: dict[str, Any]) -> tuple[Any, Any]:
@@ -224,12 +237,19 @@ class CalQLTorchLearner(OptimisingLearner):
         self._skipped.count()
         self.apply_gradients(applied)
         if kind.moves_targets:
-            self._update_targets()
+            self._update_targets(kind)
         return fwd_out, loss_per_module
 
     def _kind_of_step(self) -> KindOfStep:
         """What Python decides in the next step, by the phase and the updates made so far."""
         config, number = self.config, self._num_updates + 1
+        if self._fits_reference:
+            return KindOfStep(
+                fits_reference_alone=True,
+                bootstraps_reference=config.bootstraps_reference,
+                moves_targets=(self._num_reference_updates + 1) % config.target_update_period == 0,
+            )
+        uses_reference = config.uses_reference_network(online=self._online)
         return KindOfStep(
             is_online=self._online,
             is_conservative=config.is_conservative(online=self._online),
@@ -238,13 +258,21 @@ class CalQLTorchLearner(OptimisingLearner):
             clones_behaviour=number <= config.bc_updates,
             imitates=largest_value(config.bc_weight) > 0,
             moves_targets=number % config.target_update_period == 0,
+            evaluates_reference=uses_reference,
+            bootstraps_reference=uses_reference and config.bootstraps_reference,
         )
+
+    def _count_step(self) -> None:
+        if self._fits_reference:
+            self._num_reference_updates += 1
+        else:
+            self._num_updates += 1
 
     def _kinds_of_steps(self, num_steps: int) -> Iterator[KindOfStep]:
         """The kinds of the next steps; counts them as they are made."""
         for _ in range(num_steps):
             yield self._kind_of_step()
-            self._num_updates += 1
+            self._count_step()
 
     @override(CQLTorchLearner)
     def compute_loss_for_module(
@@ -255,7 +283,7 @@ class CalQLTorchLearner(OptimisingLearner):
         batch: dict[str, Tensor],
         fwd_out: dict[str, Tensor],
     ) -> Tensor:
-        """Sum of critic, actor, temperature and (with `lagrangian`) dual loss; their parameters are disjoint."""
+        """Sum of critic, actor, temperature, dual and reference value's loss; their parameters are disjoint."""
         total, scalars = self._losses_of(batch, fwd_out)
         self._accumulator.add(scalars)
         return total
@@ -273,6 +301,7 @@ class CalQLTorchLearner(OptimisingLearner):
             action_dim=self._calql_module.num_free_actions,
             conservative_weight=self._conservative_weights[kind.is_online],
             bc_weight=self._bc_weight,
+            reference_quantile=self._reference_quantile,
         )
 
     @override(CQLTorchLearner)
@@ -309,9 +338,11 @@ class CalQLTorchLearner(OptimisingLearner):
             optimizer.found_inf = self._skipped.found_inf
             optimizer.step()
 
-    def _update_targets(self) -> None:
+    def _update_targets(self, kind: KindOfStep) -> None:
+        module = self._calql_module
+        pairs = module.reference_pairs() if kind.fits_reference_alone else module.get_target_network_pairs()
         with torch.no_grad():
-            for main, target in self._calql_module.get_target_network_pairs():
+            for main, target in pairs:
                 targets = list(target.parameters())
                 weight = self.config.tau * (1.0 - self._skipped.found_inf.to(targets[0].dtype))
                 torch._foreach_lerp_(targets, list(main.parameters()), [weight] * len(targets))
@@ -338,6 +369,9 @@ class CalQLTorchLearner(OptimisingLearner):
             (keys.NUM_SKIPPED_UPDATES_LIFETIME, skipped.lifetime),
         ):
             self.metrics.log_value((DEFAULT_MODULE_ID, name), count, reduce="max")
+        if self.config.has_reference_network:
+            name = keys.NUM_REFERENCE_UPDATES_LIFETIME
+            self.metrics.log_value((DEFAULT_MODULE_ID, name), self._num_reference_updates, reduce="max")
         if skipped.new and self._learner_index == 0:
             logger.warning(
                 "%d of %d gradient updates were skipped because a gradient was NaN or infinite, or its square (%d so "
@@ -348,6 +382,8 @@ class CalQLTorchLearner(OptimisingLearner):
                 skipped.lifetime,
                 ", ".join(name for name, mean in means.items() if not math.isfinite(mean)) or "no term",
             )
+        if self._fits_reference:
+            return  # RLlib's counts of steps trained on are those of policy and critics.
         rows = MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch({"rows": np.empty(num_rows, np.int8)})}, num_rows)
         self._log_steps_trained_metrics(rows)
 
@@ -364,6 +400,7 @@ class CalQLTorchLearner(OptimisingLearner):
                 "generator": self._generator.get_state().numpy(),
                 "seed": self._seed,
                 "num_updates": self._num_updates,
+                "num_reference_updates": self._num_reference_updates,
                 "num_skipped_updates": self._skipped.get_state(),
             }
         return state
@@ -382,6 +419,7 @@ class CalQLTorchLearner(OptimisingLearner):
             self.curr_log_alpha[DEFAULT_MODULE_ID].copy_(torch.as_tensor(own["log_alpha"]))
             self.log_alpha_prime.copy_(torch.as_tensor(own["log_alpha_prime"]))
         self._num_updates = own["num_updates"]
+        self._num_reference_updates = own.get("num_reference_updates", 0)  # Earlier versions had none.
         self._skipped.set_state(own["num_skipped_updates"])
         self._generator.set_state(torch.as_tensor(own["generator"]))
         self._seed = own["seed"]

@@ -47,12 +47,21 @@ class CriticLoss(NamedTuple):
         gap: Clipped log-sum-exp of the sampled actions minus Q of the data action, shape (C, B).
         bound_current: Whether a current action was lifted to the reference value, shape (C, N, B), bool.
         bound_next: The same for next-state actions.
+        bound_uniform: The same for uniform actions; None where these are not calibrated.
+        penalty: What the penalty form of calibration adds to the gap, shape (C, B); None with the maximum.
     """
 
     td: Tensor
     gap: Tensor | None = None
     bound_current: Tensor | None = None
     bound_next: Tensor | None = None
+    bound_uniform: Tensor | None = None
+    penalty: Tensor | None = None
+
+    @property
+    def conservative(self) -> Tensor | None:
+        """The conservative term of each transition, shape (C, B): the gap, and the penalty where there is one."""
+        return self.gap if self.gap is None or self.penalty is None else self.gap + self.penalty
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -120,6 +129,64 @@ def calibrate(q: Tensor, reference_value: Tensor) -> Tensor:
     return torch.maximum(q, reference_value.detach())
 
 
+def calibration_penalty(q_data: Tensor, q: Tensor, reference_value: Tensor, *, weight: float) -> Tensor:
+    """The other form of calibration: pushes actions down further, the more the higher they are above V.
+
+    It is for comparison with the paper's, which it is not: below V the push-down of the gap goes on.
+
+    Args:
+        q_data: Q of the data action, shape (C, B).
+        q: Q of the calibrated actions at s, shape (C, M, B).
+        reference_value: V(s), shape (B,). -inf adds nothing.
+        weight: tau.
+
+    Returns:
+        tau mean_m max(Q_m - V, 0) (Q_m - Q_data), shape (C, B).
+
+    Source:
+        rlox 1.2.0, `algorithms/calql.py`, where Q is a log-sum-exp over actions, and tau the level of the quantile.
+    """
+    _check_shape("q_data", q_data, (q.shape[0], q.shape[-1]))
+    _check_shape("reference_value", reference_value, (q.shape[-1],))
+    bound = reference_value.detach()
+    is_bound = torch.isfinite(bound)
+    excess = (q - torch.where(is_bound, bound, torch.zeros_like(bound))).clamp(min=0.0) * is_bound
+    return weight * (excess * (q - q_data.unsqueeze(1))).mean(dim=1)
+
+
+def reference_loss(value: Tensor, target: Tensor, is_fitted: Tensor) -> Tensor:
+    """Mean squared error of V over the rows that it is fitted to, a scalar; 0 if there are none.
+
+    Args:
+        value: V(s), shape (B,).
+        target: The return-to-go of each row, or that of the next state's value, shape (B,). Taken without gradient.
+        is_fitted: 1.0 for rows that V is fitted to, shape (B,).
+
+    Source:
+        Nakamoto et al. 2023, appendix D (regression on Monte-Carlo returns).
+    """
+    _check_shape("target", target, tuple(value.shape))
+    _check_shape("is_fitted", is_fitted, tuple(value.shape))
+    return ((value - target.detach()).square() * is_fitted).sum() / is_fitted.sum().clamp(min=1.0)
+
+
+def reference_td_target(rewards: Tensor, terminateds: Tensor, next_value: Tensor, *, gamma: float | Tensor) -> Tensor:
+    """Target of V by temporal differences, without gradient, shape (B,): the data's policy chose all actions.
+
+    So a sum over m steps is right for that policy, and an episode that was cut goes on with the value of its final
+    observation.
+
+    Args:
+        rewards: Scaled rewards, shape (B,); with targets of m steps their discounted sums.
+        terminateds: 1.0 where the episode terminated, at the last of the m steps, shape (B,). A time-out does not.
+        next_value: V of the target network at s', or after m steps, shape (B,).
+        gamma: Discount of that value; with targets of m steps gamma^m, shape (B,).
+    """
+    _check_shape("terminateds", terminateds, tuple(rewards.shape))
+    _check_shape("next_value", next_value, tuple(rewards.shape))
+    return (rewards + gamma * (1.0 - terminateds) * next_value).detach()
+
+
 def conservative_gap(
     q_data: Tensor,
     values: SampledValues,
@@ -174,11 +241,13 @@ def critic_loss(
     temperature: float,
     importance_sampling: bool,
     gap_clip: tuple[float, float],
+    bounds_uniform: bool = False,
+    penalty_weight: float | None = None,
 ) -> CriticLoss:
     """Assembles TD error and calibrated conservative gap of every critic.
 
-    Calibration reaches current and next-state actions of every critic. Uniform actions are not calibrated: they are
-    not actions of a policy, so no value of a policy bounds them.
+    Calibration reaches current and next-state actions of every critic. Uniform actions are not calibrated by default:
+    they are not actions of a policy, so no value of a policy bounds them.
 
     Args:
         q_data: Q of the data action, shape (C, B).
@@ -187,7 +256,9 @@ def critic_loss(
         reference_value: V(s), shape (B,), or None for plain CQL(H).
         temperature: See `conservative_gap`.
         importance_sampling: See `conservative_gap`.
-        gap_clip: See `conservative_gap`.
+        gap_clip: See `conservative_gap`. It clips the gap without the penalty.
+        bounds_uniform: Whether uniform actions are calibrated as well (ConRFT, Chen et al. 2025, arXiv:2502.05450).
+        penalty_weight: tau of `calibration_penalty`, which then takes the place of the maximum; None: the maximum.
 
     Returns:
         The unreduced terms.
@@ -195,21 +266,28 @@ def critic_loss(
     _check_shape("target", target, (q_data.shape[-1],))
     if values is None:
         return CriticLoss(td=(q_data - target.detach()).square())
+    bounded, bound_uniform, penalty = values, None, None
     if reference_value is None:
-        bounded = values
         bound_current = bound_next = torch.zeros_like(values.q_current, dtype=torch.bool)
+        bound_uniform = bound_current if bounds_uniform else None
     else:
-        bounded = values._replace(
-            q_current=calibrate(values.q_current, reference_value),
-            q_next=calibrate(values.q_next, reference_value),
-        )
         bound_current = values.q_current.detach() < reference_value
         bound_next = values.q_next.detach() < reference_value
+        bound_uniform = values.q_uniform.detach() < reference_value if bounds_uniform else None
+        if penalty_weight is None:
+            bounded = values._replace(
+                q_current=calibrate(values.q_current, reference_value),
+                q_next=calibrate(values.q_next, reference_value),
+                q_uniform=calibrate(values.q_uniform, reference_value) if bounds_uniform else values.q_uniform,
+            )
+        else:
+            q = [values.q_current, values.q_next, *([values.q_uniform] if bounds_uniform else [])]
+            penalty = calibration_penalty(q_data, torch.cat(q, dim=1), reference_value, weight=penalty_weight)
     gap = conservative_gap(
         q_data, bounded, temperature=temperature, importance_sampling=importance_sampling, gap_clip=gap_clip
     )
     td = (q_data - target.detach()).square()
-    return CriticLoss(td=td, gap=gap, bound_current=bound_current, bound_next=bound_next)
+    return CriticLoss(td, gap, bound_current, bound_next, bound_uniform, penalty)
 
 
 def lagrange_multiplier(log_alpha_prime: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class OptimisingLearner(CQLTorchLearner):
 
     @override(CQLTorchLearner)
     def configure_optimizers_for_module(self, module_id: str, config: CalQLConfig | None = None) -> None:
-        """Registers Adam optimisers for critics, policy, temperature and (with `lagrangian`) the dual variable."""
+        """Registers Adam optimisers for critics, policy, temperature, and the dual variable and V if there are any."""
         assert config is not None
         module = self._calql_module
         self.log_alpha_prime = self.log_alpha_prime.to(self._device).requires_grad_(config.lagrangian)
@@ -41,6 +41,8 @@ class OptimisingLearner(CQLTorchLearner):
         ]
         if config.lagrangian:
             groups.append(("alpha_prime", [self.log_alpha_prime], config.critic_lr))
+        if of_reference := module.reference_parameters():
+            groups.append(("reference", of_reference, config.critic_lr))
         for name, params, lr in groups:
             self.register_optimizer(
                 module_id=module_id,

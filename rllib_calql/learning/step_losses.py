@@ -9,6 +9,7 @@ from ray.rllib.core.columns import Columns
 from torch import Tensor
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.references import LEARNED, NONE, QUANTILE
 from rllib_calql.common.schedules import is_schedule, value_at
 from rllib_calql.learning import losses
 from rllib_calql.learning.diagnostics import clipping_diagnostics, critic_diagnostics
@@ -68,7 +69,8 @@ class StepLosses(NamedTuple):
     """Losses of a step.
 
     Attributes:
-        total: Sum of critic, actor, temperature and dual loss, as far as they step; their parameters are disjoint.
+        total: Sum of critic, actor, temperature and dual loss and that of a learned reference value, as far as they
+            step; their parameters are disjoint.
         scalars: What is logged, by metric key.
     """
 
@@ -87,6 +89,7 @@ def losses_of_step(
     action_dim: int,
     conservative_weight: ScheduledWeight,
     bc_weight: ScheduledWeight,
+    reference_quantile: Tensor,
 ) -> StepLosses:
     """All losses of one step.
 
@@ -100,8 +103,18 @@ def losses_of_step(
         action_dim: Dimensions of an action that leave a choice.
         conservative_weight: Weight of the conservative term in this phase.
         bc_weight: Weight of the imitation term.
+        reference_quantile: The quantile of the episodes' returns that may be the reference value, shape ().
     """
-    total, scalars = _critic_losses(config, kind, batch, values, duals, action_dim, conservative_weight)
+    if kind.fits_reference_alone:
+        return StepLosses(*_losses_of_reference(config, kind, batch, values))
+    reference_value = _reference_of_rows(config, batch, values, reference_quantile)
+    total, scalars = _critic_losses(
+        config, kind, batch, values, duals, action_dim, conservative_weight, reference_value
+    )
+    if kind.evaluates_reference:
+        reference_loss, of_reference = _losses_of_reference(config, kind, batch, values)
+        total = total + reference_loss
+        scalars |= of_reference
     scalars[keys.ALPHA_VALUE] = duals.alpha
     if kind.moves_actor:
         policy_loss = _policy_loss(kind, batch, values, duals.alpha, bc_weight)
@@ -132,9 +145,10 @@ def _critic_losses(
     duals: Duals,
     action_dim: int,
     conservative_weight: ScheduledWeight,
+    reference_value: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Critic loss summed over critics, with the dual variable's loss, and what is logged of them."""
-    reference_value, q_data = batch[Columns.RETURNS_TO_GO], values[outputs.Q_DATA]
+    q_data = values[outputs.Q_DATA]
     target = losses.td_target(
         batch[Columns.REWARDS],
         batch[Columns.TERMINATEDS],
@@ -152,14 +166,17 @@ def _critic_losses(
         temperature=config.temperature,
         importance_sampling=config.importance_sampling,
         gap_clip=config.conservative_gap_clip,
+        bounds_uniform=config.bound_uniform_actions,
+        penalty_weight=config.calibration_penalty_weight,
     )
     scalars = {keys.TARGET_Q: target.mean()}
-    scalars |= critic_diagnostics(q_data, sampled, terms, reference_value, batch[IS_OFFLINE])
+    scalars |= critic_diagnostics(q_data, sampled, terms, batch[Columns.RETURNS_TO_GO], batch[IS_OFFLINE])
+    scalars |= _mean_reference(config, kind, reference_value)
     per_critic = terms.td.mean(dim=1)
-    if terms.gap is None:
+    if terms.conservative is None:
         qf_loss = per_critic.sum()
         return qf_loss, scalars | {keys.QF_LOSS: qf_loss}
-    mean_gap, weight = terms.gap.mean(dim=1), conservative_weight.of(q_data.dtype)
+    mean_gap, weight = terms.conservative.mean(dim=1), conservative_weight.of(q_data.dtype)
     if not config.lagrangian:
         conservative = weight * mean_gap
         qf_loss = (per_critic + conservative).sum()
@@ -184,3 +201,70 @@ def _sampled_values(values: Values, action_dim: int) -> losses.SampledValues:
         log_prob_next=values[outputs.LOG_PROB_NEXT],
         action_dim=action_dim,
     )
+
+
+def _reference_of_rows(config: CalQLConfig, batch: Values, values: Values, quantile: Tensor) -> Tensor:
+    """V of each row, without gradient, shape (B,); -inf where nothing bounds it.
+
+    Args:
+        config: The settings.
+        batch: Columns of B rows. `returns_to_go` holds the column that `reference_value` names, in offline rows.
+        values: What the module answered.
+        quantile: The quantile of the episodes' returns, shape ().
+    """
+    returns = batch[Columns.RETURNS_TO_GO]
+    of_offline_rows, of_online_rows = config.reference_of_rows
+    offline = _reference(of_offline_rows, returns, values, quantile)
+    if of_online_rows == of_offline_rows:
+        return offline
+    return torch.where(batch[IS_OFFLINE] > 0.0, offline, _reference(of_online_rows, returns, values, quantile))
+
+
+def _reference(kind: str, returns: Tensor, values: Values, quantile: Tensor) -> Tensor:
+    if kind == LEARNED:  # Not evaluated in a step that bounds nothing, where NaN harms nobody.
+        is_there = outputs.REFERENCE_VALUE in values
+        return values[outputs.REFERENCE_VALUE].detach() if is_there else torch.full_like(returns, torch.nan)
+    if kind == QUANTILE:
+        return quantile.to(returns.dtype).expand(returns.shape)
+    return torch.full_like(returns, -torch.inf) if kind == NONE else returns
+
+
+def _mean_reference(config: CalQLConfig, kind: KindOfStep, reference_value: Tensor) -> dict[str, Tensor]:
+    """Mean V of the rows that it bounds, as it is logged; nothing where it is learned and not evaluated."""
+    if config.reference_value == LEARNED and not kind.evaluates_reference:
+        return {}
+    if NONE not in config.reference_of_rows:
+        return {keys.REFERENCE_VALUE_MEAN: reference_value.mean()}
+    is_bound = torch.isfinite(reference_value)
+    total = torch.where(is_bound, reference_value, torch.zeros_like(reference_value)).sum()
+    return {keys.REFERENCE_VALUE_MEAN: total / is_bound.sum()}
+
+
+def _losses_of_reference(
+    config: CalQLConfig, kind: KindOfStep, batch: Values, values: Values
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of the network of a learned reference value, and what is logged of it.
+
+    It is fitted to offline rows before the switch and to all rows after it. Online rows lack a column that
+    `reference_value` names, so that to such a column it is fitted on offline rows alone.
+
+    Args:
+        config: The settings.
+        kind: What the step does.
+        batch: Columns of B rows.
+        values: What the module answered.
+    """
+    value, returns = values[outputs.REFERENCE_VALUE], batch[Columns.RETURNS_TO_GO]
+    target = returns
+    if kind.bootstraps_reference:
+        target = losses.reference_td_target(
+            batch[Columns.REWARDS],
+            batch[Columns.TERMINATEDS],
+            values[outputs.REFERENCE_NEXT_VALUE],
+            gamma=batch.get(outputs.BOOTSTRAP_DISCOUNT, config.gamma),
+        )
+    is_offline_alone = not kind.is_online or config.names_column
+    is_fitted = batch[IS_OFFLINE] if is_offline_alone else torch.ones_like(batch[IS_OFFLINE])
+    loss = losses.reference_loss(value, target, is_fitted)
+    gap = ((value.detach() - returns) * is_fitted).sum() / is_fitted.sum()
+    return loss, {keys.REFERENCE_LOSS: loss.detach(), keys.REFERENCE_GAP: gap}

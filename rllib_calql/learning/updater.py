@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.schedules import value_at
 from rllib_calql.learning.divergence import DivergenceWatch
-from rllib_calql.learning.learner import ONLINE, UPDATES
+from rllib_calql.learning.learner import FITS_REFERENCE, ONLINE, REFERENCE_QUANTILE, UPDATES
 from rllib_calql.learning.recovery import LearnerRecovery, is_loss
-from rllib_calql.learning.skipped_updates import check_updates_are_applied
+from rllib_calql.learning.skipped_updates import check_updates_are_applied, number_of
 from rllib_calql.learning.weights import WeightPublisher, set_weights
 from rllib_calql.store.offline_data import as_multi_agent_batch
 from rllib_calql.store.replay import TransitionStore
@@ -41,6 +43,9 @@ _MAX_UPDATES_PER_CALL = 250  # About 20 s on two cores at the sizes of the paper
 _MAX_UPDATES_BETWEEN_REFRESHES = 250
 _REBUILD_TIMEOUT_S = 300.0
 
+_MODULE = "default_policy"
+logger = logging.getLogger(__name__)
+
 
 class Updater:
     """Makes gradient updates with batches from the store.
@@ -49,6 +54,7 @@ class Updater:
         config: The algorithm's config.
         learner_group: RLlib's `LearnerGroup`.
         store: What batches are drawn from.
+        episode_returns: Of all episodes, for a quantile of them.
         lifetime: Counts the updates.
         divergence: Looks at mean Q after each call.
         metrics: RLlib's `MetricsLogger`.
@@ -62,6 +68,7 @@ class Updater:
         learner_group: Any,
         *,
         store: TransitionStore,
+        episode_returns: EpisodeReturns,
         lifetime: Lifetime,
         divergence: DivergenceWatch,
         metrics: Any,
@@ -71,6 +78,7 @@ class Updater:
         self._config = config
         self._learner_group = learner_group
         self._store = store
+        self._episode_returns = episode_returns
         self._lifetime = lifetime
         self._divergence = divergence
         self._metrics = metrics
@@ -81,6 +89,7 @@ class Updater:
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         self._seconds_per_update: float | None = None
         self._refreshed_at: tuple[int, int] | None = None  # Updates and episodes when returns were last refreshed.
+        self._is_reference_fitted = not config.has_reference_network
 
     def make_store_resident(self) -> None:
         """Lets a learner on a GPU, in this process, draw its batches there."""
@@ -94,11 +103,16 @@ class Updater:
     def update(self, num_updates: int, *, online: bool) -> None:
         """Makes gradient updates, fewer if a learner is lost meanwhile, then hands the weights to the env runners.
 
+        Before the first of all, a learned reference value is fitted.
+
         Raises:
             RuntimeError: If updates change nothing, or learners are lost again and again.
         """
         begin = time.perf_counter()
         try:
+            if not self._is_reference_fitted:
+                self._fit_reference()
+                begin = time.perf_counter()  # It is no part of what such updates take.
             self._make_updates(num_updates, online=online)
             seconds = time.perf_counter() - begin
             self._num_updates_timed += num_updates
@@ -141,11 +155,32 @@ class Updater:
         self._num_updates_timed, self._seconds_timed = 0, 0.0
         return speed
 
-    def _make_updates(self, num_updates: int, *, online: bool) -> None:
-        self._refresh_returns()
+    def _updates_per_call(self) -> int:
         num_learners = max(1, self._config.num_learners)
         bytes_per_update = self._store.row_nbytes * self._config.train_batch_size_per_learner * num_learners
-        per_call = max(1, min(_MAX_UPDATES_PER_CALL, _MAX_BYTES_PER_UPDATE_CALL // bytes_per_update))
+        return max(1, min(_MAX_UPDATES_PER_CALL, int(_MAX_BYTES_PER_UPDATE_CALL // bytes_per_update)))
+
+    def _fit_reference(self) -> None:
+        """Makes what is left of the updates that fit a learned reference value on offline rows, before all others."""
+        num_made = self.foreach_learner(attrgetter("num_reference_updates"))[0]
+        total, per_call = self._config.reference_updates, self._updates_per_call()
+        if num_made < total and self._store.num_training_rows:
+            self._refresh_returns()
+            errors = []
+            for number in range(num_made, total, per_call):
+                activity.say(f"fitting the reference value: {{done}} of {total:,}", unit=UPDATES, done=number)
+                results = self._results_of(min(per_call, total - number), online=False, fits_reference=True)
+                errors.append(number_of(results[0][_MODULE][keys.REFERENCE_LOSS]))
+            logger.info(
+                "The reference value is fitted: mean squared error %.4g in the first updates, %.4g in the last.",
+                errors[0],
+                errors[-1],
+            )
+        self._is_reference_fitted = True
+
+    def _make_updates(self, num_updates: int, *, online: bool) -> None:
+        self._refresh_returns()
+        per_call = self._updates_per_call()
         with self._metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             for start in range(0, num_updates, per_call):
                 self._say_updating(start, num_updates, online=online)
@@ -163,6 +198,13 @@ class Updater:
             )
 
     def _update_once(self, num_updates: int, *, online: bool) -> None:
+        results = self._results_of(num_updates, online=online)
+        self._lifetime.count_updates(num_updates, online=online)
+        made = self._lifetime.num_online_updates if online else self._lifetime.num_offline_updates
+        self._divergence.observe(results, online=online, num_updates=made)
+
+    def _results_of(self, num_updates: int, *, online: bool, fits_reference: bool = False) -> Any:
+        """Results of updates on rows that are drawn for them, one entry for each learner."""
         batch_size = self._config.train_batch_size_per_learner
         drawing = {
             "num_batches": num_updates,
@@ -178,16 +220,17 @@ class Updater:
             ]
         is_remote = self._learner_group.is_remote
         data = {"batch_refs": [ray.put(batch) for batch in batches]} if is_remote else {"batch": batches[0]}
-        results = self._learner_group.update(
-            **data,
-            minibatch_size=batch_size,
-            timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self._lifetime.num_online_env_steps, ONLINE: online},
-        )
+        timesteps: dict[str, Any] = {
+            NUM_ENV_STEPS_SAMPLED_LIFETIME: self._lifetime.num_online_env_steps,
+            ONLINE: online,
+            FITS_REFERENCE: fits_reference,
+        }
+        if self._config.has_reference_quantile:
+            timesteps[REFERENCE_QUANTILE] = self._episode_returns.quantile(self._config.calibration_quantile)
+        results = self._learner_group.update(**data, minibatch_size=batch_size, timesteps=timesteps)
         self._metrics.aggregate(results, key=LEARNER_RESULTS)
         check_updates_are_applied(results)
-        self._lifetime.count_updates(num_updates, online=online)
-        made = self._lifetime.num_online_updates if online else self._lifetime.num_offline_updates
-        self._divergence.observe(results, online=online, num_updates=made)
+        return results
 
     def _refresh_returns(self) -> None:
         """Renews bootstrapped returns if there are new episodes, or learners have moved on."""
@@ -241,6 +284,7 @@ class Updater:
         self._learner_group, counters = self._recovery.rebuild(
             old, lambda: old.config.build_learner_group(rl_module_spec=old._module_spec), error
         )
+        self._is_reference_fitted = not self._config.has_reference_network
         self._on_rebuilt(self._learner_group)
         self._lifetime.take_back_updates(counters)
         self.publish_weights()
@@ -266,6 +310,7 @@ class Updater:
         self.publish_weights()
         self.set_weights_on(group)
         self._refreshed_at = None
+        self._is_reference_fitted = not self._config.has_reference_network
         self.take_snapshot()
 
     def _state_for_runners(self) -> dict[str, Any]:

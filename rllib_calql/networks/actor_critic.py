@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _initialise(weight: Tensor, bias: Tensor, *, orthogonal: bool, is_output: bool) -> None:
+def initialise(weight: Tensor, bias: Tensor, *, orthogonal: bool, is_output: bool) -> None:
     """Fills one layer, weight of shape (in, out): orthogonal as the authors do, else as torch does."""
     if orthogonal:
         nn.init.orthogonal_(weight, gain=_OUTPUT_GAIN if is_output else _HIDDEN_GAIN)
@@ -76,23 +76,23 @@ class TanhGaussianPolicy(nn.Module):
         self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
         for layer in [*self.layers, self.head]:
-            _initialise(layer.weight.data.T, layer.bias.data, orthogonal=orthogonal_init, is_output=layer is self.head)
+            initialise(layer.weight.data.T, layer.bias.data, orthogonal=orthogonal_init, is_output=layer is self.head)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log standard deviation before squashing, each of shape (B, A)."""
         hidden = obs
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
-            hidden = layer(hidden) if index == 0 else _linear(layer, hidden, self.product_dtype)
+            hidden = layer(hidden) if index == 0 else apply_linear(layer, hidden, self.product_dtype)
             if self.norms is not None:
                 hidden = self.norms[index](hidden)
             hidden = self._activation(hidden)
-        mean, raw_log_std = _linear(self.head, hidden, obs.dtype).chunk(2, dim=-1)
+        mean, raw_log_std = apply_linear(self.head, hidden, obs.dtype).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * raw_log_std + self.log_std_offset
         return mean, log_std.clamp(*LOG_STD_BOUNDS)
 
 
-def _linear(layer: nn.Linear, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:
+def apply_linear(layer: nn.Linear, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A layer whose product and result are of another type than its parameters."""
     if dtype is None or dtype == inputs.dtype == layer.weight.dtype:
         return functional.linear(inputs, layer.weight, layer.bias)
@@ -168,7 +168,7 @@ class EnsembleCritic(nn.Module):
         for index, weight in enumerate([joint, *self.weights]):
             for c in range(num_critics):
                 is_output = index == len(sizes) - 1
-                _initialise(weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output)
+                initialise(weight.data[c], self.biases[index].data[c], orthogonal=orthogonal_init, is_output=is_output)
         # Two parameters rather than one sliced in `forward`: the optimiser sees leaves, and no gradient is assembled.
         self.obs_weight = nn.Parameter(joint[:, :obs_dim].clone())
         self.action_weight = nn.Parameter(joint[:, obs_dim:].clone())

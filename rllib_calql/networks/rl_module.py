@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,8 @@ from rllib_calql.networks.steps import (
     Q_DATA,
     Q_NEXT,
     Q_UNIFORM,
+    REFERENCE_NEXT_VALUE,
+    REFERENCE_VALUE,
     TARGET_NEXT_LOG_PROB,
     TARGET_NEXT_Q,
     KindOfStep,
@@ -50,6 +53,7 @@ from rllib_calql.networks.steps import (
     draw_noise,
     draw_subset,
 )
+from rllib_calql.networks.value_network import ValueNetwork
 
 
 class Inputs(NamedTuple):
@@ -62,6 +66,8 @@ class Inputs(NamedTuple):
             steps, without gradient.
         target: Of the same for the target critics.
         next_policy: Of s', where the conservative term proposes actions, if that is another observation; else None.
+        reference: Of s, and of the observation that the target bootstraps from, for a learned reference value; that
+            of images has an encoder of its own.
     """
 
     critic: Tensor
@@ -69,6 +75,7 @@ class Inputs(NamedTuple):
     bootstrap_policy: Tensor
     target: Tensor
     next_policy: Tensor | None
+    reference: tuple[Tensor, Tensor]
 
 
 class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAPI):
@@ -83,13 +90,15 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     trains it, the actor's does not.
 
     `model_config` keys: those of `model_settings.DEFAULT_MODEL_CONFIG`, and those that `CalQLConfig` adds
-    (`num_critics`, `num_actions`, `max_target_backup`, `critic_subset`, `actor_q`, `normalize_observations`,
-    `observation_clip`).
+    (`num_critics`, `num_actions`, `max_target_backup`, `critic_subset`, `actor_q`, `has_reference_network`,
+    `normalize_observations`, `observation_clip`).
     """
 
     policy: TanhGaussianPolicy
     critic: EnsembleCritic
     target_critic: EnsembleCritic
+    reference: ValueNetwork  # Of a learned reference value, where there is one.
+    target_reference: ValueNetwork
 
     @override(RLModule)
     def setup(self) -> None:
@@ -138,7 +147,14 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         self.generator: torch.Generator | None = None
         self.generator_of_subsets: torch.Generator | None = None
         # Set by the learner before each step; all that there is, until then.
-        self.kind_of_step = KindOfStep(takes_best_target=settings["max_target_backup"], imitates=True)
+        # Modules of earlier versions have no such setting.
+        self._has_reference = bool(settings.get("has_reference_network", False))
+        self.kind_of_step = KindOfStep(
+            takes_best_target=settings["max_target_backup"],
+            imitates=True,
+            evaluates_reference=self._has_reference,
+            bootstraps_reference=self._has_reference,
+        )
         self.action_dist_cls = TorchSquashedGaussian.get_partial_dist_cls(low=-1.0, high=1.0)
         if not self.inference_only:
             self.critic = EnsembleCritic(
@@ -149,6 +165,9 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
                 layer_norm=has_layer_norm(settings, "critic"),
                 **network_kwargs,
             )
+            if self._has_reference:  # Last, so that the other networks start as they do without it.
+                image_shape = self.observation_space.shape if self._sees_images else None
+                self.reference = ValueNetwork(obs_dim, settings, image_shape=image_shape)
 
     @override(TargetNetworkAPI)
     def make_target_networks(self) -> None:
@@ -157,6 +176,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         if self._sees_images:
             self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.target_trunk = copy.deepcopy(self.critic_trunk).requires_grad_(False)
+        if self._has_reference:
+            self.target_reference = copy.deepcopy(self.reference).requires_grad_(False)
 
     @override(TargetNetworkAPI)
     def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -164,13 +185,18 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.target_critic)]
         if self._sees_images:
             pairs += [(self.encoder, self.target_encoder), (self.critic_trunk, self.target_trunk)]
-        return pairs
+        return pairs + self.reference_pairs()
+
+    def reference_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The network of a learned reference value and its target; empty without one."""
+        return [(self.reference, self.target_reference)] if self._has_reference else []
 
     @override(InferenceOnlyAPI)
     def get_non_inference_attributes(self) -> list[str]:
         """Parts that env runners do not hold."""
         of_images = ["critic_trunk", "target_encoder", "target_trunk"] if self._sees_images else []
-        return ["critic", "target_critic", *of_images]
+        of_reference = ["reference", "target_reference"] if self._has_reference else []
+        return ["critic", "target_critic", *of_images, *of_reference]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the actor's loss trains."""
@@ -181,12 +207,19 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         of_images = (self.encoder, self.critic_trunk) if self._sees_images else ()
         return [parameter for network in (self.critic, *of_images) for parameter in network.parameters()]
 
+    def reference_parameters(self) -> list[nn.Parameter]:
+        """What the loss of a learned reference value trains, its own image encoder included; empty without one."""
+        return list(self.reference.parameters()) if self._has_reference else []
+
     def set_product_dtype(self, dtype: torch.dtype | None) -> None:
         """Sets the type of hidden layers' activations and products; None is that of the parameters."""
         for network in (self.policy, self.critic, self.target_critic):
             network.product_dtype = dtype
         if self._sees_images:
             self.encoder.product_dtype = self.target_encoder.product_dtype = dtype
+        if self._has_reference:
+            for value_network in (self.reference, self.target_reference):
+                value_network.set_product_dtype(dtype)
 
     def set_observation_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation of observations, each of shape (obs_dim,). They travel with the weights.
@@ -223,24 +256,31 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     def _policy_input(self, obs: Tensor) -> Tensor:
         return self.policy_trunk(self.encoder(obs)) if self._sees_images else self._normalise(obs)
 
-    def _training_inputs(self, obs: Tensor, next_obs: Tensor, bootstrap_obs: Tensor | None = None) -> Inputs:
-        """Inputs of all networks; images of s and of what follows are shifted at random, each by itself."""
-        observations = [obs, next_obs if bootstrap_obs is None else bootstrap_obs]
-        if bootstrap_obs is not None and self.kind_of_step.is_conservative:
-            observations.append(next_obs)
+    def _seen_in_training(self, observations: list[Tensor]) -> Sequence[Tensor]:
+        """Vectors normalised, images shifted at random, each by itself."""
         if not self._sees_images:
-            here, bootstrap, *following = map(self._normalise, observations)
-            return Inputs(here, here, bootstrap, bootstrap, next(iter(following), None))
+            return list(map(self._normalise, observations))
         shape = self.encoder.image_shape
         images = torch.cat([obs.view(-1, *shape) for obs in observations])
         shifted = random_shifts(images, self.model_config["random_shift"], self.generator)
-        here, bootstrap, *following = shifted.chunk(len(observations))
+        return shifted.chunk(len(observations))
+
+    def _training_inputs(self, obs: Tensor, next_obs: Tensor, bootstrap_obs: Tensor | None = None) -> Inputs:
+        """Inputs of all networks."""
+        observations = [obs, next_obs if bootstrap_obs is None else bootstrap_obs]
+        if bootstrap_obs is not None and self.kind_of_step.is_conservative:
+            observations.append(next_obs)
+        here, bootstrap, *following = self._seen_in_training(observations)
+        of_reference = here, bootstrap
+        if not self._sees_images:
+            return Inputs(here, here, bootstrap, bootstrap, next(iter(following), None), of_reference)
         code = self.encoder(here)
         with torch.no_grad():
             bootstrap_policy = self.policy_trunk(self.encoder(bootstrap))
             target = self.target_trunk(self.target_encoder(bootstrap))
             next_policy = self.policy_trunk(self.encoder(following[0])) if following else None
-        return Inputs(self.critic_trunk(code), self.policy_trunk(code.detach()), bootstrap_policy, target, next_policy)
+        seen = self.critic_trunk(code), self.policy_trunk(code.detach())
+        return Inputs(*seen, bootstrap_policy, target, next_policy, of_reference)
 
     @override(TorchRLModule)
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -325,13 +365,20 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         """All values that the loss of a `kind_of_step` needs, each network evaluated once per distinct input.
 
         Gradient flows from `Q_*` into the critics and the image encoder only, from `ACTOR_*` and `DATA_LOG_PROB` into
-        the policy only.
+        the policy only, from `REFERENCE_VALUE` into the network of the reference value only.
         """
         kind = self.kind_of_step
+        if kind.fits_reference_alone:
+            observations = [batch[Columns.OBS]]
+            if kind.bootstraps_reference:
+                observations.append(batch.get(BOOTSTRAP_OBS, batch[Columns.NEXT_OBS]))
+            return self._reference_values(*self._seen_in_training(observations))
         inputs = self._training_inputs(batch[Columns.OBS], batch[Columns.NEXT_OBS], batch.get(BOOTSTRAP_OBS))
         data_actions = self._free_actions(batch[Columns.ACTIONS])
         noise = self.draw_noise(data_actions.shape[0], data_actions.device)
         values = self._share_clipped(inputs.critic)
+        if kind.evaluates_reference:
+            values |= self._reference_values(*inputs.reference)
         here = None
         if kind.moves_actor or kind.is_conservative:
             with torch.set_grad_enabled(kind.moves_actor and torch.is_grad_enabled()):
@@ -353,6 +400,13 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         q = torch.split(self.critic(inputs.critic, torch.cat(judged)), [len(actions) for actions in judged], dim=1)
         values |= {Q_DATA: q[0][:, 0], Q_UNIFORM: q[1], Q_CURRENT: q[2], Q_NEXT: q[3]}
         return values | {LOG_PROB_CURRENT: log_prob_current, LOG_PROB_NEXT: following[1]}
+
+    def _reference_values(self, here: Tensor, bootstrap: Tensor | None = None) -> dict[str, Tensor]:
+        values = {REFERENCE_VALUE: self.reference(here)}
+        if self.kind_of_step.bootstraps_reference and bootstrap is not None:
+            with torch.no_grad():
+                values[REFERENCE_NEXT_VALUE] = self.target_reference(bootstrap)
+        return values
 
     def _values_of_actor(self, inputs: Inputs, noise: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
         actions, log_prob = squash(mean, log_std, noise)

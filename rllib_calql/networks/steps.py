@@ -26,6 +26,8 @@ TARGET_NEXT_LOG_PROB = "target_next_log_prob"  # (N or 1, B)
 ACTOR_LOG_PROB = "actor_log_prob"  # (B,), with gradient into the policy
 ACTOR_Q = "actor_q"  # (B,), minimum or mean over frozen critics
 DATA_LOG_PROB = "data_log_prob"  # (B,), log pi(a_data|s), with gradient into the policy
+REFERENCE_VALUE = "reference_value"  # (B,), V(s) of the network of the reference value, with gradient into it
+REFERENCE_NEXT_VALUE = "reference_next_value"  # (B,), that of its target where the "td" fit goes on
 CLIPPED = "clipped_observations"  # (B,), share of the numbers of s that `observation_clip` changed; only where it acts
 
 
@@ -40,6 +42,10 @@ class KindOfStep(NamedTuple):
         clones_behaviour: Whether the actor learns by behaviour cloning alone.
         imitates: Whether the actor's loss has an imitation term.
         moves_targets: Whether the targets move.
+        fits_reference_alone: Whether this is a step of the reference value's network alone, before the first of all
+            others.
+        evaluates_reference: Whether that network is evaluated, and trained.
+        bootstraps_reference: Whether its target is evaluated as well, for the "td" fit.
     """
 
     is_online: bool = False
@@ -49,6 +55,9 @@ class KindOfStep(NamedTuple):
     clones_behaviour: bool = False
     imitates: bool = False
     moves_targets: bool = True
+    fits_reference_alone: bool = False
+    evaluates_reference: bool = False
+    bootstraps_reference: bool = False
 
     @property
     def needs_data_log_prob(self) -> bool:

@@ -32,6 +32,12 @@ class CalQLSettings(DataSettings):
         # .training()
         self.calibrate = True
         self.reference_value = "returns_to_go"
+        self.reference_updates = 5_000
+        self.reference_fit = "monte_carlo"  # Paper, appendix D.
+        self.reference_online: str | None = None
+        self.calibration_quantile = 0.5  # rlox.
+        self.calibration_form = "maximum"
+        self.bound_uniform_actions = False  # Authors; ConRFT: True.
         self.min_q_weight = 5.0  # Paper, AntMaze; 1.0 for Adroit.
         self.num_actions = 10  # Authors.
         self.temperature = 1.0  # Authors.
@@ -92,6 +98,12 @@ class CalQLSettings(DataSettings):
         *,
         calibrate: bool = NotProvided,
         reference_value: str = NotProvided,
+        reference_updates: int = NotProvided,
+        reference_fit: Literal["monte_carlo", "td"] = NotProvided,
+        reference_online: Literal["returns_to_go", "learned", "none"] | None = NotProvided,
+        calibration_quantile: float = NotProvided,
+        calibration_form: Literal["maximum", "penalty"] = NotProvided,
+        bound_uniform_actions: bool = NotProvided,
         min_q_weight: float = NotProvided,
         num_actions: int = NotProvided,
         temperature: float = NotProvided,
@@ -123,9 +135,22 @@ class CalQLSettings(DataSettings):
 
         Args:
             calibrate: Whether the push-down of Q stops at the reference value. False is CQL(H).
-            reference_value: What Q is bounded by: "returns_to_go", the Monte-Carlo return of the data's policy, or the
-                name of a numeric column of the offline data that holds another policy's value, in units of training
-                rewards. Online episodes have no such column; they are bounded by their returns in any case.
+            reference_value: What Q is bounded by: "returns_to_go", the Monte-Carlo return of the row's own episode;
+                "learned", a network fitted to the data, without the noise of single returns; "quantile", one number
+                from the returns of all episodes; or the name of a numeric column of the offline data that holds another
+                policy's value, in units of training rewards.
+            reference_updates: Gradient updates that fit the network of a learned reference value before the first
+                update of all others. From then on it is updated with these.
+            reference_fit: What it is fitted to: "monte_carlo", returns-to-go, or "td", the reward and the value of the
+                next state, which needs no rule for the return of episodes that were cut.
+            reference_online: Where `reference_value` names a column, which online rows lack, what bounds these:
+                "returns_to_go", their own; "learned", a network fitted to the column; "none", nothing. None: their
+                own returns.
+            calibration_quantile: Of the discounted returns of all episodes, offline ones and those finished online so
+                far, in (0, 1), with `reference_value="quantile"`; and the weight with `calibration_form="penalty"`.
+            calibration_form: "maximum", the paper's max(Q, V), or "penalty", which adds
+                tau mean max(Q - V, 0) (Q - Q(s, a)) to the conservative term instead, for comparison.
+            bound_uniform_actions: Whether the uniform actions are calibrated as well.
             min_q_weight: Weight w of the conservative term, at least 0.
             num_actions: Actions drawn per source (uniform, current, next) and state, N.
             temperature: T of the soft maximum, positive.
@@ -169,6 +194,12 @@ class CalQLSettings(DataSettings):
         self._set_provided(
             calibrate=calibrate,
             reference_value=reference_value,
+            reference_updates=reference_updates,
+            reference_fit=reference_fit,
+            reference_online=reference_online,
+            calibration_quantile=calibration_quantile,
+            calibration_form=calibration_form,
+            bound_uniform_actions=bound_uniform_actions,
             min_q_weight=min_q_weight,
             num_actions=num_actions,
             temperature=temperature,

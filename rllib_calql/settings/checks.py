@@ -19,6 +19,7 @@ from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.settings.online_checks import check_online_side
 from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_one_of, is_real
+from rllib_calql.settings.reference_checks import check_reference
 from rllib_calql.settings.refused import check_unused
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _POSITIVE_INTEGERS = (
     "target_update_period",
     "actor_update_period",
     "updates_per_iteration",
+    "reference_updates",
     "online_capacity",
     "max_episode_env_steps",
     "train_batch_size_per_learner",
@@ -51,6 +53,7 @@ _BOOLEANS = (
     "normalize_observations",
     "conservative_online",
     "calibrate_online",
+    "bound_uniform_actions",
     "use_recorded_returns",
     "store_buffer_in_checkpoints",
     "share_offline_data",
@@ -75,6 +78,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
         parent_validate()
     _check_ranges(config)
     _check_choices(config)
+    check_reference(config)
     check_online_side(config)
     _check_float32(config)
     _check_data(config)
@@ -213,20 +217,6 @@ def _check_ranges(config: CalQLConfig) -> None:
 
 
 def _check_choices(config: CalQLConfig) -> None:
-    if not isinstance(config.reference_value, str) or not config.reference_value:
-        raise ValueError(
-            '`reference_value` must be "returns_to_go" or the name of a column of the offline data, got '
-            f"{config.reference_value!r}."
-        )
-    if config.reference_value != "returns_to_go" and config.use_recorded_returns:
-        raise ValueError(
-            f"`use_recorded_returns` is True and `reference_value` is {config.reference_value!r}; use one of them."
-        )
-    if config.reference_column is not None and not config.is_offline:
-        raise ValueError(
-            "`reference_value` and `use_recorded_returns` name columns of offline data, and there are none; set "
-            "`input_` or drop them."
-        )
     if not is_one_of(config.precision, PRECISIONS):
         raise ValueError(f"`precision` must be one of {PRECISIONS}, got {config.precision!r}.")
     if not is_one_of(config.truncation, TRUNCATION_RULES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.common.encoding import flat_size, flatten_observations
+from rllib_calql.common.references import REFERENCE_VALUES
 from rllib_calql.common.returns import possible_returns
 from rllib_calql.common.spaces import fixed_dimensions, leaves_of
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
@@ -175,12 +177,17 @@ class Conversion:
             )
         return returns, has_tail
 
+    def _meant(self) -> str:
+        close = difflib.get_close_matches(str(self.reference_column), REFERENCE_VALUES, n=1)
+        return f" (did you mean {close[0]!r}?)" if close and close[0] != self.reference_column else ""
+
     def _reference_values(self, block: EpisodeBlock, where: Any) -> Array:
         assert self.reference_column is not None
         if self.reference_column not in block.extra_model_outputs:
             raise ValueError(
                 f"{where(0)}: there is no column of numbers `{self.reference_column}`, which holds the reference "
-                "value by `reference_value` or `use_recorded_returns`; add it, or use computed returns."
+                f"value by `reference_value` or `use_recorded_returns`{self._meant()}; add it, or set "
+                f"`reference_value` to one of {', '.join(map(repr, REFERENCE_VALUES))}, which need no column."
             )
         values = np.asarray(block.extra_model_outputs[self.reference_column])
         if values.ndim == 2 and values.shape[1] == 1:

@@ -226,6 +226,16 @@ class OfflineTable:
         column.flags.writeable = False
         return column
 
+    def episode_returns(self, split: Split | None = None) -> npt.NDArray[np.float64]:
+        """Return-to-go of each episode's first row, without the value of any last observation, shape (E,).
+
+        Args:
+            split: Whose held-out episodes are left out.
+        """
+        returns = self.records[Columns.RETURNS_TO_GO][self._stops - self.lengths].astype(np.float64)
+        self._let_go()
+        return np.asarray(returns if split is None else np.delete(returns, split.held_out_episodes))
+
     def observation_statistics(self, split: Split | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the observations in float64, each of shape (obs_dim,), in two passes.
 

@@ -274,6 +274,10 @@ class TransitionStore:
             return self._offline_data().rows_of_last_reward(rows, self.target_steps)
         return self._online.rows_of_last_reward(rows - self.num_offline, self.target_steps) + self.num_offline
 
+    def offline_episode_returns(self) -> Array:
+        """G_0 of the offline episodes to train on, without the value of any last observation, shape (E,), float64."""
+        return np.empty(0) if self.offline is None else self.offline.episode_returns(self.split)
+
     def offline_column(self, name: str) -> Array:
         """Copy of an offline column in memory, shape (num_offline, ...), read-only."""
         return self._offline_data().column(name)

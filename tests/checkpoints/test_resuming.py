@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,40 @@ def test_pretrained_takes_over_networks_optimisers_and_the_count_of_updates(
     assert algo.num_offline_updates == 8
     assert algo.phase == keys.ONLINE
     algo.stop()
+
+
+def fit_updates_of(algo: CalQL) -> int:
+    (number,) = (result.get() for result in algo.learner_group.foreach_learner(attrgetter("num_reference_updates")))
+    assert isinstance(number, int)
+    return number
+
+
+def test_a_learned_reference_value_is_fitted_in_a_run_from_a_checkpoint_without_and_not_again_on_the_same_data(
+    saved: dict[str, Any], config_of: Callable[..., CalQLConfig], tmp_path: Path
+) -> None:
+    def learned(path: Any) -> CalQLConfig:
+        config = config_of().training(reference_value="learned", reference_updates=4)
+        return config.fine_tuning(pretrained=path, offline_updates=9)
+
+    algo = learned(saved["offline"]).build()
+    assert fit_updates_of(algo) == 0
+    result = algo.train()["learners"]["default_policy"]
+    assert (result["num_reference_updates_lifetime"], result["reference_loss"] > 0.0) == (4, True)
+    path = algo.save_to_path(tmp_path / "learned")
+    algo.stop()
+    with pytest.raises(ValueError, match=r"has the network of a learned .*`reference_value='learned'`, this run has"):
+        CalQL.from_checkpoint(path, config=config_of().fine_tuning(offline_updates=9))
+    for reward_scale, expected in ((1.0, 4), (2.0, 0)):
+        algo = learned(path).offline_data(reward_scale=reward_scale).build()
+        assert fit_updates_of(algo) == expected
+        algo.stop()
+
+
+def test_without_data_a_learned_reference_value_has_to_be_in_the_checkpoint(saved: dict[str, Any]) -> None:
+    config = CalQLConfig().environment(LineEnv).rl_module(model_config=TINY_NETWORKS)
+    config.training(num_actions=3, train_batch_size_per_learner=8, reference_value="learned")
+    with pytest.raises(ValueError, match="lacks the network of a learned reference value, and there are no offline"):
+        config.fine_tuning(pretrained=saved["offline"]).build()
 
 
 def test_pretrained_without_further_offline_updates_or_data_begins_online(saved: dict[str, Any]) -> None:

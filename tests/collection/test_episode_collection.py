@@ -16,6 +16,7 @@ from rllib_calql.collection.budget import EnvStepBudget
 from rllib_calql.collection.collection import EpisodeCollection
 from rllib_calql.collection.storing import EpisodeKeeper
 from rllib_calql.collection.success_key import SuccessKeyWatch
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.learning.divergence import DivergenceWatch
@@ -99,6 +100,7 @@ class Made:
             self.store,
             self.lifetime,
             DivergenceWatch(gamma=0.99, has_entropy_term=False),
+            EpisodeReturns(),
             add_returns=AddReturnsToGo(RewardSettings(gamma=0.99)),
             space=gym.spaces.Box(-1.0, 1.0, (1,)),
             episode_limit_env_steps=1_000,

@@ -12,6 +12,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.collection.storing import EpisodeKeeper
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.learning.divergence import DivergenceWatch
@@ -40,10 +41,12 @@ class Kept:
         self.store = TransitionStore(obs_dim=1, action_dim=1, online_capacity=100, seed=0)
         self.lifetime = Lifetime(offline_updates=0, updates_per_env_step=2.0, warmup_env_steps=0)
         self.divergence = DivergenceWatch(gamma=GAMMA, has_entropy_term=False)
+        self.episode_returns = EpisodeReturns([8.0])
         self.keeper = EpisodeKeeper(
             self.store,
             self.lifetime,
             self.divergence,
+            self.episode_returns,
             add_returns=AddReturnsToGo(RewardSettings(gamma=GAMMA)),
             space=gym.spaces.Box(-100.0, 100.0, (1,)),
             episode_limit_env_steps=1_000,
@@ -58,6 +61,7 @@ def test_an_episode_becomes_rows_with_returns_and_owes_updates() -> None:
     assert column(Columns.TERMINATEDS).tolist() == [0, 0, 1, 1]
     assert column(Columns.NEXT_OBS).reshape(-1).tolist() == [1, 2, 3, 1]
     assert (kept.lifetime.num_online_env_steps, kept.lifetime.num_online_episodes) == (4, 2)
+    assert kept.episode_returns.quantile(0.5) == 8.0  # Of 8 offline, and 3 and 8 here: of episodes, not of rows.
     assert kept.lifetime.updates_owed == 8.0
     assert kept.divergence.possible_returns == (3.0, 8.0)
 

@@ -14,7 +14,7 @@ from small_learners import make_learner
 from tiny import ONLINE_SIDE
 
 from rllib_calql.learning.graphed_steps import GraphedSteps, graphed_steps
-from rllib_calql.learning.learner import ONLINE, CalQLTorchLearner
+from rllib_calql.learning.learner import FITS_REFERENCE, ONLINE, REFERENCE_QUANTILE, CalQLTorchLearner
 from rllib_calql.learning.step_losses import ScheduledWeight
 
 MODULE, BATCH_SIZE = "default_policy", 8
@@ -121,11 +121,28 @@ def test_recorded_steps_equal_plain_ones_through_both_phases_cloning_and_sparse_
 def test_recorded_steps_equal_plain_ones_with_every_setting_of_the_online_side() -> None:
     recorder = CallingAgain()
     plain, graphed = pair(recorder, input_="rows.parquet", offline_updates=1, **ONLINE_SIDE)
+    for learner in (plain, graphed):
+        learner.update(batch=batch_of(8), minibatch_size=BATCH_SIZE, timesteps={ONLINE: False, FITS_REFERENCE: True})
+    assert_equal(plain, graphed)
+    assert (recorder.num_recorded, graphed.num_reference_updates) == (1, 8)
     for online in (False, True):
         metrics = [update(learner, 16, online=online) for learner in (plain, graphed)]
         assert metrics[0] == metrics[1]
         assert_equal(plain, graphed)
-    assert recorder.num_recorded == 4  # With a step of the actor and without, in both phases.
+    assert recorder.num_recorded == 5  # Of the fit; with a step of the actor and without, in both phases.
+
+
+def test_a_recorded_step_finds_the_quantile_where_a_new_one_was_put() -> None:
+    plain, graphed = pair(CallingAgain(), reference_value="quantile")
+    for quantile in (-3.0, 0.5, 40.0):
+        shares = []
+        for learner in (plain, graphed):
+            timesteps = {ONLINE: False, REFERENCE_QUANTILE: quantile}
+            results = learner.update(batch=batch_of(6), minibatch_size=BATCH_SIZE, timesteps=timesteps)[MODULE]
+            assert results["reference_value_mean"].peek() == pytest.approx(quantile)
+            shares.append(results["bound_rate_cql_q1_current_actions"].peek())
+        assert shares == [float(quantile > 0.0)] * 2  # Critics begin at 0.
+        assert_equal(plain, graphed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

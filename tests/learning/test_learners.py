@@ -21,7 +21,7 @@ from tiny import ONLINE_SIDE, line_config
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.common import metrics as keys
-from rllib_calql.learning.learner import ONLINE
+from rllib_calql.learning.learner import FITS_REFERENCE, ONLINE
 from rllib_calql.networks.steps import Noise
 from rllib_calql.store.offline_data import as_multi_agent_batch
 
@@ -240,6 +240,15 @@ def test_learners_stay_identical_and_resume_with_every_setting_of_the_online_sid
         2, **{**ONLINE_SIDE, "input_": "rows.parquet", "offline_updates": 1, "conservative_online": True}
     )
     try:
+        start = on_every(group, state_of)
+        assert_identical(start)
+        update(group, rows_of_ranks(2, 5, seed=3), timesteps={FITS_REFERENCE: True})
+        fitted = on_every(group, state_of)
+        assert_identical(fitted)
+        changed = {
+            name.split(".")[0] for name, value in fitted[0].items() if not np.array_equal(value, start[0].get(name))
+        }
+        assert changed == {"reference", "target_reference", f"{MODULE}_reference"}
         update(group, rows_of_ranks(2, 7, seed=1))
         first, second = on_every(group, subsets_of)
         assert first == second  # One subset for a gradient step, however many learners make it.

@@ -26,7 +26,10 @@ COMBINATIONS = [
 
 def block_losses(batch: Batch, noise: Noise, settings: Settings) -> dict[str, Callable[[Params], float]]:
     """Parameter prefix -> the one loss its gradient must come from."""
-    return {
+    of_reference = {
+        "reference.": lambda params: oracle.reference_loss(params, batch, settings),
+    }
+    return (of_reference if settings.has_reference else {}) | {
         "policy.": lambda params: oracle.actor_loss(params, batch, noise, settings),
         "critic.": lambda params: oracle.critic_loss(params, batch, noise, settings).total,
         "log_alpha": lambda params: oracle.alpha_loss(params, batch, noise, settings),
@@ -73,8 +76,14 @@ def test_gradients_of_every_combination_agree_with_finite_differences(num_critic
         Settings(num_actions=2, bc=True, deterministic_backup=False),
         Settings(num_actions=2, learn=False, lagrangian=True, num_critics=3),
         Settings(num_actions=2, layer_norm=True),
+        Settings(num_actions=2, has_reference=True, fits_offline=False, layer_norm=True, bounds_uniform=True),
+        Settings(num_actions=2, has_reference=True, reference_td=True, penalty=0.4, gap_clip=(1.5, 1.75)),
+        Settings(num_actions=2, penalty=0.4, bounds_uniform=True, lagrangian=True, reference=("column", "none")),
     ],
-    ids=["plain", "temperature", "lagrangian-clipped", "entropy-free-clipped", "bc", "not-conservative", "layer-norm"],
+    ids=[
+        *("plain", "temperature", "lagrangian-clipped", "entropy-free-clipped", "bc", "not-conservative", "layer-norm"),
+        *("monte-carlo", "td-penalty", "penalty-uniform"),
+    ],
 )
 def test_every_single_gradient_entry_agrees_with_finite_differences(settings: Settings) -> None:
     params, batch, noise = oracle.random_case(5, settings, batch_size=4, hiddens=(6, 5))

@@ -13,6 +13,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from small_learners import make_learner
 
+from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.learning import recovery
 from rllib_calql.learning.divergence import DivergenceWatch
@@ -94,6 +95,7 @@ class Published(WeightPublisher):
 def updater_of(learners: Any, **changes: Any) -> tuple[Updater, dict[str, Any]]:
     parts: dict[str, Any] = {
         "store": store_of(),
+        "episode_returns": EpisodeReturns(),
         "lifetime": Lifetime(offline_updates=8, updates_per_env_step=1.0, warmup_env_steps=0),
         "divergence": DivergenceWatch(gamma=0.99, has_entropy_term=False),
         "metrics": MetricsLogger(root=True),

@@ -13,9 +13,10 @@ from torch import nn
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.datasets.generated import pixel_reach
-from rllib_calql.learning.learner import CalQLTorchLearner
+from rllib_calql.learning.learner import FITS_REFERENCE, ONLINE, CalQLTorchLearner
 from rllib_calql.networks import rl_module as outputs
 from rllib_calql.networks.image_encoder import ImageEncoder, random_shifts
+from rllib_calql.store.offline_data import as_multi_agent_batch
 
 SHAPE = (9, 10, 2)
 NETWORKS = {
@@ -31,8 +32,10 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
 
 
-def make_learner(**networks: Any) -> CalQLTorchLearner:
-    config = CalQLConfig().rl_module(model_config={**NETWORKS, **networks}).training(num_actions=2).debugging(seed=0)
+def make_learner(**settings: Any) -> CalQLTorchLearner:
+    config = CalQLConfig().rl_module(model_config=NETWORKS).training(num_actions=2).debugging(seed=0)
+    for name, value in settings.items():
+        setattr(config, name, value)
     space = gym.spaces.Box(0, 255, SHAPE, np.uint8)
     learner: CalQLTorchLearner = config.build_learner(
         spaces={"default_policy": (space, gym.spaces.Box(-1.0, 1.0, (2,), np.float32))}
@@ -188,6 +191,32 @@ def test_an_update_moves_every_part_and_targets_follow_by_tau() -> None:
             if name.startswith(f"{target}."):
                 moved = torch.lerp(before[name], after[name.replace(target, main)], 5e-3)
                 torch.testing.assert_close(after[name], moved)
+
+
+@pytest.mark.parametrize("fit", ["monte_carlo", "td"])
+def test_a_learned_reference_value_has_an_encoder_of_its_own_that_its_own_loss_trains(fit: str) -> None:
+    learner = make_learner(reference_value="learned", reference_fit=fit, input_="images", offline_updates=1)
+    module = learner._calql_module
+    own = set(map(id, module.reference_parameters()))
+    assert own.isdisjoint(map(id, [*module.critic_parameters(), *module.policy_parameters()]))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    columns = as_multi_agent_batch({name: column.numpy() for name, column in rows(6).items()})
+    learner.update(columns, timesteps={ONLINE: False, FITS_REFERENCE: True})
+    changed = {
+        name.split(".")[0] for name, value in module.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"reference", "target_reference"}
+    moved = {
+        name
+        for name, value in module.reference.named_parameters()
+        if not torch.equal(value, before[f"reference.{name}"])
+    }
+    assert {name.split(".")[0] for name in moved} == {"encoder", "trunk", "layers", "head"}
+    learner.update(columns, timesteps={ONLINE: True})
+    changed = {
+        name.split(".")[0] for name, value in module.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert {"critic", "policy", "encoder", "reference", "target_reference"} <= changed
 
 
 def test_settings_of_images_are_refused_for_vectors_and_the_other_way_round() -> None:

@@ -36,6 +36,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {
         "calibrate": True,
         "reference_value": "returns_to_go",
+        "reference_updates": 5_000,
+        "reference_fit": "monte_carlo",
+        "reference_online": None,
+        "calibration_quantile": 0.5,
+        "calibration_form": "maximum",
+        "bound_uniform_actions": False,
         "min_q_weight": 5.0,
         "num_actions": 10,
         "temperature": 1.0,
@@ -252,8 +258,10 @@ def test_a_setting_arrives_through_its_method_and_is_accepted(method: str, name:
 
 
 def test_every_setting_of_the_design_is_tried() -> None:
-    # Of the reference value the other form excludes `use_recorded_returns`; it has a test of its own.
-    tried_elsewhere = {("training", "reference_value")}
+    # What bounds Q contradicts `calibrate=False`; it is tried in `test_reference_settings.py`.
+    of_references = ("reference_value", "reference_updates", "reference_fit", "reference_online")
+    of_calibration = ("calibration_quantile", "calibration_form", "bound_uniform_actions")
+    tried_elsewhere = {("training", name) for name in (*of_references, *of_calibration)}
     tried = {(method, name) for method, name, _ in flat(OTHER_VALUES)}
     assert {(method, name) for method, name, _ in flat(DEFAULTS)} - tried_elsewhere <= tried
 
@@ -431,6 +439,7 @@ POSITIVE_INTEGERS = (
     "training.num_critics",
     "training.n_step",
     "training.target_update_period",
+    "training.reference_updates",
     "training.train_batch_size_per_learner",
     "fine_tuning.updates_per_iteration",
     "fine_tuning.online_capacity",
@@ -438,6 +447,7 @@ POSITIVE_INTEGERS = (
 )
 BOOLEANS = (
     "training.calibrate",
+    "training.bound_uniform_actions",
     "training.importance_sampling",
     "training.lagrangian",
     "training.max_target_backup",
@@ -504,7 +514,19 @@ BAD_VALUES: list[tuple[str, tuple[Any, ...], str]] = [
         ((1.0, 1.0), (2.0, -2.0), (0.0,), (0.0, 1.0, 2.0), (NAN, 1.0), ("a", "b"), 3.0, None),
         r"must be a pair \(low, high\) with low < high",
     ),
-    ("training.reference_value", ("", None, 3), 'must be "returns_to_go" or the name of a column'),
+    (
+        "training.reference_value",
+        ("", None, 3),
+        'must be "returns_to_go", "learned", "quantile" or the name of a column',
+    ),
+    ("training.calibration_quantile", (0, 1, -0.1, 1.5, NAN, "0.5", None, True), r"must be a number in \(0, 1\)"),
+    ("training.reference_fit", ("mc", None, 1), r"must be one of \('monte_carlo', 'td'\)"),
+    (
+        "training.reference_online",
+        ("off", "quantile", 1),
+        r"must be one of \(None, 'returns_to_go', 'learned', 'none'\)",
+    ),
+    ("training.calibration_form", ("max", None, 1), r"must be one of \('maximum', 'penalty'\)"),
     ("offline_data.use_recorded_returns", ("yes", None, 1), "must be True or False"),
     ("offline_data.unfinished_episodes", ("keep", None), r"must be one of \('error', 'truncate', 'drop'\)"),
     ("offline_data.missing_final_observation", ("drop", None), r"must be one of \('drop_step', 'repeat'\)"),

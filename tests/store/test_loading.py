@@ -156,6 +156,12 @@ def test_a_reference_column_that_cannot_serve_is_refused(extras: dict[str, Any],
         conversion(reference_column="value").columns(Reader(block), block)
 
 
+def test_a_misspelt_reference_value_is_told_the_words_that_need_no_column() -> None:
+    block = block_of([4])
+    with pytest.raises(ValueError, match=r"did you mean 'learned'\?.* one of 'returns_to_go', 'learned', 'quantile'"):
+        conversion(reference_column="learnt").columns(Reader(block), block)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -14,6 +14,8 @@ same names:
     critic.{c}.layers.{i}.weight / .bias (i from 1), critic.{c}.head.weight / .bias
     policy.norms.{i}.scale / .shift, critic.{c}.norms.{i}.scale / .shift      of hidden layer i, where it is normalised
     target.{c}. ...                                                    the same as critic.{c}.; gradients are zero
+    reference.layers.{i}.weight / .bias, reference.head.weight / .bias, reference.norms.{i}.scale / .shift
+    target_reference. ...                                              V(s) where it is learned; likewise
     log_alpha, log_alpha_prime
 
 Source: Nakamoto et al. 2023, arXiv:2303.05479; Kumar et al. 2020, arXiv:2006.04779 (regulariser, Lagrangian);
@@ -48,6 +50,10 @@ class Settings:
     multiplier is neither trained nor stepped. `bc` replaces the actor's Q term by the log-prob of the data actions.
     `bc_weight` adds -log-prob of the offline rows' actions. Without `moves_actor` policy and temperature stay. The
     critics of the target's minimum are those of `noise["subset"]`, or all.
+    `reference` is what bounds offline rows and what bounds online ones: "column" (`returns_to_go` of the batch),
+    "learned" (the network `reference`), "quantile" (the number of that name) or "none". The network is fitted to the
+    column or, with `reference_td`, by temporal differences; on all rows or, with `fits_offline`, on offline ones.
+    `bounds_uniform` calibrates uniform actions too; `penalty` is tau of the other form of calibration, None: max.
     `layer_norm` (both networks, "actor" or "critic") shapes random cases; losses follow the parameters they are given.
     """
 
@@ -74,6 +80,13 @@ class Settings:
     bc_weight: float = 0.0
     moves_actor: bool = True
     layer_norm: bool | str = False
+    reference: tuple[str, str] = ("column", "column")
+    has_reference: bool = False
+    reference_td: bool = False
+    fits_offline: bool = True
+    quantile: float = 0.0
+    bounds_uniform: bool = False
+    penalty: float | None = None
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
 
@@ -134,13 +147,14 @@ class SampledAction:
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """Critic terms: `td`, `gap` [C, B] unreduced; `q_data` [C, B]; `per_critic` [C]; `total` their sum.
+    """Critic terms: `td`, `gap`, `penalty` [C, B] unreduced; `q_data` [C, B]; `per_critic` [C]; `total` their sum.
 
     `calibrated_next` and `calibrated_current` [C, N, B] tell where `Q < V`, so that the maximum takes V.
     """
 
     td: Array
     gap: Array
+    penalty: Array
     q_data: Array
     per_critic: Array
     total: float
@@ -275,6 +289,83 @@ def critic_backward(params: Params, name: str, critic: CriticPass, grad_q: Array
     return grads, grad @ params[f"{name}.action_weight"].T
 
 
+# The reference value
+
+
+@dataclass(frozen=True)
+class ValuePass:
+    """One forward pass of V: `v` [B], and what its backward pass needs."""
+
+    layer_inputs: list[Array]
+    sums: list[Array]
+    v: Array
+
+
+def value_forward(params: Params, name: str, obs: Array) -> ValuePass:
+    """Return V [B] of the network called `name`, "reference" or "target_reference"."""
+    inputs, sums = [obs], []
+    for i in range(_num_layers(params, name, first=0)):
+        sums.append(inputs[-1] @ params[f"{name}.layers.{i}.weight"] + params[f"{name}.layers.{i}.bias"])
+        inputs.append(np.maximum(_normalised(params, f"{name}.norms.{i}", sums[-1]), 0.0))
+    head = inputs[-1] @ params[f"{name}.head.weight"] + params[f"{name}.head.bias"]
+    return ValuePass(inputs, sums, head[:, 0])
+
+
+def value_backward(params: Params, name: str, value: ValuePass, grad_v: Array) -> Params:
+    """Return the gradient of the network's parameters, given that of V [B]."""
+    grads: Params = {}
+    grad = grad_v[:, None]
+    names = [f"{name}.layers.{i}" for i in range(len(value.sums))] + [f"{name}.head"]
+    for i, layer in reversed(list(enumerate(names))):
+        grads[f"{layer}.weight"] = value.layer_inputs[i].T @ grad
+        grads[f"{layer}.bias"] = grad.sum(axis=0)
+        if i > 0:
+            grad = (grad @ params[f"{layer}.weight"].T) * (value.layer_inputs[i] > 0)
+            grad = _through_norm(params, f"{name}.norms.{i - 1}", value.sums[i - 1], grad, grads)
+    return grads
+
+
+def _is_offline(batch: Batch) -> Array:
+    return np.ones(len(batch.rewards)) if batch.is_offline is None else batch.is_offline
+
+
+def reference_values(params: Params, batch: Batch, settings: Settings) -> Array:
+    """Return what bounds each row [B]; minus infinity where nothing does."""
+    values = {
+        "column": batch.returns_to_go,
+        "quantile": np.full(len(batch.rewards), settings.quantile),
+        "none": np.full(len(batch.rewards), -math.inf),
+    }
+    if settings.has_reference:
+        values["learned"] = value_forward(params, "reference", batch.obs).v
+    offline, online = (values[name] for name in settings.reference)
+    return np.array([offline[b] if flag else online[b] for b, flag in enumerate(_is_offline(batch))])
+
+
+def reference_loss(params: Params, batch: Batch, settings: Settings) -> float:
+    """Return mean (V - target)^2 over the rows that V is fitted to."""
+    return _reference_loss_and_grads(params, batch, settings)[0]
+
+
+def _reference_loss_and_grads(params: Params, batch: Batch, settings: Settings) -> tuple[float, float, Params]:
+    """Return mean (V - target)^2 and mean V - G over the rows that V is fitted to, and the gradient of the former."""
+    value = value_forward(params, "reference", batch.obs)
+    rows = np.flatnonzero(_is_offline(batch)) if settings.fits_offline else np.arange(len(batch.rewards))
+    loss = gap = 0.0
+    grad = np.zeros_like(value.v)
+    after = batch.next_obs if batch.bootstrap_obs is None else batch.bootstrap_obs
+    for b in rows:
+        aim = batch.returns_to_go[b]
+        if settings.reference_td:
+            discount = settings.gamma if batch.bootstrap_discounts is None else batch.bootstrap_discounts[b]
+            following = value_forward(params, "target_reference", after).v[b]
+            aim = batch.rewards[b] + discount * (1.0 - batch.terminateds[b]) * following
+        loss += (value.v[b] - aim) ** 2 / len(rows)
+        grad[b] = 2.0 * (value.v[b] - aim) / len(rows)
+        gap += (value.v[b] - batch.returns_to_go[b]) / len(rows)
+    return loss, gap, value_backward(params, "reference", value, grad)
+
+
 def target(params: Params, batch: Batch, noise: Noise, settings: Settings) -> Array:
     """Return the TD target y [B]; the proposal is chosen by the smallest target Q, before entropy is subtracted."""
     after = batch.next_obs if batch.bootstrap_obs is None else batch.bootstrap_obs
@@ -324,13 +415,17 @@ def _critic_loss_and_grads(params: Params, batch: Batch, noise: Noise, settings:
     samples = sampled_actions(params, batch, noise, settings)
     batch_size = len(y)
     grads: Params = {}
-    tds, gaps, q_datas, per_critic, below = [], [], [], [], []
+    tds, gaps, penalties, q_datas, per_critic, below = [], [], [], [], [], []
+    values = reference_values(params, batch, settings)
     weight, thresh = _conservative_weight(params, settings)
     for c in range(settings.num_critics):
         name = f"critic.{c}"
         data = critic_forward(params, name, batch.obs, batch.actions)
         passes = [critic_forward(params, name, batch.obs, sample.actions) for sample in samples]
-        gap, grad_gap_data, grad_gap_samples = _gap_and_grads(data.q, passes, samples, batch.returns_to_go, settings)
+        gap, grad_gap_data, grad_gap_samples = _gap_and_grads(data.q, passes, samples, values, settings)
+        penalty = np.zeros_like(gap)
+        if settings.penalty is not None and settings.calibrate:
+            penalty = _add_penalty(data.q, passes, samples, values, settings, grad_gap_data, grad_gap_samples)
         td = (data.q - y) ** 2
         grad_data = (2.0 * (data.q - y) + weight * grad_gap_data) / batch_size
         _accumulate(grads, critic_backward(params, name, data, grad_data)[0])
@@ -338,15 +433,17 @@ def _critic_loss_and_grads(params: Params, batch: Batch, noise: Noise, settings:
             _accumulate(grads, critic_backward(params, name, sampled, weight * grad_gap / batch_size)[0])
         tds.append(td)
         gaps.append(gap)
+        penalties.append(penalty)
         q_datas.append(data.q)
-        conservative = weight * (gap.mean() - thresh) if settings.learn else 0.0
+        conservative = weight * ((gap + penalty).mean() - thresh) if settings.learn else 0.0
         per_critic.append(td.mean() + conservative)
-        below.append([sampled.q < batch.returns_to_go for sampled in passes])
+        below.append([sampled.q < values for sampled in passes])
     calibrated = np.asarray(below)
     n = settings.num_actions
     loss = CriticLoss(
         td=np.asarray(tds),
         gap=np.asarray(gaps),
+        penalty=np.asarray(penalties),
         q_data=np.asarray(q_datas),
         per_critic=np.asarray(per_critic),
         total=float(np.sum(per_critic)),
@@ -367,7 +464,8 @@ def _gap_and_grads(
         x, slope = [], []
         for sampled, sample in zip(passes, samples, strict=True):
             q = sampled.q[b]
-            replaced = settings.calibrate and sample.source != "uniform" and q < values[b]
+            is_bound = settings.calibrate and settings.penalty is None and _is_calibrated(sample, settings)
+            replaced = is_bound and q < values[b]
             entry = values[b] if replaced else q
             x.append(entry - sample.log_density[b] if settings.importance_sampling else entry)
             slope.append(0.0 if replaced else 1.0)
@@ -384,6 +482,35 @@ def _gap_and_grads(
             grad_samples[m][b] = inside * softmax[m] * slope[m]
         grad_data[b] = inside * ((0.0 if settings.importance_sampling else softmax[-1]) - 1.0)
     return gap, grad_data, grad_samples
+
+
+def _is_calibrated(sample: SampledAction, settings: Settings) -> bool:
+    return settings.bounds_uniform or sample.source != "uniform"
+
+
+def _add_penalty(
+    q_data: Array,
+    passes: Sequence[CriticPass],
+    samples: Sequence[SampledAction],
+    values: Array,
+    settings: Settings,
+    grad_data: Array,
+    grad_samples: list[Array],
+) -> Array:
+    """Return tau mean_m max(Q_m - V, 0) (Q_m - Q_data) [B], and add its derivatives to those of the gap."""
+    assert settings.penalty is not None
+    calibrated = [m for m, sample in enumerate(samples) if _is_calibrated(sample, settings)]
+    share = settings.penalty / len(calibrated)
+    penalty = np.zeros_like(q_data)
+    for b in range(len(q_data)):
+        for m in calibrated:
+            q = passes[m].q[b]
+            if q <= values[b] or values[b] == -math.inf:
+                continue
+            penalty[b] += share * (q - values[b]) * (q - q_data[b])
+            grad_samples[m][b] += share * ((q - q_data[b]) + (q - values[b]))
+            grad_data[b] -= share * (q - values[b])
+    return penalty
 
 
 def alpha_prime(params: Params) -> float:
@@ -465,7 +592,8 @@ def lagrange_loss(params: Params, batch: Batch, noise: Noise, settings: Settings
     """Return -1/2 sum_c alpha' w (mean gap_c - lagrangian_thresh), or 0 when the multiplier is not trained."""
     if not (settings.lagrangian and settings.learn):
         return 0.0
-    excess = critic_loss(params, batch, noise, settings).gap.mean(axis=1) - settings.lagrangian_thresh
+    loss = critic_loss(params, batch, noise, settings)
+    excess = (loss.gap + loss.penalty).mean(axis=1) - settings.lagrangian_thresh
     return float(-0.5 * alpha_prime(params) * settings.min_q_weight * excess.sum())
 
 
@@ -480,6 +608,8 @@ def gradients(params: Params, batch: Batch, noise: Noise, settings: Settings) ->
         _accumulate(grads, _actor_loss_and_grads(params, batch, noise, settings)[1])
         entropy_error = np.mean(actor_log_prob(params, batch, noise) + settings.target_entropy)
         grads["log_alpha"] = np.asarray(-entropy_error)
+    if settings.has_reference:
+        _accumulate(grads, _reference_loss_and_grads(params, batch, settings)[2])
     if np.exp(params["log_alpha_prime"]) <= ALPHA_PRIME_MAX:
         # alpha' is exp(log_alpha'), its own derivative.
         grads["log_alpha_prime"] = np.asarray(lagrange_loss(params, batch, noise, settings))
@@ -491,7 +621,7 @@ def initial_opt_state(params: Params) -> OptState:
     return {
         name: AdamState(0, np.zeros_like(value), np.zeros_like(value))
         for name, value in params.items()
-        if not name.startswith("target.")
+        if not name.startswith("target")
     }
 
 
@@ -528,6 +658,9 @@ def full_update(
         if name.startswith("target."):
             online = new_params["critic." + name.removeprefix("target.")]
             new_params[name] = (1.0 - settings.tau) * params[name] + settings.tau * online
+        elif name.startswith("target_reference."):
+            online = new_params[name.removeprefix("target_")]
+            new_params[name] = (1.0 - settings.tau) * params[name] + settings.tau * online
     return new_params, new_state, metrics
 
 
@@ -545,7 +678,10 @@ def _metrics(params: Params, batch: Batch, noise: Noise, settings: Settings) -> 
         "calibrated_next": float(critic.calibrated_next.mean()),
         "calibrated_current": float(critic.calibrated_current.mean()),
     }
+    if settings.has_reference:
+        metrics["reference_loss"], metrics["reference_gap"], _ = _reference_loss_and_grads(params, batch, settings)
     for c in range(settings.num_critics):
+        metrics[f"penalty.{c}"] = float(critic.penalty[c].mean())
         metrics[f"td_loss.{c}"] = float(critic.td[c].mean())
         metrics[f"gap.{c}"] = float(critic.gap[c].mean())
         metrics[f"q_data.{c}"] = float(critic.q_data[c].mean())
@@ -637,6 +773,7 @@ def random_params(
     num_critics: int,
     hiddens: Sequence[int] = (16, 16),
     layer_norm: bool | str = False,
+    has_reference: bool = False,
 ) -> Params:
     """Return random parameters, scaled normal with non-zero biases, exactly representable in float32.
 
@@ -647,6 +784,7 @@ def random_params(
         num_critics: C.
         hiddens: Widths of hidden layers.
         layer_norm: Whether hidden layers are normalised, in both networks, or "actor" or "critic" for one of them.
+        has_reference: Whether there is a network V, drawn from other random numbers.
     """
     rng = np.random.default_rng(seed)
     params: Params = {}
@@ -677,6 +815,14 @@ def random_params(
         for i, width in enumerate(hiddens):
             params[f"{name}.norms.{i}.scale"] = 1.0 + 0.4 * rng.normal(size=width)
             params[f"{name}.norms.{i}.shift"] = 0.3 * rng.normal(size=width)
+    rng = np.random.default_rng([seed, 2])
+    for name in ("reference", "target_reference") if has_reference else ():
+        for i in range(len(hiddens)):
+            dense(f"{name}.layers.{i}", sizes[i], sizes[i + 1])
+            if layer_norm in (True, "critic"):
+                params[f"{name}.norms.{i}.scale"] = 1.0 + 0.4 * rng.normal(size=hiddens[i])
+                params[f"{name}.norms.{i}.shift"] = 0.3 * rng.normal(size=hiddens[i])
+        dense(f"{name}.head", sizes[-1], 1)
     return {name: _as_float32_value(value) for name, value in params.items()}
 
 
@@ -701,6 +847,7 @@ def random_case(
         num_critics=settings.num_critics,
         hiddens=hiddens,
         layer_norm=settings.layer_norm,
+        has_reference=settings.has_reference,
     )
     rng = np.random.default_rng([seed, 1])
     per_transition, n = (batch_size, action_dim), settings.num_actions

@@ -43,6 +43,7 @@ def float64_learner(settings: oracle.Settings, **more: Any) -> CalQLTorchLearner
         max_target_backup_online=settings.max_target_backup,
         deterministic_backup_online=settings.deterministic_backup,
         layer_norm=settings.layer_norm,
+        bound_uniform_actions=settings.bounds_uniform,
         **more,
     )
     learner._online = not settings.learn  # The conservative term can be switched off in the online phase only.
@@ -83,6 +84,18 @@ def tensors_by_oracle_name(learner: CalQLTorchLearner) -> Iterator[tuple[str, to
             for i, (scale, shift) in enumerate(zip(ensemble.norm_scales, ensemble.norm_shifts, strict=True)):
                 yield f"{prefix}.{c}.norms.{i}.scale", scale, c, False
                 yield f"{prefix}.{c}.norms.{i}.shift", shift, c, False
+    for prefix in ("reference", "target_reference"):
+        network = getattr(module, prefix, None)
+        if network is None:
+            continue
+        for i, layer in enumerate(network.layers):
+            yield f"{prefix}.layers.{i}.weight", layer.weight, None, True
+            yield f"{prefix}.layers.{i}.bias", layer.bias, None, False
+        for i, norm in enumerate(network.norms or ()):
+            yield f"{prefix}.norms.{i}.scale", norm.weight, None, False
+            yield f"{prefix}.norms.{i}.shift", norm.bias, None, False
+        yield f"{prefix}.head.weight", network.head.weight, None, True
+        yield f"{prefix}.head.bias", network.head.bias, None, False
     yield "log_alpha", learner.curr_log_alpha[MODULE], 0, False
     yield "log_alpha_prime", learner.log_alpha_prime, 0, False
 

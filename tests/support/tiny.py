@@ -14,7 +14,7 @@ import tree
 from rllib_calql import CalQL, CalQLConfig
 
 TINY_NETWORKS = {"actor_hiddens": [8], "critic_hiddens": [8]}
-# Every setting of the online side, each with another value than its default.
+# Every setting of the online side, each with another value than its default, and a reference value that is learned.
 ONLINE_SIDE: dict[str, Any] = {
     "num_critics": 4,
     "critic_subset": 2,
@@ -27,6 +27,9 @@ ONLINE_SIDE: dict[str, Any] = {
     "min_q_weight_online": [[0, 3.0], [40, 1.0]],
     "max_target_backup_online": False,
     "deterministic_backup_online": False,
+    "reference_value": "learned",
+    "reference_fit": "td",
+    "reference_updates": 6,
 }
 
 
