@@ -21,6 +21,7 @@ from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.metrics import EVALUATION_RESULTS
 
 from rllib_calql.checkpoints.pretrained import check_pretrained
 from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
@@ -214,6 +215,28 @@ class CalQL(CQL):
         with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
             results: dict[str, Any] = super().evaluate(parallel_train_future)
         return completed_evaluation(results, group, self._parts.history, self._parts.success_key)
+
+    @override(Algorithm)
+    def evaluate_offline(self) -> dict[str, Any]:
+        """Judges the policy by data, as `offline_evaluation_type` says.
+
+        Returns:
+            What a result has below "evaluation".
+
+        Raises:
+            RuntimeError: If the config says nothing of it.
+        """
+        return self._parts.offline_evaluation.evaluate(self)
+
+    @override(Algorithm)
+    def _run_one_offline_evaluation(self) -> dict[str, Any]:
+        """RLlib's, without its runners, which would read the data once more."""
+        return {EVALUATION_RESULTS: self.evaluate_offline()}
+
+    @classmethod
+    @override(Algorithm)
+    def _should_create_offline_evaluation_runners(cls, eval_config: Any) -> bool:
+        return False
 
     @override(Algorithm)
     def _compile_iteration_results(self, *, train_results: Any, eval_results: Any) -> dict[str, Any]:

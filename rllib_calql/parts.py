@@ -20,7 +20,9 @@ from rllib_calql.common.encoding import flat_size, observation_dtype
 from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
+from rllib_calql.common.spaces import is_image
 from rllib_calql.evaluation.history import EvaluationHistory
+from rllib_calql.evaluation.offline_evaluation import OfflineEvaluation
 from rllib_calql.evaluation.regime import Episodes
 from rllib_calql.learning.divergence import DivergenceWatch
 from rllib_calql.learning.updater import Updater
@@ -64,6 +66,7 @@ class Parts:
         success_key: Notices a `success_key` that no episode shows.
         pretrained: Takes over another run's networks.
         saving: Writes checkpoints and restores them.
+        offline_evaluation: Judges the policy by data, if the config says how.
         align: Brings env runners in line with learners whose state was set, and waits for it.
     """
 
@@ -77,6 +80,7 @@ class Parts:
     success_key: SuccessKeyWatch
     pretrained: Pretrained
     saving: Saving
+    offline_evaluation: OfflineEvaluation
     align: Callable[[], None]
 
 
@@ -169,6 +173,14 @@ def build_parts(
         max_episodes=config.metrics_num_episodes_for_smoothing,
     )
 
+    offline_evaluation = OfflineEvaluation(
+        config,
+        store,
+        foreach_learner=updater.foreach_learner,
+        sees_images=is_image(spaces.module),
+        held_out=None,
+    )
+
     def align() -> None:
         collection.forget_unfinished()
         updater.begin_anew(env_runner_group)
@@ -195,7 +207,7 @@ def build_parts(
         store=store,
         keeps_online_data=config.store_buffer_in_checkpoints,
         history=history,
-        collection=(keeper, collection, divergence, episode_returns),
+        collection=(keeper, collection, divergence, episode_returns, offline_evaluation),
         learners=updater,
         pretrained=pretrained,
         manifest=manifest,
@@ -205,7 +217,18 @@ def build_parts(
     if config.normalize_observations and config.pretrained is None:
         _set_observation_statistics(store, updater, offline_data, spaces.observation)
     return Parts(
-        lifetime, store, divergence, updater, keeper, collection, history, success_key, pretrained, saving, align
+        lifetime,
+        store,
+        divergence,
+        updater,
+        keeper,
+        collection,
+        history,
+        success_key,
+        pretrained,
+        saving,
+        offline_evaluation,
+        align,
     )
 
 

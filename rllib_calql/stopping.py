@@ -17,6 +17,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.references import PENALTY
 from rllib_calql.config import CalQLConfig
 from rllib_calql.learning.diagnostics import ACTOR_METRICS, REFERENCE_METRICS, conservative_metrics, metric_names
+from rllib_calql.settings.offline_evaluation import FQE
 
 _ENV_STEPS, _ENV_STEPS_OF_RUNNERS = "num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime"
 # Of Tune and RLlib, at the top level of every result.
@@ -59,6 +60,13 @@ _OWN_TOP_LEVEL = (
     f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
     *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)),
 )
+_OF_FQE = tuple(
+    f"evaluation/{keys.FQE}/{name}"
+    for name in (
+        *(keys.VALUE, keys.VALUE_LOW, keys.VALUE_HIGH, keys.BEHAVIOUR_RETURN, keys.SHARE_OFF_DATA),
+        *(keys.FQE_TD_ERROR, keys.FQE_TD_ERROR_TRAINING),
+    )
+)
 # Any metric below these: timers of whatever a pipeline consists of, and what users log.
 _FREE = ("custom_metrics/", "timers/", "perf/", "env_runner_group/")
 _FREE_OF_RUNNERS = (
@@ -69,6 +77,7 @@ _FREE_OF_RUNNERS = (
 # Of RLlib's old API stack.
 _OLD_STACK = ("timesteps_total", "episodes_total", "num_env_steps_sampled", "num_env_steps_trained")
 _NOT_NUMBERS = (
+    f"evaluation/{keys.FQE}/{keys.FQE_WARNINGS}",
     *(keys.PHASE, keys.OFFLINE_DATA, keys.OFFLINE_DATA_WARNINGS, keys.Q_WARNING, keys.SUCCESS_WARNING),
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.REGIME, keys.REGIME_QUANTITY)),
     *(keys.PRETRAINED_WARNING, "date", "hostname", "node_ip", "trial_id", "done", "pid"),
@@ -155,7 +164,7 @@ def metrics_of(config: AlgorithmConfig) -> ResultMetrics:
     if isinstance(config, CalQLConfig):
         of_runners += [keys.SUCCESS_RATE, keys.EPISODE_RETURN_STD]
         names = {*metric_names(num_critics=_largest(config.num_critics)), *_OF_LEARNER}
-        known |= {*_OWN_TOP_LEVEL, *(f"learners/default_policy/{name}" for name in names)}
+        known |= {*_OWN_TOP_LEVEL, *_OF_FQE, *(f"learners/default_policy/{name}" for name in names)}
         known.add(f"evaluation/env_runners/{keys.NORMALIZED_SCORE}")
         if config.log_gradients:
             free.append("learners/default_policy/")
@@ -177,6 +186,10 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
         metric: Path, "/" between levels.
         config: Without search spaces.
     """
+    if metric in _OF_FQE and isinstance(config, CalQLConfig):
+        if config.offline_evaluation_type == FQE:
+            return None
+        return "nothing fits values to the data; set `offline_evaluation_interval` and `offline_evaluation_type: fqe`"
     if metric.startswith(("evaluation/", f"{keys.FINE_TUNING}/")) and not config.evaluation_interval:
         return "nothing is evaluated; set `evaluation_interval`"
     if not isinstance(config, CalQLConfig):

@@ -32,6 +32,7 @@ WINGS = (
     ("store", "settings"),
     ("learning",),
     ("collection",),
+    ("evaluation.fqe",),
     ("evaluation",),
     ("",),  # The package itself: `CalQL`, `CalQLConfig` and what puts them together.
     ("progress",),
@@ -41,7 +42,7 @@ WINGS = (
 )
 MATHEMATICS = (
     *("common.metrics", "common.returns", "learning.losses"),
-    *("networks.precision", "networks.critic_kernel", "networks.actor_critic"),
+    *("networks.precision", "networks.critic_kernel", "networks.actor_critic", "evaluation.fqe.critics"),
 )
 ROW_OF = {wing: row for row, wings in enumerate(WINGS) for wing in wings}
 

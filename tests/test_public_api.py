@@ -195,7 +195,13 @@ SIGNATURES = {
         "max_online_env_steps",
         "pretrained",
     ],
-    "evaluation": ["success_key", "success_rule", "kwargs"],
+    "evaluation": [
+        "success_key",
+        "success_rule",
+        "offline_evaluation_type",
+        "offline_evaluation_duration",
+        "kwargs",
+    ],
     "rl_module": ["model_config", "kwargs"],
 }
 

@@ -7,7 +7,7 @@ imported only once a command needs it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rllib_calql
-from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
+from rllib_calql.checkpoints.reading import CheckpointFiles
 from rllib_calql.commands.dataset import dataset
 from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
 from rllib_calql.commands.report import report
+from rllib_calql.commands.score import score
+from rllib_calql.commands.select import select
 from rllib_calql.commands.setup import (
     StoppableGroup,
     UsageError,
@@ -45,7 +47,7 @@ def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
 
 
-for command in (dataset, study, report):
+for command in (dataset, study, report, score, select):
     main.add_command(command)
 
 
@@ -160,6 +162,7 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
     use_folder_of()
     prepare(verbose)
 
+    from rllib_calql.evaluation.checkpoint_episodes import run_episodes
     from rllib_calql.experiments.run_checkpoints import choose_checkpoint
 
     try:
@@ -168,7 +171,8 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
         raise UsageError(str(error)) from error
     remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
     try:
-        returns, success_rate, score = _evaluate_checkpoint(chosen.path, chosen.filesystem, episodes, seed)
+        run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed)
+        normalized = _normalized_score(run.config, run.returns)
     except Exception as error:
         if verbose:
             raise
@@ -177,12 +181,14 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
     if chosen.reason:
         click.echo(f"checkpoint        {chosen.path}")
         click.echo(f"                  {chosen.reason}")
-    click.echo(f"episodes          {len(returns)}")
-    click.echo(f"return            {statistics.fmean(returns):.2f} (std {statistics.pstdev(returns):.2f})")
-    if success_rate is not None:
-        click.echo(f"success rate      {success_rate:.2f}")
-    if score is not None:
-        click.echo(f"normalised score  {score:.2f}")
+    if run.warning is not None:
+        _say(f"Warning: {run.warning}.")
+    click.echo(f"episodes          {len(run.returns)}")
+    click.echo(f"return            {statistics.fmean(run.returns):.2f} (std {statistics.pstdev(run.returns):.2f})")
+    if run.success_rate is not None:
+        click.echo(f"success rate      {run.success_rate:.2f}")
+    if normalized is not None:
+        click.echo(f"normalised score  {normalized:.2f}")
 
 
 def _with_options(
@@ -286,52 +292,7 @@ def _say(message: str) -> None:
         click.echo(message, err=True)
 
 
-def _evaluate_checkpoint(
-    checkpoint: str, filesystem: Any, num_episodes: int, seed: int | None
-) -> tuple[list[float], float | None, float | None]:
-    """Runs whole episodes with an env runner of its own; learners and data are not needed for that.
-
-    Returns:
-        The returns of the episodes, the success rate and the normalised score where they are known.
-    """
-    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-
-    from rllib_calql.collection.callbacks import EpisodeOutcomeCallback
-    from rllib_calql.collection.env_errors import told
-    from rllib_calql.collection.success_key import infos_seen_by
-    from rllib_calql.common import metrics as keys
-    from rllib_calql.common.success import unseen_key_message
-    from rllib_calql.environments.resolving import resolve_env
-    from rllib_calql.environments.sharing import provide
-
-    def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
-        config = files.config()
-        if config.env is None:
-            raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
-        config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
-        config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
-        config.debugging(seed=seed)
-        config.callbacks([EpisodeOutcomeCallback])
-        provide(config.env)
-        resolve_env(config.env)
-        with told("Making the environment"):
-            runner = SingleAgentEnvRunner(config=config, worker_index=0)
-        files.restore_env_runner(runner)
-        return config, runner
-
-    config, runner = read_of_one_save(checkpoint, filesystem, restored, discard=lambda made: made[1].stop())
-    with told("An episode"):
-        episodes = runner.sample(num_episodes=num_episodes, explore=False)
-    metrics = runner.get_metrics()
-    if (seen := infos_seen_by(runner)).num_episodes:
-        _say(f"Warning: {unseen_key_message(config.success_key, seen.num_episodes, seen.names)}.")
-    runner.stop()
-    returns = [float(episode.get_return()) for episode in episodes]
-    success = metrics.get(keys.SUCCESS_RATE)
-    return returns, None if success is None else float(success.peek()), _normalized_score(config, returns)
-
-
-def _normalized_score(config: Any, returns: list[float]) -> float | None:
+def _normalized_score(config: Any, returns: Sequence[float]) -> float | None:
     from rllib_calql.config import CalQLConfig
     from rllib_calql.evaluation.history import EvaluationHistory
     from rllib_calql.store.offline_data import CalQLOfflineData

@@ -44,6 +44,17 @@ NUM_DISCARDED_EPISODES_LIFETIME = "num_discarded_episodes_lifetime"  # Episodes 
 NUM_HEALTHY_ENV_RUNNERS = "num_healthy_env_runners"  # Remote env runners that are not lost.
 NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How often one died, hung or raised.
 
+# Below "evaluation/fqe" (with `offline_evaluation_type="fqe"`), in discounted environment rewards
+FQE = "fqe"  # Parent key of those below.
+VALUE = "value"  # Fitted value of the policy at the held-out episodes' first observations, mean over episodes.
+VALUE_LOW = "value_low"  # Lower end of its 95 % interval.
+VALUE_HIGH = "value_high"  # Upper end of its 95 % interval.
+BEHAVIOUR_RETURN = "behaviour_return"  # Mean discounted return of these episodes as they were recorded.
+FQE_TD_ERROR = "td_error"  # Root of the mean squared TD error of the fitted values, held-out rows.
+FQE_TD_ERROR_TRAINING = "td_error_training"  # The same on as many rows of the fit.
+SHARE_OFF_DATA = "share_off_data"  # Share of held-out states in which the policy leaves the data.
+FQE_WARNINGS = "warnings"  # What makes the value doubtful, one finding a line; absent if nothing does.
+
 OFFLINE_DATA = "offline_data"  # One line about the offline data: sizes, ends, returns, what was decided about them.
 OFFLINE_DATA_WARNINGS = "offline_data_warnings"  # What looks wrong in the offline data, one finding a line; or absent.
 

@@ -167,6 +167,25 @@ def description_of(space: gym.Space[Any]) -> dict[str, Any]:
     return {"kind": kind, "shape": list(space.shape or ())}
 
 
+def space_of_description(description: Description) -> gym.Space[Any]:
+    """A space of which `description_of` says the same; bounds of numbers are infinite."""
+    kind = description["kind"]
+    if kind == "Dict":
+        return gym.spaces.Dict({key: space_of_description(part) for key, part in description["parts"].items()})
+    if kind == "Tuple":
+        return gym.spaces.Tuple([space_of_description(part) for part in description["parts"].values()])
+    if kind == "Discrete":
+        return gym.spaces.Discrete(description["n"], start=description["start"])
+    if kind == "MultiDiscrete":
+        return gym.spaces.MultiDiscrete(np.array(description["n"]), start=np.array(description["start"]))
+    shape = tuple(description["shape"])
+    if kind == "image":
+        return gym.spaces.Box(0, 255, shape, np.uint8)
+    if kind == "MultiBinary":
+        return gym.spaces.MultiBinary(shape)
+    return gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
 def difference_of(one: Description, other: Description, path: str = "") -> str | None:
     """What is different in two descriptions, None if nothing is.
 

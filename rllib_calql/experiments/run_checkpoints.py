@@ -70,17 +70,47 @@ def choose_checkpoint(location: str, *, best: bool) -> Chosen:
         FileNotFoundError: If there is no such folder.
         ValueError: If it has no such checkpoint; the message says why, and what to do.
     """
+    found = _found_at(location)
+    if isinstance(found, Chosen):
+        if best:
+            raise ValueError(
+                f"`--best` chooses from the checkpoints of a run or a trial, '{location}' is a single one; drop "
+                f"`--best`, or give '{posixpath.dirname(found.path)}'."
+            )
+        return found
+    filesystem, trials = found
+    return _best_of(filesystem, trials, location) if best else _newest_of(filesystem, trials, location)
+
+
+def all_checkpoints(location: str) -> list[Chosen]:
+    """The checkpoint itself, or every one of a run or of one trial, those that are damaged included.
+
+    Args:
+        location: Folder or URI of a checkpoint, a run or a trial.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there is no checkpoint in it.
+    """
+    chosen = _found_at(location)
+    if isinstance(chosen, Chosen):
+        return [chosen]
+    filesystem, trials = chosen
+    return [
+        Chosen(filesystem, path, "")
+        for trial in trials
+        for _, path in run_state.numbered_checkpoints(filesystem, trial)
+    ]
+
+
+def _found_at(location: str) -> Chosen | tuple[pyarrow.fs.FileSystem, list[str]]:
+    """The checkpoint at a location, or the folders of the trials there that have checkpoints."""
     filesystem, folder = get_fs_and_path(location if "://" in location else os.path.abspath(location))
     folder = folder.rstrip("/")
     if filesystem.get_file_info(folder).type == pyarrow.fs.FileType.NotFound:
         raise FileNotFoundError(f"'{location}' does not exist; {_REMEDY}.")
     # One whose own files are there is damaged, and which of them is said when it is read.
     if is_checkpoint(filesystem, folder):
-        if best:
-            raise ValueError(
-                f"`--best` chooses from the checkpoints of a run or a trial, '{location}' is a single one; drop "
-                f"`--best`, or give '{posixpath.dirname(folder)}'."
-            )
         return Chosen(filesystem, folder, "")
     trials = _trials_in(filesystem, folder)
     if not trials:
@@ -90,7 +120,7 @@ def choose_checkpoint(location: str, *, best: bool) -> Chosen:
         raise ValueError(
             f"'{location}' is not a checkpoint of an algorithm, nor a run or trial with any; {_REMEDY}.{hint}"
         )
-    return _best_of(filesystem, trials, location) if best else _newest_of(filesystem, trials, location)
+    return filesystem, trials
 
 
 def _trials_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:

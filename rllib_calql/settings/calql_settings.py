@@ -88,6 +88,8 @@ class CalQLSettings(DataSettings):
         # .evaluation()
         self.success_key: str | None = None
         self.success_rule = "any"
+        self.offline_evaluation_type: str | None = None  # RLlib: "eval_loss".
+        self.offline_evaluation_duration: int | None = None  # RLlib: 1.
 
         # .rl_module()
         self._model_config = copy.deepcopy(DEFAULT_MODEL_CONFIG)
@@ -317,6 +319,8 @@ class CalQLSettings(DataSettings):
         *,
         success_key: str | None = NotProvided,
         success_rule: Literal["any", "last", "fraction"] = NotProvided,
+        offline_evaluation_type: Literal["fqe", "held_out"] | None = NotProvided,
+        offline_evaluation_duration: int | None = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets how the policy is evaluated, and what counts as a success in evaluation and collected episodes.
@@ -330,6 +334,9 @@ class CalQLSettings(DataSettings):
             success_rule: How the success of an episode is made of its steps: 1 if "any" of them is a success, 1 if the
                 "last" one is, or the "fraction" that are. Steps that say nothing do not count, and an episode without
                 any that does is left out of `success_rate`.
+            offline_evaluation_type: What judges the policy every `offline_evaluation_interval` iterations: "fqe", its
+                value fitted to the data, or "held_out", losses on held-out episodes, see `validation_fraction`.
+            offline_evaluation_duration: Gradient updates of a fit with "fqe"; None: 6,000.
             **kwargs: RLlib's own settings (`evaluation_interval`, `evaluation_duration`, `evaluation_num_env_runners`,
                 ...).
 
@@ -337,7 +344,12 @@ class CalQLSettings(DataSettings):
             This config.
         """
         super().evaluation(**kwargs)
-        self._set_provided(success_key=success_key, success_rule=success_rule)
+        self._set_provided(
+            success_key=success_key,
+            success_rule=success_rule,
+            offline_evaluation_type=offline_evaluation_type,
+            offline_evaluation_duration=offline_evaluation_duration,
+        )
         return self
 
     @override(AlgorithmConfig)

@@ -17,6 +17,7 @@ from rllib_calql.common.success import SUCCESS_RULES
 from rllib_calql.networks.model_settings import check_model_config, check_module_spec, check_names
 from rllib_calql.networks.precision import PRECISIONS
 from rllib_calql.settings.input_settings import filesystem_of
+from rllib_calql.settings.offline_evaluation import check_offline_evaluation
 from rllib_calql.settings.online_checks import check_online_side
 from rllib_calql.settings.quantities import A_SCHEDULE, check_schedulable, is_integer, is_one_of, is_real
 from rllib_calql.settings.reference_checks import check_reference
@@ -87,6 +88,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_budget(config)
     _check_phases(config)
     _check_success(config)
+    check_offline_evaluation(config)
 
 
 def _check_host(config: CalQLConfig) -> None:

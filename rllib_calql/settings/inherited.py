@@ -84,6 +84,10 @@ EFFECTIVE_SETTINGS: dict[str, str] = {
         ),
         _CALLBACKS,
     ),
+    **dict.fromkeys(
+        ("callbacks_on_evaluate_offline_start", "callbacks_on_evaluate_offline_end"),
+        "test_the_policy_is_judged_by_data_as_often_as_set",
+    ),
     "callbacks_on_env_runners_recreated": _ALGORITHM,
     "callbacks_on_checkpoint_loaded": _ALGORITHM,
     # .evaluation()
@@ -91,6 +95,7 @@ EFFECTIVE_SETTINGS: dict[str, str] = {
     "evaluation_duration": "test_evaluations_are_made_as_set",
     "evaluation_duration_unit": "test_evaluations_are_made_as_set",
     "evaluation_config": "test_evaluations_are_made_as_set",
+    "offline_evaluation_interval": "test_the_policy_is_judged_by_data_as_often_as_set",
     "custom_evaluation_function": "test_an_evaluation_function_of_the_user_takes_the_place_of_ours",
     "evaluation_num_env_runners": _RESOURCES,
     "evaluation_sample_timeout_s": _ALGORITHM,

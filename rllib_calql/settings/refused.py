@@ -28,11 +28,10 @@ _NO_RECORDER = (
 _SUB_ENVIRONMENTS = 'set `gym_env_vectorize_mode="async"` for sub-environments in processes of their own'
 _PIPELINE_STATES = f"{_OLD_STACK}; set `merge_env_runner_states` and `broadcast_env_runner_states`"
 _JUDGED_FROM_DATA = (
-    "judging a policy from data is not available yet, and RLlib's way would read the data by a pipeline of its own; "
-    "evaluate in an environment by `evaluation_interval`"
+    "the algorithm itself judges by data, from those that it has read; set `offline_evaluation_interval` and "
+    "`offline_evaluation_type`, and for how long `offline_evaluation_duration`"
 )
 _OFFLINE_EVALUATION = (
-    *("offline_evaluation_interval", "offline_evaluation_type", "offline_evaluation_duration"),
     *("offline_evaluation_parallel_to_training", "offline_evaluation_timeout_s", "offline_loss_for_module_fn"),
     *("num_offline_eval_runners", "offline_eval_runner_class", "offline_eval_batch_size_per_runner"),
     *("dataset_num_iters_per_eval_runner", "offline_eval_rl_module_inference_only"),
@@ -42,7 +41,6 @@ _OFFLINE_EVALUATION = (
     *("restart_failed_offline_eval_runners", "ignore_offline_eval_runner_failures"),
     *("max_num_offline_eval_runner_restarts", "offline_eval_runner_health_probe_timeout_s"),
     *("offline_eval_runner_restore_timeout_s", "callbacks_on_offline_eval_runners_recreated"),
-    *("callbacks_on_evaluate_offline_start", "callbacks_on_evaluate_offline_end"),
     *("off_policy_estimation_methods", "ope_split_batch_by_episode"),
 )
 

@@ -168,9 +168,10 @@ def result_after(history: EvaluationHistory, *, phase_now: str, raw: dict[str, A
         pretrained=SimpleNamespace(remark=None),
         keeper=SimpleNamespace(num_discarded=0),
         collection=SimpleNamespace(results=dict),
-        store=SimpleNamespace(num_offline=0, num_online=0),
+        store=SimpleNamespace(num_offline=0, num_online=0, split=None),
         updater=SimpleNamespace(take_speed=lambda: None),
         history=history,
+        offline_evaluation=SimpleNamespace(latest=None),
     )
     return completed_result(
         {"evaluation": {"env_runners": raw}},

@@ -98,7 +98,7 @@ REFUSED |= {
 
 
 # Settings without an argument of a method.
-ATTRIBUTES = {"offline_evaluation_duration", "offline_evaluation_parallel_to_training"}
+ATTRIBUTES = {"offline_evaluation_parallel_to_training"}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED.keys() - ATTRIBUTES))
@@ -115,8 +115,7 @@ def test_a_setting_that_is_not_read_here_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("offline_evaluation_interval", "judging a policy from data is not available yet"),
-        ("offline_evaluation_duration", "`evaluation_interval`"),
+        ("num_offline_eval_runners", "`offline_evaluation_type`"),
         ("lr", "`actor_lr`, `critic_lr` and `alpha_lr`"),
         ("bc_iters", "`bc_updates`"),
         ("twin_q", "`num_critics`"),
@@ -140,14 +139,15 @@ def test_a_refusal_names_the_setting_to_use_instead(name: str, remedy: str) -> N
 def test_an_attribute_that_is_not_read_here_is_refused_by_name(name: str) -> None:
     config = CalQLConfig()
     setattr(config, name, 7)
-    with pytest.raises(ValueError, match=rf"`{name}` is not used by CalQL, got 7: .*`evaluation_interval`\.$"):
+    with pytest.raises(ValueError, match=rf"`{name}` is not used by CalQL, got 7: .*`offline_evaluation_duration`\.$"):
         config.validate()
 
 
-def test_every_setting_of_rllib_s_evaluation_on_offline_data_is_refused() -> None:
+def test_settings_of_rllib_s_evaluation_on_offline_data_that_ask_for_its_runners_are_refused() -> None:
     names = {name for name in vars(CalQLConfig()) if "offline_eval" in name or "evaluate_offline" in name}
     assert len(names) > 20
-    assert names <= set(UNUSED_SETTINGS)
+    used = {f"offline_evaluation_{name}" for name in ("interval", "type", "duration")}
+    assert names - used - {f"callbacks_on_evaluate_offline_{when}" for when in ("start", "end")} <= set(UNUSED_SETTINGS)
 
 
 # --- All of them, by all ways -----------------------------------------------------------------------------------------

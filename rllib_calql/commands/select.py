@@ -1,0 +1,172 @@
+"""The command `rllib select`: a few real episodes spent on the checkpoints that the data think best."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rllib_calql.commands.score import best_first, data_option, entry_of, judge, shown_names, updates_option
+
+if TYPE_CHECKING:
+    from rllib_calql.evaluation.fqe.judging import Judged
+    from rllib_calql.evaluation.selection import Candidate, Selection
+    from rllib_calql.progress.display import Display
+
+_SEEDS_OF_A_ROUND = 1_000  # So that no round repeats the episodes of another one.
+
+
+@click.command(epilog="Example: rllib select ~/ray_results/pointmaze-umaze --episodes 40")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("--episodes", type=click.IntRange(min=1), required=True, help="Real episodes that may be spent in all.")
+@data_option
+@updates_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the environment.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+@click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
+def select(
+    checkpoints: tuple[str, ...],
+    episodes: int,
+    data: str | None,
+    updates: int | None,
+    seed: int,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Choose from CHECKPOINT... by recorded data and then by real episodes in the environment.
+
+    The data rank the checkpoints, as `rllib score` does. The episodes are then spent by sequential halving: each round
+    the better half goes on, by success rate, mean return, and the ranking, in that order. CHECKPOINT is as for
+    `rllib score`. A checkpoint is code: select only from those that you would run as programs. Data files are not.
+    """
+    judged, filesystems = judge(checkpoints, data=data, updates=updates, verbose=verbose)
+    ranked = best_first(judged)
+    for one in judged:
+        if one.score is None:
+            click.echo(f"Error: '{one.checkpoint}' was not judged: {one.error}", err=True)
+    if not ranked:
+        raise click.ClickException("No checkpoint could be judged, so no episode was run.")
+    from rllib_calql.evaluation.selection import select_by_episodes
+    from rllib_calql.progress.display import Display
+
+    names = shown_names([one.checkpoint for one in judged])
+    with Display(file=sys.stderr) as display:
+        runner = Episodes(names, filesystems, seed, display)
+        selection = select_by_episodes([one.checkpoint for one in ranked], episodes, runner.run)
+    for warning in runner.warnings:
+        click.echo(f"Warning: {warning}.", err=True)
+    for candidate in selection.candidates:
+        if candidate.error:
+            click.echo(f"Error: '{candidate.name}' could not be run: {candidate.error}", err=True)
+    if as_json:
+        click.echo(json.dumps(_as_json(selection, judged), indent=2))
+    else:
+        click.echo(_as_text(selection, judged, names))
+    if selection.winner is None:
+        raise click.ClickException("No checkpoint could be run in its environment.")
+    if any(one.score is None for one in judged) or any(candidate.error for candidate in selection.candidates):
+        click.get_current_context().exit(1)
+
+
+class Episodes:
+    """Runs episodes of checkpoints, one environment at a time, as a real system needs it."""
+
+    def __init__(self, names: dict[str, str], filesystems: dict[str, Any], seed: int, display: Display) -> None:
+        self.warnings: dict[str, None] = {}
+        self._names, self._filesystems, self._seed, self._display = names, filesystems, seed, display
+        self._num_done = 0
+
+    def run(self, checkpoint: str, count: int, number: int) -> tuple[Sequence[float], float | None]:
+        """Runs `count` episodes in round `number`; all candidates of a round meet the same seeds."""
+        from rllib_calql.evaluation.checkpoint_episodes import run_episodes
+
+        self._display.stage(
+            f"round {number + 1}, {count} episodes of '{self._names[checkpoint]}', {self._num_done} done before"
+        )
+        self._num_done += count
+        done = run_episodes(
+            checkpoint,
+            self._filesystems[checkpoint],
+            num_episodes=count,
+            seed=self._seed + number * _SEEDS_OF_A_ROUND,
+        )
+        if done.warning is not None:
+            self.warnings[done.warning] = None
+        return done.returns, done.success_rate
+
+
+def _interval_of(candidate: Candidate) -> dict[str, Any]:
+    """What the episodes of a candidate say, each mean with its 95 % interval; None where one episode gives none."""
+    import numpy as np
+
+    from rllib_calql.evaluation.fqe.scoring import mean_interval
+    from rllib_calql.evaluation.selection import success_interval
+
+    number, rate = len(candidate.returns), candidate.success_rate
+    returns: dict[str, float | None]
+    if number > 1:
+        interval = mean_interval(np.asarray(candidate.returns))
+        returns = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    else:
+        returns = {"mean": candidate.returns[0] if number else None, "low": None, "high": None}
+    success = None
+    if rate is not None:
+        low, high = success_interval(rate, number)
+        success = {"mean": rate, "low": low, "high": high}
+    return {"episodes": candidate.attempted, "episode_return": returns, "success_rate": success}
+
+
+def _as_json(selection: Selection, judged: Sequence[Judged]) -> dict[str, Any]:
+    run = {one.name: _interval_of(one) | {"run_error": one.error or None} for one in selection.candidates}
+    nothing = {"episodes": 0}
+    return {
+        "winner": None if selection.winner is None else selection.winner.name,
+        "episodes_spent": selection.episodes_spent,
+        "checkpoints": [entry_of(one) | run.get(one.checkpoint, nothing) for one in judged],
+    }
+
+
+def _as_text(selection: Selection, judged: Sequence[Judged], names: dict[str, str]) -> str:
+    scores = {one.checkpoint: one.score for one in judged}
+    header = ["checkpoint", "episodes", "success [95 %]", "return [95 %]", "value by data [95 %]"]
+    lines = [header]
+    for candidate in selection.candidates:
+        said = _interval_of(candidate)
+        lines.append(
+            [
+                names[candidate.name],
+                str(candidate.attempted),
+                _bracketed(said["success_rate"]),
+                _bracketed(said["episode_return"]),
+                str(getattr(scores[candidate.name], "value", "")),
+            ]
+        )
+    lines.extend([names[left], "0", "", "", str(getattr(scores[left], "value", ""))] for left in selection.left_out)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.append(f"Spent {selection.episodes_spent} episodes.")
+    if selection.left_out:
+        text.append(
+            f"{len(selection.left_out)} checkpoints got none: there were too few, and the data rank them lower."
+        )
+    if selection.winner is not None:
+        said = _interval_of(selection.winner)
+        kind, shown = (
+            ("success rate", said["success_rate"]) if said["success_rate"] else ("return", said["episode_return"])
+        )
+        text.append(
+            f"Winner: {selection.winner.name}, {kind} {_bracketed(shown)} in {said['episodes']} episodes, which also "
+            "chose it and so flatter it."
+        )
+    return "\n".join(text)
+
+
+def _bracketed(interval: dict[str, float | None] | None) -> str:
+    if interval is None or interval["mean"] is None:
+        return ""
+    if interval["low"] is None:
+        return f"{interval['mean']:.4g} [one episode]"
+    return f"{interval['mean']:.4g} [{interval['low']:.4g}, {interval['high']:.4g}]"

@@ -1,0 +1,1 @@
+"""Fitted Q evaluation: what a policy is worth, by recorded data alone."""

@@ -1,0 +1,222 @@
+"""Fitted Q evaluation against a solved decision process, its gradients against autograd, and what a score says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from solved_mdp import NUM_STATES, SolvedMDP
+
+from rllib_calql.evaluation.fqe.critics import FQECritics, with_ones
+from rllib_calql.evaluation.fqe.data import JudgedData, own_split
+from rllib_calql.evaluation.fqe.fitting import FQESettings, fit_values
+from rllib_calql.evaluation.fqe.off_data import share_off_data
+from rllib_calql.evaluation.fqe.scoring import mean_interval, score_policy
+from rllib_calql.store.offline_table import OfflineTable
+from rllib_calql.store.split import Split
+
+SMALL = FQESettings(updates=1_000, batch_size=256, hiddens=(32, 32))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- The values -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_values_are_those_of_the_solved_process_within_two_percent(seed: int) -> None:
+    mdp = SolvedMDP.drawn(seed)
+    fitted = fit_values(mdp.data(), mdp, SMALL)
+    exact = mdp.values()[list(mdp.start_states)]
+    assert fitted.initial_values.mean() == pytest.approx(exact.mean(), rel=0.02)
+    assert np.abs(fitted.initial_values - exact).max() < 0.1 * np.ptp(mdp.values())
+
+
+def test_the_policy_is_valued_and_not_the_behaviour() -> None:
+    # Action 0.5 pays 1 in every state and -0.5 pays 0; the data take both equally often.
+    mdp = dataclasses.replace(
+        SolvedMDP.drawn(0), rewards=np.array([[0.0] * NUM_STATES, [1.0] * NUM_STATES]), choices=np.ones(NUM_STATES, int)
+    )
+    worse = dataclasses.replace(mdp, choices=np.zeros(NUM_STATES, int))
+    assert fit_values(mdp.data(), mdp, SMALL).initial_values.mean() == pytest.approx(
+        mdp.values()[list(mdp.start_states)].mean(), rel=0.02
+    )
+    assert fit_values(mdp.data(), worse, SMALL).initial_values.mean() == pytest.approx(0.0, abs=0.1)
+
+
+def test_held_out_steps_never_reach_a_fit() -> None:
+    mdp = SolvedMDP.drawn(1)
+    settings = dataclasses.replace(SMALL, updates=100)
+    without, with_large = (
+        fit_values(mdp.data(held_out_reward=reward), mdp, settings).initial_values for reward in (0.0, 1e6)
+    )
+    np.testing.assert_array_equal(without, with_large)
+
+
+def test_the_same_seed_gives_the_same_values_and_torch_s_own_generator_is_left_alone() -> None:
+    mdp = SolvedMDP.drawn(1)
+    settings = dataclasses.replace(SMALL, updates=50)
+    state = torch.get_rng_state()
+    first, second = (fit_values(mdp.data(), mdp, settings).initial_values for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_held_out_td_errors_are_larger_where_rewards_are_others() -> None:
+    mdp = SolvedMDP.drawn(2)
+    alike = fit_values(mdp.data(held_out_reward=2.0), mdp, dataclasses.replace(SMALL, updates=200))
+    other = fit_values(mdp.data(held_out_reward=500.0), mdp, dataclasses.replace(SMALL, updates=200))
+    assert other.held_out_td_error == pytest.approx(500.0, rel=0.1)
+    assert alike.held_out_td_error < 50.0
+    assert alike.training_td_error == other.training_td_error
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_rows", [16, 37, 1024])
+@pytest.mark.parametrize("hiddens", [(7, 6), (5,)])
+def test_a_step_is_that_of_autograd_and_adam_in_float64(hiddens: tuple[int, ...], block_rows: int) -> None:
+    torch.manual_seed(0)
+    rows, num_inputs, number = 37, 5, 3
+    critics = FQECritics(
+        num_inputs, hiddens, batch_size=rows, num_critics=number, dtype=torch.float64, block_rows=block_rows
+    )
+    critics.targets.add_(torch.randn_like(critics.targets))
+    here, following = (with_ones(torch.randn(rows, num_inputs, dtype=torch.float64)) for _ in range(2))
+    rewards, discounts = torch.randn(rows, dtype=torch.float64), torch.rand(rows, dtype=torch.float64)
+
+    def q(parameters: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Of one critic, by its part of the vector."""
+        at = 0
+        for width in (*hiddens, 1):
+            weight = parameters[at : at + x.shape[1] * width].view(x.shape[1], width)
+            at += weight.numel()
+            x = x @ weight
+            if at < len(parameters):
+                x = torch.cat([torch.relu(x), torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+        return x[:, 0]
+
+    own = critics.parameters.clone().requires_grad_()
+    former_targets = critics.targets.clone()
+    mean_target = torch.stack([q(part, following) for part in former_targets.chunk(number)]).mean(dim=0)
+    targets = rewards + discounts * mean_target
+    torch.stack([(q(part, here) - targets).square().mean() for part in own.chunk(number)]).sum().backward()
+    critics.step(here, following, rewards, discounts, learning_rate=1e-2, tau=0.25)
+    assert own.grad is not None
+    torch.testing.assert_close(critics.gradients, own.grad, rtol=1e-10, atol=1e-12)
+    torch.optim.Adam([own], lr=1e-2).step()
+    torch.testing.assert_close(critics.parameters, own.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(critics.targets, former_targets.lerp(own.detach(), 0.25))
+    for part, values in zip(own.detach().chunk(number), critics.values_of_each(here), strict=True):
+        torch.testing.assert_close(values, q(part, here))
+
+
+def test_columns_of_another_size_are_refused() -> None:
+    critics = FQECritics(3, [4], batch_size=8)
+    inputs, numbers = with_ones(torch.zeros(8, 3)), torch.zeros(8)
+    with pytest.raises(ValueError, match=r"inputs must be \(8, 4\)"):
+        critics.step(inputs[:, :3], inputs, numbers, numbers, learning_rate=1e-3, tau=0.1)
+    with pytest.raises(ValueError, match=r"rewards and discounts must be \(8,\)"):
+        critics.step(inputs, inputs, numbers[:7], numbers, learning_rate=1e-3, tau=0.1)
+
+
+# --- The data ---------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_and_returns_are_those_of_the_environment() -> None:
+    mdp = SolvedMDP.drawn(0)
+    data = mdp.data(held_out_reward=3.0)
+    np.testing.assert_allclose(data.behaviour_returns, 3.0 + 0.9 * 3.0, rtol=1e-6)
+    assert data.first_observations.argmax(axis=1).tolist() == list(mdp.start_states)
+    first = data.rows(np.array([0]))
+    k, s, _ = np.argwhere(mdp.counts)[0]
+    assert first.rewards[0] == pytest.approx(mdp.rewards[k, s], rel=1e-6)
+    assert data.share_cut == pytest.approx(0.9**2)
+
+
+def table_of_lengths(lengths: list[int]) -> OfflineTable:
+    table = SolvedMDP.drawn(0).data().table
+    records = np.resize(table.records, sum(lengths))
+    ends = np.zeros(len(lengths), bool)
+    final = np.zeros((len(lengths), NUM_STATES), np.float32)
+    return OfflineTable(records, final, lengths=np.array(lengths), terminateds=ends, has_tail=ends, gamma=0.9)
+
+
+@pytest.mark.parametrize(("num_episodes", "held_out"), [(3, 2), (19, 2), (200, 20)])
+def test_a_tenth_of_the_episodes_is_held_out_and_never_less_than_two(num_episodes: int, held_out: int) -> None:
+    assert len(own_split(table_of_lengths([2] * num_episodes)).held_out_episodes) == held_out
+
+
+@pytest.mark.parametrize(("num_episodes", "said"), [(1, "hold 1 episode;"), (2, "hold 2 episodes;")])
+def test_too_few_episodes_are_refused(num_episodes: int, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said} judging by data needs at least 3"):
+        own_split(table_of_lengths([5] * num_episodes))
+
+
+def test_one_held_out_episode_has_no_interval_and_is_refused() -> None:
+    table = table_of_lengths([2] * 9)
+    split = Split(table.lengths, np.array([3]), fraction=0.1, seed=0)
+    with pytest.raises(ValueError, match=r"1 episode is held out, .* raise `validation_fraction` 0.1"):
+        JudgedData(table, split, rewards=SolvedMDP.drawn(0).scaling)
+
+
+def test_held_out_episodes_that_begin_where_no_other_ever_is_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    table = table_of_lengths([10] * 30)
+    table.records["obs"] = rng.normal(size=table.records["obs"].shape)
+    starts = np.arange(27, 30) * 10
+    split = Split(table.lengths, np.array([27, 28, 29]), fraction=0.1, seed=0)
+    JudgedData(table, split, rewards=SolvedMDP.drawn(0).scaling)
+    table.records["obs"][starts] += 50.0
+    with pytest.raises(ValueError, match="100% of the held-out episodes begin in states that the other episodes never"):
+        JudgedData(table, split, rewards=SolvedMDP.drawn(0).scaling)
+
+
+# --- The score --------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_bootstraps_over_episodes() -> None:
+    values = np.array([0.0, 1.0] * 20)
+    interval = mean_interval(values)
+    half = 1.96 * 0.5 / np.sqrt(len(values))  # The normal approximation.
+    assert interval.mean == 0.5
+    assert interval.high - interval.low == pytest.approx(2.0 * half, rel=0.1)
+    with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
+        mean_interval(np.array([1.0]))
+
+
+def test_the_share_off_the_data_tells_a_policy_that_leaves_them() -> None:
+    rng = np.random.default_rng(0)
+    states, held_out = rng.normal(size=(3_000, 20)), rng.normal(size=(1_000, 20))
+    actions, own = (0.3 * np.tanh(rows[:, :2]) + 0.02 * rng.normal(size=(len(rows), 2)) for rows in (states, held_out))
+    like_the_data = 0.3 * np.tanh(held_out[:, :2])
+    share = {
+        name: share_off_data((states, actions), (held_out, own), policy, rng=np.random.default_rng(1))
+        for name, policy in (("own", own), ("alike", like_the_data), ("far", like_the_data + 0.9))
+    }
+    assert share["own"] == pytest.approx(0.01, abs=0.002)
+    assert share["alike"] < 0.03
+    assert share["far"] > 0.95
+
+
+def test_a_score_warns_of_what_makes_it_doubtful() -> None:
+    mdp = SolvedMDP.drawn(0)
+    score = score_policy(mdp.data(), mdp, dataclasses.replace(SMALL, updates=150), remarks=["it was seen"])
+    said = "\n".join(score.warnings)
+    assert score.warnings[0] == "it was seen"
+    assert "5 held-out episodes are few for an interval" in said
+    assert "raise the updates" in said
+    assert "leaves out what would follow where episodes were cut, 81%" in said
+    assert score.num_held_out_episodes == 5
+    assert score.value.low <= score.value.mean <= score.value.high
+    assert score.to_dict()["value"]["mean"] == score.value.mean
