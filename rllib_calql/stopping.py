@@ -42,8 +42,10 @@ _OF_ALL_LEARNERS = (
     *("num_module_steps_trained", "num_module_steps_trained_lifetime"),
 )
 # RLlib's, of the learner's one module, beside what the learner itself reports.
+_REFERENCE_RATE = "reference_learning_rate"
 _OF_LEARNER = (
     *("policy_learning_rate", "critic_learning_rate", "alpha_learning_rate", "alpha_prime_learning_rate"),
+    _REFERENCE_RATE,
     *("num_module_steps_trained", "num_module_steps_trained_lifetime", "module_train_batch_size_mean"),
     "weights_seq_no",
 )
@@ -225,7 +227,7 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
 
 def _why_absent_of_reference(name: str, config: CalQLConfig) -> str | None:
     """The same of what is reported of a learner's reference value."""
-    if name in REFERENCE_METRICS and not config.has_reference_network:
+    if name in {*REFERENCE_METRICS, _REFERENCE_RATE} and not config.has_reference_network:
         return "no reference value is learned; set `reference_value: learned`"
     is_used = config.uses_reference_network(online=config.is_online)
     if config.has_reference_network and not is_used and name in {*REFERENCE_METRICS, keys.REFERENCE_VALUE_MEAN}:

@@ -140,6 +140,8 @@ def test_a_run_cannot_end_at_what_its_reference_value_does_not_report() -> None:
         ("reference_loss", learned, None),
         ("reference_gap", plain, "set `reference_value: learned`"),
         ("num_reference_updates_lifetime", plain, "set `reference_value: learned`"),
+        ("reference_learning_rate", learned, None),
+        ("reference_learning_rate", plain, "set `reference_value: learned`"),
         ("reference_loss", sac, "set `calibrate_online: true`"),
         ("reference_value_mean", plain, None),
         ("bound_rate_cql_q1_rand", plain, "set `bound_uniform_actions: true`"),
