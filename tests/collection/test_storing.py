@@ -61,7 +61,7 @@ def test_an_episode_becomes_rows_with_returns_and_owes_updates() -> None:
     assert column(Columns.TERMINATEDS).tolist() == [0, 0, 1, 1]
     assert column(Columns.NEXT_OBS).reshape(-1).tolist() == [1, 2, 3, 1]
     assert (kept.lifetime.num_online_env_steps, kept.lifetime.num_online_episodes) == (4, 2)
-    assert kept.episode_returns.quantile(0.5) == 8.0  # Of 8 offline, and 3 and 8 here: of episodes, not of rows.
+    assert kept.episode_returns.quantile(0.25) == 5.5  # Of 3, 8 and the offline 8: discounted, and not of rows.
     assert kept.lifetime.updates_owed == 8.0
     assert kept.divergence.possible_returns == (3.0, 8.0)
 
