@@ -26,7 +26,7 @@ data_option = click.option(
     "--data", metavar="INPUT", help="Data to judge by, as `input_` names them (default: those of the training)."
 )
 updates_option = click.option(
-    "--updates", type=click.IntRange(min=1), help="Gradient updates of each fit (default: 6000)."
+    "--updates", type=click.IntRange(min=1), help="Gradient updates of each fit (default: 4000)."
 )
 
 

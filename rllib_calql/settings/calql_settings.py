@@ -336,7 +336,7 @@ class CalQLSettings(DataSettings):
                 any that does is left out of `success_rate`.
             offline_evaluation_type: What judges the policy every `offline_evaluation_interval` iterations: "fqe", its
                 value fitted to the data, or "held_out", losses on held-out episodes, see `validation_fraction`.
-            offline_evaluation_duration: Gradient updates of a fit with "fqe"; None: 6,000.
+            offline_evaluation_duration: Gradient updates of a fit with "fqe"; None: 4,000.
             **kwargs: RLlib's own settings (`evaluation_interval`, `evaluation_duration`, `evaluation_num_env_runners`,
                 ...).
 

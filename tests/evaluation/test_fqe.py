@@ -195,6 +195,17 @@ def test_intervals_are_bootstraps_over_episodes() -> None:
         mean_interval(np.array([1.0]))
 
 
+def test_the_interval_of_a_value_is_over_the_held_out_episodes_and_no_other_rows() -> None:
+    mdp = dataclasses.replace(SolvedMDP.drawn(0), start_states=(0, 1, 2, 3, 0, 1))
+    settings = dataclasses.replace(SMALL, updates=200)
+    values = fit_values(mdp.data(), mdp, settings).initial_values
+    value = score_policy(mdp.data(), mdp, settings).value
+    resampled = np.random.default_rng(1).choice(values, (20_000, len(values))).mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    assert value.mean == values.mean()
+    assert (value.low, value.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
 def test_the_share_off_the_data_tells_a_policy_that_leaves_them() -> None:
     rng = np.random.default_rng(0)
     states, held_out = rng.normal(size=(3_000, 20)), rng.normal(size=(1_000, 20))

@@ -115,7 +115,7 @@ class FQECritics:
         block = min(block_rows, batch_size)
         self._blocks = [slice(start, min(start + block, batch_size)) for start in range(0, batch_size, block)]
         self._rooms = {block: [_room(block, width, dtype) for width in hiddens]}
-        self._backwards = torch.empty(hiddens[-1], hiddens[-2] if len(hiddens) > 1 else num_inputs, dtype=dtype)
+        self._scaled = torch.empty(hiddens[-2] if len(hiddens) > 1 else num_inputs, hiddens[-1], dtype=dtype)
         self._errors = torch.empty(batch_size, dtype=dtype)
 
     def step(
@@ -191,7 +191,7 @@ class FQECritics:
         its weights: they are multiplied once for all rows, and not in each. They take the place of its activations.
         """
         backwards = list(network.backwards)
-        backwards[-1] = torch.mul(backwards[-1], network.units.unsqueeze(1), out=self._backwards)
+        backwards[-1] = torch.mul(network.weights[-1][:-1], network.units, out=self._scaled).t()
         for here in self._blocks:
             is_whole = len(self._blocks) == 1
             own, error = (inputs, self._errors) if is_whole else (inputs[here], self._errors[here])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.common.returns import RewardSettings, discounted_sums
-from rllib_calql.evaluation.fqe.off_data import share_beyond
+from rllib_calql.evaluation.fqe.off_data import MAX_KNOWN, sample_of, share_beyond
 from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.split import Split, split_episodes
 
@@ -143,6 +144,7 @@ class JudgedData:
             here = slice(start, min(start + _BLOCK_ROWS, len(numbers)))
             yield here, self.rows(numbers[here])
 
+    @cached_property
     def scale_of_values(self) -> tuple[float, float]:
         """Mean and standard deviation of the discounted environment returns-to-go of the training rows.
 
@@ -153,6 +155,7 @@ class JudgedData:
         std = float(returns.std())
         return float(returns.mean()), std if std > 1e-9 * max(1e-30, float(np.abs(returns).max())) else 1.0
 
+    @cached_property
     def possible_values(self) -> tuple[float, float]:
         """Least and largest discounted sum of rewards that are in the data, for episodes of any length."""
         recorded = self._environment_rewards(np.asarray(self.table.records[Columns.REWARDS]))
@@ -172,7 +175,7 @@ class JudgedData:
         is_picture = not np.issubdtype(self.first_observations.dtype, np.floating)
         if is_picture or len(later_rows) == 0:
             return  # Distances of pictures mean little, and without later steps there is nothing to compare with.
-        known = self.rows(self.training_rows).observations
+        known = self.rows(self.training_rows[sample_of(len(self.training_rows), MAX_KNOWN, rng)]).observations
         share = share_beyond(known, self.rows(later_rows).observations, self.first_observations, rng=rng)
         if share > _MOST_STARTS_OFF_DATA:
             raise ValueError(

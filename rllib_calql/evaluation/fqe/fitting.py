@@ -55,8 +55,8 @@ class FQESettings:
         seed: Of first weights and drawn rows.
     """
 
-    updates: int = 6_000
-    batch_size: int = 1024
+    updates: int = 4_000
+    batch_size: int = 2048
     learning_rate: float = 1e-3
     tau: float = 0.05
     hiddens: Sequence[int] = (256, 256)
@@ -107,7 +107,7 @@ def fit_values(
         on_progress: Called now and then with the number of updates made.
     """
     encoder = _Encoder(data, policy)
-    mean, std = data.scale_of_values()
+    mean, std = data.scale_of_values
     fitted = encoder.transitions(data, data.training_rows, mean, std)
     held_out = encoder.transitions(data, data.held_out_rows, mean, std)
     starts = encoder.inputs(data.first_observations)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 QUANTILE = 0.99
-_MAX_KNOWN = 20_000  # Rows that neighbours are looked for among.
-_MAX_ASKED = 2_000  # Rows whose neighbours are looked for.
+MAX_KNOWN = 20_000  # Rows that neighbours are looked for among.
+MAX_ASKED = 2_000  # Rows whose neighbours are looked for.
 _MIN_STD = 1e-6  # Of the largest one of a part; what varies less is taken for constant.
 
 
@@ -40,8 +40,8 @@ def share_off_data(
     Returns:
         In [0, 1]; about 0.01 for the policy that made the data.
     """
-    asked = _sample(len(held_out[0]), _MAX_ASKED, rng)
-    kept = _sample(len(known[0]), _MAX_KNOWN, rng)
+    asked = sample_of(len(held_out[0]), MAX_ASKED, rng)
+    kept = sample_of(len(known[0]), MAX_KNOWN, rng)
     features, actions = _Scaling(known[0][kept]), _Scaling(known[1][kept])
     points = np.concatenate([features(known[0][kept]), actions(known[1][kept])], axis=1)
     states = features(held_out[0][asked])
@@ -51,9 +51,9 @@ def share_off_data(
 
 def share_beyond(known: Array, own: Array, asked: Array, *, rng: np.random.Generator) -> float:
     """Share of the `asked` rows that are farther from `known` ones than 99 % of their `own` are, each (rows, n)."""
-    kept, few_own = _sample(len(known), _MAX_KNOWN, rng), _sample(len(own), _MAX_ASKED, rng)
+    kept, few_own = sample_of(len(known), MAX_KNOWN, rng), sample_of(len(own), MAX_ASKED, rng)
     scale = _Scaling(known[kept])
-    return _share_beyond(scale(known[kept]), scale(own[few_own]), scale(asked[_sample(len(asked), _MAX_ASKED, rng)]))
+    return _share_beyond(scale(known[kept]), scale(own[few_own]), scale(asked[sample_of(len(asked), MAX_ASKED, rng)]))
 
 
 class _Scaling:
@@ -78,5 +78,6 @@ def _share_beyond(known: Array, own: Array, asked: Array) -> float:
     return float(np.mean(tree.query(asked)[0] > limit))
 
 
-def _sample(number: int, most: int, rng: np.random.Generator) -> Array:
+def sample_of(number: int, most: int, rng: np.random.Generator) -> Array:
+    """At most so many of the numbers from 0 on, drawn without replacement; all of them, if they are no more."""
     return np.arange(number) if number <= most else rng.choice(number, most, replace=False)

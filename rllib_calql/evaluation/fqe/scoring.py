@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rllib_calql.evaluation.fqe.data import JudgedData
 from rllib_calql.evaluation.fqe.fitting import FittedValues, FQESettings, FrozenPolicy, fit_values
-from rllib_calql.evaluation.fqe.off_data import share_off_data
+from rllib_calql.evaluation.fqe.off_data import MAX_ASKED, MAX_KNOWN, sample_of, share_off_data
 
 Array = npt.NDArray[Any]
 
@@ -134,21 +134,21 @@ def score_policy(
 
 def _share_off_data(data: JudgedData, policy: FrozenPolicy, seed: int) -> float:
     rng = np.random.default_rng(seed)
-    known = [(policy.features(rows.observations), rows.actions) for _, rows in data.blocks(data.training_rows)]
-    held_out = [
-        (policy.features(rows.observations), rows.actions, policy.actions(rows.observations))
-        for _, rows in data.blocks(data.held_out_rows)
-    ]
-    features, actions = (np.concatenate(parts) for parts in zip(*known, strict=True))
-    own_features, own_actions, of_policy = (np.concatenate(parts) for parts in zip(*held_out, strict=True))
-    return share_off_data((features, actions), (own_features, own_actions), of_policy, rng=rng)
+    known = data.rows(data.training_rows[sample_of(len(data.training_rows), MAX_KNOWN, rng)])
+    held_out = data.rows(data.held_out_rows[sample_of(len(data.held_out_rows), MAX_ASKED, rng)])
+    return share_off_data(
+        (policy.features(known.observations), known.actions),
+        (policy.features(held_out.observations), held_out.actions),
+        policy.actions(held_out.observations),
+        rng=rng,
+    )
 
 
 def _warnings(
     data: JudgedData, fitted: FittedValues, value: Interval, behaviour: Interval, share_off_data: float
 ) -> list[str]:
     warnings = []
-    low, high = data.possible_values()
+    low, high = data.possible_values
     tolerance = 0.05 * (high - low)
     width = value.high - value.low
     if not np.isfinite(value.mean) or not low - tolerance <= value.mean <= high + tolerance:
@@ -156,10 +156,10 @@ def _warnings(
             f"the value lies outside what the data's rewards can sum up to, {low:.4g} to {high:.4g}: the fit diverged"
         )
     drift = abs(fitted.looks[-1] - fitted.looks[len(fitted.looks) // 2])
-    if drift > max(0.5 * width, 0.02 * max(abs(value.mean), data.scale_of_values()[1])):
+    if drift > max(0.5 * width, 0.02 * max(abs(value.mean), data.scale_of_values[1])):
         warnings.append(f"the value still moved by {drift:.3g} in the second half of the fit; raise the updates")
     spread = float(np.ptp(fitted.of_each_critic))
-    if spread > max(width, 0.1 * data.scale_of_values()[1]):
+    if spread > max(width, 0.1 * data.scale_of_values[1]):
         warnings.append(f"the critics differ by {spread:.3g}, more than the interval tells")
     if share_off_data > _MUCH_OFF_DATA:
         warnings.append(f"in {share_off_data:.0%} of the states the policy leaves the data, where the value is a guess")
