@@ -34,6 +34,7 @@ from rllib_calql.config import CalQLConfig
 from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import offer, provide
 from rllib_calql.evaluation.evaluating import completed_evaluation, say_evaluating
+from rllib_calql.evaluation.held_out import with_held_out
 from rllib_calql.parts import Parts, Spaces, build_parts
 from rllib_calql.registration import register
 from rllib_calql.results import completed_result
@@ -202,26 +203,30 @@ class CalQL(CQL):
 
     @override(Algorithm)
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
-        """Evaluates the greedy policy, and adds the normalised score where the data have reference scores.
+        """Evaluates the greedy policy by episodes, if there is an environment, and by held-out ones, if there are any.
 
         Raises:
-            RuntimeError: Without an environment, or if the environment fails again and again.
+            RuntimeError: Without both, or if the environment fails again and again.
         """
-        if self.env_runner_group is None:
-            raise RuntimeError("Evaluation needs an environment; set `.environment(...)`.")
-        group = self.eval_env_runner_group or self.env_runner_group
-        self._parts.updater.set_weights_on(group)
-        say_evaluating(self.config, is_remote=bool(group.num_remote_env_runners()))
-        with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
-            results: dict[str, Any] = super().evaluate(parallel_train_future)
-        return completed_evaluation(results, group, self._parts.history, self._parts.success_key)
+        evaluated: dict[str, Any] = {}
+        if self.env_runner_group is not None:
+            group = self.eval_env_runner_group or self.env_runner_group
+            self._parts.updater.set_weights_on(group)
+            say_evaluating(self.config, is_remote=bool(group.num_remote_env_runners()))
+            with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():
+                evaluated = super().evaluate(parallel_train_future)
+            evaluated = completed_evaluation(evaluated, group, self._parts.history, self._parts.success_key)
+        return with_held_out(evaluated, self._parts.held_out, algorithm=self, training=parallel_train_future)
+
+    @classmethod
+    @override(Algorithm)
+    def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
+        """RLlib's, which takes every evaluation for one of episodes."""
+        return eval_config.env is not None and bool(super()._should_create_evaluation_env_runners(eval_config))
 
     @override(Algorithm)
     def evaluate_offline(self) -> dict[str, Any]:
-        """Judges the policy by data, as `offline_evaluation_type` says.
-
-        Returns:
-            What a result has below "evaluation".
+        """Judges the policy by data, as `offline_evaluation_type` says; returns what a result has below "evaluation".
 
         Raises:
             RuntimeError: If the config says nothing of it.

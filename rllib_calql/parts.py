@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
 from rllib_calql.common.spaces import is_image
+from rllib_calql.evaluation.held_out import HeldOut
 from rllib_calql.evaluation.history import EvaluationHistory
 from rllib_calql.evaluation.offline_evaluation import OfflineEvaluation
 from rllib_calql.evaluation.regime import Episodes
@@ -63,6 +65,7 @@ class Parts:
         keeper: Stores finished episodes.
         collection: Collects episodes.
         history: Keeps what evaluations said.
+        held_out: Judges by held-out episodes; None if none are held out.
         success_key: Notices a `success_key` that no episode shows.
         pretrained: Takes over another run's networks.
         saving: Writes checkpoints and restores them.
@@ -77,6 +80,7 @@ class Parts:
     keeper: EpisodeKeeper
     collection: EpisodeCollection
     history: EvaluationHistory
+    held_out: HeldOut | None
     success_key: SuccessKeyWatch
     pretrained: Pretrained
     saving: Saving
@@ -173,12 +177,21 @@ def build_parts(
         max_episodes=config.metrics_num_episodes_for_smoothing,
     )
 
+    held_out = None
+    if store.split is not None:
+        quantile = partial(episode_returns.quantile, config.calibration_quantile)
+        held_out = HeldOut(
+            store,
+            lifetime,
+            on_one_learner=updater.on_one_learner,
+            reference_quantile=quantile if config.has_reference_quantile else None,
+        )
     offline_evaluation = OfflineEvaluation(
         config,
         store,
         foreach_learner=updater.foreach_learner,
         sees_images=is_image(spaces.module),
-        held_out=None,
+        held_out=held_out,
     )
 
     def align() -> None:
@@ -207,7 +220,10 @@ def build_parts(
         store=store,
         keeps_online_data=config.store_buffer_in_checkpoints,
         history=history,
-        collection=(keeper, collection, divergence, episode_returns, offline_evaluation),
+        collection=(
+            *(keeper, collection, divergence, episode_returns, offline_evaluation),
+            *([held_out] if held_out is not None else []),
+        ),
         learners=updater,
         pretrained=pretrained,
         manifest=manifest,
@@ -217,18 +233,19 @@ def build_parts(
     if config.normalize_observations and config.pretrained is None:
         _set_observation_statistics(store, updater, offline_data, spaces.observation)
     return Parts(
-        lifetime,
-        store,
-        divergence,
-        updater,
-        keeper,
-        collection,
-        history,
-        success_key,
-        pretrained,
-        saving,
-        offline_evaluation,
-        align,
+        lifetime=lifetime,
+        store=store,
+        divergence=divergence,
+        updater=updater,
+        keeper=keeper,
+        collection=collection,
+        history=history,
+        held_out=held_out,
+        success_key=success_key,
+        pretrained=pretrained,
+        saving=saving,
+        offline_evaluation=offline_evaluation,
+        align=align,
     )
 
 

@@ -46,6 +46,8 @@ def completed_result(
     completed[keys.Q_OUT_OF_RANGE] = parts.divergence.out_of_range
     if parts.divergence.warning is not None:
         completed[keys.Q_WARNING] = parts.divergence.warning
+    if parts.held_out is not None and parts.held_out.overfitting is not None:
+        completed[keys.OVERFITTING] = parts.held_out.overfitting
     if parts.success_key.warning is not None:
         completed[keys.SUCCESS_WARNING] = parts.success_key.warning
     if parts.pretrained.remark is not None:
@@ -85,6 +87,9 @@ def completed_result(
     if parts.offline_evaluation.latest is not None:  # Repeated as well, for schedulers.
         last = completed.get(EVALUATION_RESULTS) or {}
         completed[EVALUATION_RESULTS] = {**last, keys.FQE: dict(parts.offline_evaluation.latest)}
+    if parts.held_out is not None and parts.held_out.latest is not None:  # Repeated as well.
+        last = completed.get(EVALUATION_RESULTS) or {}
+        completed[EVALUATION_RESULTS] = {**last, keys.HELD_OUT: dict(parts.held_out.latest)}
     evaluated = (evaluation or {}).get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS)
     if evaluated and EPISODE_RETURN_MEAN in evaluated:
         parts.history.add(evaluated, online=phase == keys.ONLINE)

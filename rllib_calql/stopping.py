@@ -69,6 +69,12 @@ _OF_FQE = tuple(
         *(keys.FQE_TD_ERROR, keys.FQE_TD_ERROR_TRAINING),
     )
 )
+_OF_HELD_OUT = (
+    f"{keys.STORE}/{keys.NUM_HELD_OUT_TRANSITIONS}",
+    *(f"evaluation/{keys.HELD_OUT}/{name}" for name in (keys.TD_LOSS, keys.TD_LOSS_TRAINING, keys.GAP, keys.Q_DATA)),
+    *(f"evaluation/{keys.HELD_OUT}/{name}" for name in (keys.CALIBRATION_GAP, keys.LOG_PROB, keys.ACTION_DISTANCE)),
+    f"evaluation/{keys.HELD_OUT}/{keys.REFERENCE_LOSS}",
+)
 # Any metric below these: timers of whatever a pipeline consists of, and what users log.
 _FREE = ("custom_metrics/", "timers/", "perf/", "env_runner_group/")
 _FREE_OF_RUNNERS = (
@@ -82,7 +88,7 @@ _NOT_NUMBERS = (
     f"evaluation/{keys.FQE}/{keys.FQE_WARNINGS}",
     *(keys.PHASE, keys.OFFLINE_DATA, keys.OFFLINE_DATA_WARNINGS, keys.Q_WARNING, keys.SUCCESS_WARNING),
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.REGIME, keys.REGIME_QUANTITY)),
-    *(keys.PRETRAINED_WARNING, "date", "hostname", "node_ip", "trial_id", "done", "pid"),
+    *(keys.PRETRAINED_WARNING, keys.OVERFITTING, "date", "hostname", "node_ip", "trial_id", "done", "pid"),
 )
 # What people write -> what is meant, where it is not merely misspelt.
 _MEANT = {
@@ -98,7 +104,8 @@ _MEANT = {
     "num_env_steps_trained_lifetime": "learners/__all_modules__/num_env_steps_trained_lifetime",
 }
 _ONLY_ONLINE = (
-    *("env_runners/", _ENV_STEPS, keys.NUM_ONLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
+    *("env_runners/", "evaluation/env_runners/", f"{keys.FINE_TUNING}/"),
+    *(_ENV_STEPS, keys.NUM_ONLINE_UPDATES_LIFETIME, keys.NUM_ONLINE_ENV_STEPS_LIFETIME),
     keys.NUM_ONLINE_ENV_STEPS_TAKEN_LIFETIME,
     *(keys.NUM_ONLINE_EPISODES_LIFETIME, f"{keys.STORE}/{keys.NUM_ONLINE_TRANSITIONS}", f"{keys.COLLECTION}/"),
     f"learners/default_policy/{keys.CALIBRATION_GAP_ONLINE}",
@@ -166,7 +173,8 @@ def metrics_of(config: AlgorithmConfig) -> ResultMetrics:
     if isinstance(config, CalQLConfig):
         of_runners += [keys.SUCCESS_RATE, keys.EPISODE_RETURN_STD]
         names = {*metric_names(num_critics=_largest(config.num_critics)), *_OF_LEARNER}
-        known |= {*_OWN_TOP_LEVEL, *_OF_FQE, *(f"learners/default_policy/{name}" for name in names)}
+        known |= {*_OWN_TOP_LEVEL, *_OF_HELD_OUT, *_OF_FQE}
+        known |= {f"learners/default_policy/{name}" for name in names}
         known.add(f"evaluation/env_runners/{keys.NORMALIZED_SCORE}")
         if config.log_gradients:
             free.append("learners/default_policy/")
@@ -192,7 +200,9 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
         if config.offline_evaluation_type == FQE:
             return None
         return "nothing fits values to the data; set `offline_evaluation_interval` and `offline_evaluation_type: fqe`"
-    if metric.startswith(("evaluation/", f"{keys.FINE_TUNING}/")) and not config.evaluation_interval:
+    is_judged_offline = metric in _OF_HELD_OUT and getattr(config, "offline_evaluation_type", None) == keys.HELD_OUT
+    is_evaluated = config.evaluation_interval or is_judged_offline
+    if metric.startswith(("evaluation/", f"{keys.FINE_TUNING}/")) and not is_evaluated:
         return "nothing is evaluated; set `evaluation_interval`"
     if not isinstance(config, CalQLConfig):
         return None
@@ -200,13 +210,19 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
         return "there is no environment; set `env`"
     if not config.is_offline and metric in _ONLY_WITH_DATA:
         return "there are no offline data; set `input_`"
+    if metric in _OF_HELD_OUT and not config.validation_fraction:
+        return "nothing is held out; set `validation_fraction`"
     if metric in _REGIME and not config.num_offline_updates and config.pretrained is None:
         return "nothing is learned before the switch; raise `offline_updates`"
     name = metric.removeprefix("learners/default_policy/")
     if name.startswith(keys.ALPHA_PRIME) and not config.lagrangian:
         return "there is no multiplier; set `lagrangian: true`"
     is_conservative = config.is_conservative(online=config.is_online)
-    if not is_conservative and name in conservative_metrics(num_critics=_largest(config.num_critics)):
+    of_term = {
+        *conservative_metrics(num_critics=_largest(config.num_critics)),
+        f"evaluation/{keys.HELD_OUT}/{keys.GAP}",
+    }
+    if not is_conservative and name in of_term:
         return "after the switch there is no conservative term; set `conservative_online: true`"
     if (reason := _why_absent_of_reference(name, config)) is not None:
         return reason

@@ -83,6 +83,74 @@ ABSENT = [
 ]
 
 
+# Of an experiment without an environment.
+ABSENT_OFFLINE = [
+    ("evaluation/held_out/td_loss", {"validation_fraction": 0.1}, "nothing is evaluated; set `evaluation_interval`"),
+    ("store/num_held_out_transitions", {}, "nothing is held out; set `validation_fraction`"),
+    (
+        "evaluation/env_runners/success_rate",
+        {"validation_fraction": 0.1, "evaluation_interval": 1},
+        "there is no environment; set `env`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("metric", "config", "message"), ABSENT_OFFLINE)
+def test_a_metric_of_held_out_episodes_or_of_none_is_told_apart(
+    metric: str, config: dict[str, Any], message: str
+) -> None:
+    judged = DATA | config
+    with pytest.raises(ExperimentError, match=f"`{metric}` never appears, because .*{message}"):
+        parse_experiment("e", {"run": "CalQL", "stop": {metric: 1.0}, "config": judged})
+    with pytest.raises(ExperimentError, match="`overfitting` is no number"):
+        parse_experiment("e", {"run": "CalQL", "stop": {"overfitting": 1.0}, "config": judged})
+
+
+def test_without_a_hold_out_nothing_is_judged_by_one() -> None:
+    metric = "evaluation/held_out/td_loss"
+    with pytest.raises(ExperimentError, match=f"`{metric}` never appears, because nothing is held out; set `val"):
+        stop_of({metric: 1.0, **BOUND}, config=DATA | EVALUATED)
+    judge = {"metric": metric, "mode": "min"}
+    for entry in ({"scheduler": {"type": "asha"} | judge}, {"keep_best": judge}):
+        with pytest.raises(ExperimentError, match=f"judges by `{metric}`, but nothing is held out; set `val"):
+            stop_of(BOUND, config=DATA | EVALUATED, num_samples=2, **entry)
+
+
+JUDGED = {"validation_fraction": 0.25, "evaluation_interval": 1}
+JUDGED_BY_DATA = {
+    "validation_fraction": 0.25,
+    "offline_evaluation_interval": 1,
+    "offline_evaluation_type": "held_out",
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "config", "message"),
+    [
+        ("held_out/td_loss", "min", {"validation_fraction": 0.25}, "nothing is evaluated; set `evaluation_interval`"),
+        ("held_out/td_loss", "max", JUDGED, "the least is the best there; set `mode: min`"),
+        ("held_out/action_distance", "max", JUDGED, "the least is the best there; set `mode: min`"),
+        ("env_runners/success_rate", "max", JUDGED, "there is no environment; set `env`, or judge by `.*/td_loss`"),
+        ("held_out/td_loss", "min", JUDGED, None),
+        ("held_out/td_loss", "min", JUDGED_BY_DATA, None),
+        ("env_runners/success_rate", "max", JUDGED_BY_DATA, "nothing is evaluated; set `evaluation_interval`"),
+        ("fqe/value", "max", JUDGED, "nothing fits values to the data; set `offline_evaluation_interval` and"),
+        ("held_out/log_prob", "max", JUDGED, None),
+    ],
+)
+def test_schedulers_and_best_checkpoints_judge_by_what_is_there_and_the_right_way_round(
+    metric: str, mode: str, config: dict[str, Any], message: str | None
+) -> None:
+    judge = {"metric": f"evaluation/{metric}", "mode": mode}
+    for entry in ({"scheduler": {"type": "asha"} | judge}, {"keep_best": judge}):
+        spec = {"run": "CalQL", "config": DATA | config, "num_samples": 2, **entry}
+        if message is None:
+            parse_experiment("e", spec)
+            continue
+        with pytest.raises(ExperimentError, match=f"judges by `evaluation/{metric}`, but {message}"):
+            parse_experiment("e", spec)
+
+
 @pytest.mark.parametrize(("metric", "config", "message"), ABSENT)
 def test_a_metric_that_cannot_appear_in_this_experiment_is_refused(
     metric: str, config: dict[str, Any], message: str
@@ -190,8 +258,9 @@ def test_a_python_file_without_an_end_is_refused_like_a_yaml_file(tmp_path: Path
 def test_every_documented_metric_can_stop_a_run() -> None:
     config = CalQLConfig().environment("Pendulum-v1").offline_data(input_="data.h5").evaluation(evaluation_interval=1)
     config = config.training(lagrangian=True).env_runners(num_env_runners=1).fine_tuning(offline_updates=1)
-    config.offline_data(normalize_observations=True)
     config.training(reference_value="learned", calibration_form="penalty", bound_uniform_actions=True)
+    config.offline_data(normalize_observations=True, validation_fraction=0.1)
+    config.evaluation(offline_evaluation_interval=1, offline_evaluation_type="fqe")
     section, documented = "", []
     for line in METRICS.read_text().splitlines():
         section = line if line.startswith("## ") else section
@@ -201,7 +270,8 @@ def test_every_documented_metric_can_stop_a_run() -> None:
     metrics = metrics_of(config)
     assert len(documented) > 40
     not_numbers = {keys.PHASE, keys.OFFLINE_DATA, keys.Q_WARNING, keys.OFFLINE_DATA_WARNINGS, keys.SUCCESS_WARNING}
-    not_numbers |= {keys.PRETRAINED_WARNING, "fine_tuning/regime", "fine_tuning/regime_quantity"}
+    not_numbers |= {keys.PRETRAINED_WARNING, keys.OVERFITTING, f"evaluation/{keys.FQE}/{keys.FQE_WARNINGS}"}
+    not_numbers |= {"fine_tuning/regime", "fine_tuning/regime_quantity"}
     assert {name for name in documented if metrics.fault_of(name) or why_absent(name, config)} <= not_numbers
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rllib_calql
-from rllib_calql.checkpoints.reading import CheckpointFiles
+from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.commands.dataset import dataset
 from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
 from rllib_calql.commands.report import report
@@ -150,7 +150,7 @@ def file(
 @click.option("--seed", type=int, help="Seed of the environment.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
 def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbose: bool) -> None:
-    """Run the greedy policy of RUN_OR_CHECKPOINT in its environment.
+    """Run the greedy policy of RUN_OR_CHECKPOINT in its environment; without one, judge it by held-out episodes.
 
     It is the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is taken. A checkpoint
     is code: evaluate only one that you would run as a program. Data files are not.
@@ -171,8 +171,9 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
         raise UsageError(str(error)) from error
     remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
     try:
-        run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed)
-        normalized = _normalized_score(run.config, run.returns)
+        if (judged := _judged_by_held_out(chosen.path, chosen.filesystem)) is None:
+            run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed)
+            normalized = _normalized_score(run.config, run.returns)
     except Exception as error:
         if verbose:
             raise
@@ -181,6 +182,11 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbo
     if chosen.reason:
         click.echo(f"checkpoint        {chosen.path}")
         click.echo(f"                  {chosen.reason}")
+    if judged is not None:
+        _say("There is no environment; the policy is judged by held-out episodes.")
+        for name, value in judged.items():
+            click.echo(f"{name:<18}{value:.4g}")
+        return
     if run.warning is not None:
         _say(f"Warning: {run.warning}.")
     click.echo(f"episodes          {len(run.returns)}")
@@ -290,6 +296,32 @@ def _run(
 def _say(message: str) -> None:
     with outliving_terminal():
         click.echo(message, err=True)
+
+
+def _judged_by_held_out(checkpoint: str, filesystem: Any) -> dict[str, float] | None:
+    """What held-out episodes say of a checkpoint without an environment; None for one with an environment.
+
+    Raises:
+        ValueError: If nothing is held out.
+    """
+    from rllib_calql.common import metrics as keys
+    from rllib_calql.config import CalQLConfig
+
+    config = read_of_one_save(checkpoint, filesystem, lambda files: files.config())
+    if config.env is not None:
+        return None
+    if not isinstance(config, CalQLConfig) or not config.validation_fraction:
+        raise ValueError(
+            "The checkpoint's config has no environment and holds no episodes out (`validation_fraction`), so there is "
+            "nothing to evaluate by."
+        )
+    config.learners(num_learners=0, num_gpus_per_learner=0)
+    algorithm = config.algo_class.from_checkpoint(checkpoint, filesystem, config=config)
+    try:
+        judged: dict[str, float] = algorithm.evaluate()[keys.HELD_OUT]
+    finally:
+        algorithm.stop()
+    return judged
 
 
 def _normalized_score(config: Any, returns: Sequence[float]) -> float | None:

@@ -17,6 +17,8 @@ UPDATES_PER_S = "updates_per_s"  # Gradient updates per second of this result's 
 Q_OUT_OF_RANGE = "q_out_of_range"  # How far mean Q lies outside the possible returns, see `DivergenceWatch`.
 Q_WARNING = "q_warning"  # What `DivergenceWatch` warned of in this phase; absent if of nothing.
 
+OVERFITTING = "overfitting"  # What `OverfittingWatch` warned of; absent if of nothing.
+
 OFFLINE = "offline"  # Value of `PHASE` during pre-training.
 ONLINE = "online"  # Value of `PHASE` during fine-tuning.
 
@@ -65,6 +67,15 @@ PRETRAINED_WARNING = "pretrained_warning"  # Which offline updates `pretrained` 
 EPISODE_RETURN_STD = "episode_return_std"  # Standard deviation of the returns in RLlib's `episode_return_mean`.
 SUCCESS_RATE = "success_rate"  # Mean success of the episodes whose infos say, see `success_key` and `success_rule`.
 NORMALIZED_SCORE = "normalized_score"  # 100 * (return - ref_min) / (ref_max - ref_min), if the data set has scores.
+
+# Below "evaluation/held_out", where episodes are held out; means over their rows
+HELD_OUT = "held_out"  # Parent key of those below.
+TD_LOSS = "td_loss"  # Squared TD error, mean over critics.
+TD_LOSS_TRAINING = "td_loss_training"  # The same on as many rows that training draws.
+GAP = "gap"  # Clipped gap of the conservative term, mean over critics; absent where the term is off.
+Q_DATA = "q_data"  # Q of the data's actions, mean over critics.
+ACTION_DISTANCE = "action_distance"  # Squared distance of the greedy action to the data's, module action units.
+# Also `CALIBRATION_GAP`, `REFERENCE_LOSS`, and `LOG_PROB`, here of the data's actions.
 
 # Below "learners/default_policy"; means over the update call's gradient steps
 QF_LOSS = "qf_loss"  # Critic loss, conservative term included, summed over critics.

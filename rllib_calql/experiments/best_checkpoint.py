@@ -20,6 +20,7 @@ from ray.tune.utils import flatten_dict
 
 from rllib_calql.checkpoints.integrity import read_file
 from rllib_calql.common import metrics as keys
+from rllib_calql.common.evaluations import flaw_of_judging
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown
 from rllib_calql.experiments.run_state import examine, names_in, write_whole
 from rllib_calql.system.parsed_json import parsed_json
@@ -188,11 +189,10 @@ def parse_keep_best(entry: Any, config: AlgorithmConfig, name: str) -> BestMetri
         )
     if mode not in _MODES:
         raise ExperimentError(f"`mode` in {where} must be one of {', '.join(_MODES)}; got {mode!r}.")
-    judges_evaluation = BestMetric(metric).is_of_evaluation
-    if entry is not None and judges_evaluation and not config.evaluation_interval:
+    flaw = flaw_of_judging(metric or _RETURN, mode, config)
+    if entry is not None and flaw is not None:
         raise ExperimentError(
-            f"{where} judges by {f'`{metric}`' if metric else 'evaluations'}, but nothing is evaluated; set "
-            "`evaluation_interval`, or drop `keep_best`."
+            f"{where} judges by {f'`{metric}`' if metric else 'evaluations'}, but {flaw}, or drop `keep_best`."
         )
     return BestMetric(metric, mode)
 

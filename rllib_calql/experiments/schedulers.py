@@ -17,6 +17,7 @@ from ray.tune.schedulers import (
 )
 
 from rllib_calql.checkpoints.manifest import SETTINGS_KEPT
+from rllib_calql.common.evaluations import flaw_of_judging
 from rllib_calql.config import CalQLConfig
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.experiments.search_spaces import is_space, parse_spaces
@@ -59,10 +60,8 @@ def parse_scheduler(
         # Not every result has an evaluation to judge by.
         options = {"time_attr": "training_iteration", "perturbation_interval": 1, "require_attrs": False} | options
         options[_MUTATIONS] = _parse_mutations(options.get(_MUTATIONS), where, settings, type(config))
-    if str(options["metric"]).startswith("evaluation/") and not config.evaluation_interval:
-        raise ExperimentError(
-            f"{where} judges by `{options['metric']}`, but nothing is evaluated; set `evaluation_interval`."
-        )
+    if flaw := flaw_of_judging(str(options["metric"]), str(options["mode"]), config):
+        raise ExperimentError(f"{where} judges by `{options['metric']}`, but {flaw}.")
     with reported(where):
         return cls(**options)
 

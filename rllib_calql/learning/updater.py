@@ -265,6 +265,23 @@ class Updater:
             results.append(result.get())
         return results
 
+    def on_one_learner(self, func: Callable[[Any], Any]) -> Any:
+        """Calls `func` with the first learner, which is equal to all others; lost learners are replaced before."""
+        try:
+            return self._of_first_learner(func)
+        except RayError as error:
+            if not (self._learner_group.is_remote and is_loss(error, self._learner_group)):
+                raise
+            self._rebuild_learners(error)
+            return self._of_first_learner(func)
+
+    def _of_first_learner(self, func: Callable[[Any], Any]) -> Any:
+        first = [0] if self.has_remote_learners else None
+        (result,) = self._learner_group.foreach_learner(func, remote_actor_ids=first, healthy_only=False)
+        if not result.ok:
+            raise result.get()
+        return result.get()
+
     def set_learner_state(self, func: Callable[[Any, dict[str, Any]], None], state: dict[str, Any]) -> None:
         """Calls `func` with every learner and the state, which remote ones share."""
         if self.has_remote_learners:

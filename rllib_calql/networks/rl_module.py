@@ -262,8 +262,8 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             return list(map(self._normalise, observations))
         shape = self.encoder.image_shape
         images = torch.cat([obs.view(-1, *shape) for obs in observations])
-        shifted = random_shifts(images, self.model_config["random_shift"], self.generator)
-        return shifted.chunk(len(observations))
+        most = self.model_config["random_shift"] if self.kind_of_step.shifts_images else 0
+        return random_shifts(images, most, self.generator).chunk(len(observations))
 
     def _training_inputs(self, obs: Tensor, next_obs: Tensor, bootstrap_obs: Tensor | None = None) -> Inputs:
         """Inputs of all networks."""
@@ -341,6 +341,17 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
             {Columns.OBS: obs, Columns.ACTIONS: self._whole_actions(torch.tanh(mean))}
         )
         return outputs["qf_target"]
+
+    @torch.no_grad()
+    def compare_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density of given (module) actions, and squared distance of the greedy ones to them, each of shape (B,).
+
+        Source:
+            d3rlpy's `ContinuousActionDiffEvaluator` has the same distance, summed over the dimensions of an action.
+        """
+        mean, log_std = self.policy(self._policy_input(obs))
+        given = self._free_actions(actions)
+        return log_prob_of(mean, log_std, given), (torch.tanh(mean) - given).square().sum(dim=-1)
 
     def draw_noise(self, batch_size: int, device: torch.device) -> Noise:
         """Draws the noise of one gradient step from the learner's generator."""

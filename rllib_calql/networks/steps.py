@@ -46,6 +46,7 @@ class KindOfStep(NamedTuple):
             others.
         evaluates_reference: Whether that network is evaluated, and trained.
         bootstraps_reference: Whether its target is evaluated as well, for the "td" fit.
+        shifts_images: Whether images are shifted at random, as `random_shift` says.
     """
 
     is_online: bool = False
@@ -58,6 +59,7 @@ class KindOfStep(NamedTuple):
     fits_reference_alone: bool = False
     evaluates_reference: bool = False
     bootstraps_reference: bool = False
+    shifts_images: bool = True
 
     @property
     def needs_data_log_prob(self) -> bool:

@@ -38,6 +38,7 @@ class Evaluation:
     episode_return: float | None = None
     success_rate: float | None = None
     normalized_score: float | None = None
+    held_out_td_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class TrialProgress:
         unit: What `done` counts.
         per_s: `done` per second since the phase began or since the run was resumed in it.
         last: Last evaluation.
-        best: Best evaluation return, success rate and normalised score so far, each on its own.
+        best: Best evaluation return, success rate, normalised score and held-out TD loss so far, each on its own.
         training_return: Mean return of recent training episodes.
         dip: Worst evaluation since the switch minus the evaluation at the switch.
+        overfitting: That the critics overfit, as a sentence; None if they do not.
         advice: What policy and data at the switch speak for, as a sentence.
         wall_s: Seconds of training.
         phase_start: `done` and `wall_s` from which `per_s` is measured.
@@ -71,6 +73,7 @@ class TrialProgress:
     best: Evaluation = Evaluation()
     training_return: float | None = None
     dip: float | None = None
+    overfitting: str | None = None
     advice: str | None = None
     wall_s: float = 0.0
     phase_start: tuple[int, float] = (0, 0.0)
@@ -100,9 +103,11 @@ def observe(progress: TrialProgress, result: Mapping[str, Any], totals: Totals) 
             episode_return=_larger(progress.best.episode_return, last.episode_return),
             success_rate=_larger(progress.best.success_rate, last.success_rate),
             normalized_score=_larger(progress.best.normalized_score, last.normalized_score),
+            held_out_td_loss=_smaller(progress.best.held_out_td_loss, last.held_out_td_loss),
         ),
         training_return=_number(result.get(_RUNNERS), _RETURN),
         dip=_first(_number(result.get(keys.FINE_TUNING), keys.DIP), progress.dip),
+        overfitting=result.get(keys.OVERFITTING),
         advice=advice_of(result) or progress.advice,
         wall_s=wall_s,
         phase_start=start,
@@ -146,6 +151,8 @@ def format_line(progress: TrialProgress) -> str:
         parts.append(f"training return {progress.training_return:.2f}")
     if progress.last.success_rate is not None:
         parts.append(f"success {progress.last.success_rate:.2f}")
+    if progress.last.held_out_td_loss is not None:
+        parts.append(f"held-out TD loss {progress.last.held_out_td_loss:.4g}")
     if progress.activity:
         parts.append(progress.activity)
     return "  ".join(parts)
@@ -189,6 +196,10 @@ def format_summary(
     lines += [f"  {name:<18} final {final:.2f}, best {top:.2f}" for name, final, top in rows if final is not None]
     if last.episode_return is None and progress.training_return is not None:
         lines.append(f"  {'training return':<18} final {progress.training_return:.2f}")
+    if last.held_out_td_loss is not None and best.held_out_td_loss is not None:
+        lines.append(f"  {'held-out TD loss':<18} final {last.held_out_td_loss:.4g}, best {best.held_out_td_loss:.4g}")
+    if progress.overfitting is not None:
+        lines.append(f"  {'overfitting':<18} {progress.overfitting}")
     if progress.dip is not None:
         lines.append(f"  {'dip at the switch':<18} {progress.dip:.2f}")
     if progress.advice is not None:
@@ -214,11 +225,14 @@ def _position(result: Mapping[str, Any], totals: Totals) -> tuple[str, int, int 
 
 
 def _evaluation(result: Mapping[str, Any], previous: Evaluation) -> Evaluation:
-    runners = (result.get("evaluation") or {}).get(_RUNNERS)
+    evaluation = result.get("evaluation") or {}
+    runners = evaluation.get(_RUNNERS)
     episode_return = _number(runners, _RETURN)
+    td_loss = _first(_number(evaluation.get(keys.HELD_OUT), keys.TD_LOSS), previous.held_out_td_loss)
     if episode_return is None:
-        return previous
+        return replace(previous, held_out_td_loss=td_loss)
     return Evaluation(
+        held_out_td_loss=td_loss,
         episode_return=episode_return,
         success_rate=_number(runners, keys.SUCCESS_RATE),
         normalized_score=_number(runners, keys.NORMALIZED_SCORE),
@@ -232,6 +246,10 @@ def _number(values: Mapping[str, Any] | None, key: str) -> float | None:
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
+
+
+def _smaller(a: float | None, b: float | None) -> float | None:
+    return min((value for value in (a, b) if value is not None), default=None)
 
 
 def _larger(a: float | None, b: float | None) -> float | None:

@@ -20,6 +20,7 @@ _QUANTITIES = (  # Attribute of `Point`, and the label of its panel.
     ("episode_return", "return of evaluations"),
     ("calibration_gap", "calibration gap\nQ - return of the data"),
     ("td_loss", "TD loss"),
+    ("held_out_td_loss", "TD loss of\nheld-out episodes"),
 )
 
 
@@ -113,7 +114,7 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
 
 def _draw_trial(axes: Axes, trial: TrialRecord, quantity: str, scale: _Scale, style: Mapping[str, Any]) -> None:
     known = _curve(trial, quantity, scale)
-    is_evaluation = quantity in ("success_rate", "episode_return")
+    is_evaluation = quantity in ("success_rate", "episode_return", "held_out_td_loss")
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if is_evaluation or len(known) < 3 else {}
     axes.plot([x for x, _ in known], [y for _, y in known], linewidth=1.6, **marker, **style)
 
@@ -139,7 +140,7 @@ def _finish(axes: Axes, quantity: str, label: str, trials: Sequence[TrialRecord]
     values = [value for trial in trials for value in trial.known(quantity)]
     if quantity == "success_rate":
         axes.set_ylim(-0.04, 1.04)
-    elif quantity == "td_loss" and min(values) > 0.0 and max(values) > 20 * min(values):
+    elif quantity.endswith("td_loss") and min(values) > 0.0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
         axes.set_ylabel(f"{label} (log scale)")
     elif quantity == "calibration_gap":

@@ -52,6 +52,8 @@ def rows(trials: Mapping[str, TrialRecord]) -> list[dict[str, Any]]:
                     ("best", max(trial.known(quantity), default=None)),
                 )
             },
+            "final held-out TD loss": next(iter(reversed(trial.known("held_out_td_loss"))), None),
+            "best held-out TD loss": min(trial.known("held_out_td_loss"), default=None),
             "dip": trial.dip,
             "regret": trial.regret,
             "data return": trial.data_return,
@@ -174,4 +176,6 @@ def _shown(name: str, value: Any) -> str:
         return value
     if name == "time s":
         return format_duration(value)
+    if name.endswith("loss"):
+        return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -37,6 +37,7 @@ class Point:
         episode_return: Of an evaluation in this iteration.
         success_rate: The same.
         normalized_score: The same.
+        held_out_td_loss: The same, of held-out episodes.
         training_return: Mean of recent training episodes.
         calibration_gap: Mean of Q minus the return, over offline rows if that is known.
         td_loss: Mean squared TD error over the critics.
@@ -49,6 +50,7 @@ class Point:
     episode_return: float | None = None
     success_rate: float | None = None
     normalized_score: float | None = None
+    held_out_td_loss: float | None = None
     training_return: float | None = None
     calibration_gap: float | None = None
     td_loss: float | None = None
@@ -179,6 +181,7 @@ def _point(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Point:
         episode_return=_number(evaluation, _RETURN),
         success_rate=_number(evaluation, f"env_runners/{keys.SUCCESS_RATE}"),
         normalized_score=_number(evaluation, f"env_runners/{keys.NORMALIZED_SCORE}"),
+        held_out_td_loss=_number(evaluation, f"{keys.HELD_OUT}/{keys.TD_LOSS}"),
         training_return=_number(result, _RETURN),
         calibration_gap=_first(_number(learner, keys.CALIBRATION_GAP_OFFLINE), _number(learner, keys.CALIBRATION_GAP)),
         td_loss=sum(losses) / len(losses) if losses else None,

@@ -87,7 +87,8 @@ class ProgressCallback(tune.Callback):
             if finding not in self._data:
                 self._data.add(finding)
                 self._display.print(f"Warning, offline data: {finding}.")
-        for warning in map(result.get, (keys.Q_WARNING, keys.SUCCESS_WARNING, keys.PRETRAINED_WARNING)):
+        names = (keys.Q_WARNING, keys.OVERFITTING, keys.SUCCESS_WARNING, keys.PRETRAINED_WARNING)
+        for warning in map(result.get, names):
             if warning is not None and (trial.trial_id, warning) not in self._warnings:
                 self._warnings.add((trial.trial_id, warning))
                 self._display.print(f"Warning, {trial}: {warning}.")
@@ -162,7 +163,9 @@ def _best_of_all(trial: Trial, best: Evaluation) -> Evaluation:
         name: [*record.known(name), *([] if (value := getattr(best, name)) is None else [value])]
         for name in ("episode_return", "success_rate", "normalized_score")
     }
-    return Evaluation(**{name: max(values, default=None) for name, values in known.items()})
+    losses = [*record.known("held_out_td_loss"), *([] if best.held_out_td_loss is None else [best.held_out_td_loss])]
+    best_of = {name: max(values, default=None) for name, values in known.items()}
+    return Evaluation(**best_of, held_out_td_loss=min(losses, default=None))
 
 
 def speaker_of(trial: Trial) -> str:

@@ -279,7 +279,7 @@ def _check_hold_out(config: CalQLConfig) -> None:
         )
     if not is_integer(seed, 0):
         raise ValueError(f"`validation_seed` must be an integer of at least 0, got {seed!r}.")
-    if fraction and not config.is_offline:
+    if fraction and not config.is_offline and not config.in_evaluation:
         raise ValueError(
             f"`validation_fraction` is {fraction!r}, but there are no offline data to hold out from; set "
             "`.offline_data(input_=...)` or drop it."
@@ -341,8 +341,26 @@ def _check_phases(config: CalQLConfig) -> None:
     if config.env is None and config.is_offline:
         if updates == 0:
             raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
-        if config.evaluation_interval and not config.in_evaluation:
-            raise ValueError("`evaluation_interval` needs an environment; set `.environment(...)` or drop it.")
+        if not config.in_evaluation:
+            _check_evaluation_without_env(config)
+
+
+def _check_evaluation_without_env(config: CalQLConfig) -> None:
+    """Held-out episodes are judged by a learner, so that env runners of evaluations would have nothing to do."""
+    if config.evaluation_interval and not config.validation_fraction:
+        raise ValueError(
+            "`evaluation_interval` needs an environment or held-out episodes; set `.environment(...)`, or "
+            "`.offline_data(validation_fraction=0.1)`, or drop it."
+        )
+    overrides = config.evaluation_config if isinstance(config.evaluation_config, Mapping) else {}
+    if overrides.get("env") is not None:
+        raise ValueError(
+            f"`env` in `evaluation_config` is {overrides['env']!r}, but there is no environment to train in; set "
+            "`.environment(...)`, and an end by `stop` where no env steps are to be taken."
+        )
+    for name in ("evaluation_num_env_runners", "evaluation_parallel_to_training", "custom_evaluation_function"):
+        if getattr(config, name):
+            raise ValueError(f"`{name}` is set, but there is no environment; set `.environment(...)` or drop it.")
 
 
 def _check_success(config: CalQLConfig) -> None:

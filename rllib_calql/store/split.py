@@ -41,6 +41,7 @@ class Split:
         self._shifts = held_out_before
         starts = self._stops[self.held_out_episodes] - held_out_lengths
         self._numbers_of_shifts = starts - held_out_before[:-1]
+        self._held_out_lengths = held_out_lengths
 
     @property
     def num_held_out_rows(self) -> int:
@@ -63,8 +64,8 @@ class Split:
 
     def held_out_rows(self) -> Integers:
         """All rows of the held-out episodes, ascending."""
-        rows = np.arange(self._stops[-1])
-        return rows[~self.is_training_row(rows)]
+        rows: Integers = np.arange(self.num_held_out_rows) + np.repeat(self._numbers_of_shifts, self._held_out_lengths)
+        return rows
 
     def fingerprint(self) -> str:
         """Digest of the held-out episodes' numbers."""

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pyarrow.fs
 import pytest
 import ray
 from click.testing import CliRunner
+from tiny import TINY_NETWORKS, write_line_data
 
 import rllib_calql
+from rllib_calql import CalQLConfig
 from rllib_calql.commands import main as cli
 from rllib_calql.commands.main import main
 from rllib_calql.commands.setup import root_cause
@@ -152,6 +156,28 @@ def join(ray_session: None) -> list[str]:
 
 def checkpoints_in(output: str) -> list[Path]:
     return [Path(path) for path in re.findall(r"^  checkpoint +(/.*)$", output, flags=re.MULTILINE)]
+
+
+def test_a_checkpoint_without_an_environment_is_judged_by_held_out_episodes(tmp_path: Path) -> None:
+    data = str(write_line_data(tmp_path / "line.parquet", num_episodes=4))
+    config = CalQLConfig().offline_data(input_=data).fine_tuning(offline_updates=2, updates_per_iteration=2)
+    config.environment(
+        observation_space=gym.spaces.Box(-10.0, 10.0, (1,), np.float32),
+        action_space=gym.spaces.Box(-2.0, 2.0, (1,), np.float32),
+    ).rl_module(model_config=TINY_NETWORKS)
+    for fraction in (0.5, 0.0):
+        algo = config.copy().offline_data(validation_fraction=fraction).build()
+        expected = algo.evaluate()["held_out"] if fraction else {}
+        algo.save_to_path(str(tmp_path / "checkpoint"))
+        algo.stop()
+        outcome = CliRunner().invoke(main, ["evaluate", str(tmp_path / "checkpoint")])
+        if fraction:
+            assert outcome.exit_code == 0, outcome.output
+            assert f"td_loss           {expected['td_loss']:.4g}" in outcome.stdout.splitlines()
+            assert set(expected) == {line.split()[0] for line in outcome.stdout.splitlines()}
+        else:
+            assert outcome.exit_code == 1
+            assert "has no environment and holds no episodes out (`validation_fraction`)" in outcome.stderr
 
 
 @pytest.mark.slow

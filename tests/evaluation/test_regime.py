@@ -169,6 +169,7 @@ def result_after(history: EvaluationHistory, *, phase_now: str, raw: dict[str, A
         keeper=SimpleNamespace(num_discarded=0),
         collection=SimpleNamespace(results=dict),
         store=SimpleNamespace(num_offline=0, num_online=0, split=None),
+        held_out=None,
         updater=SimpleNamespace(take_speed=lambda: None),
         history=history,
         offline_evaluation=SimpleNamespace(latest=None),

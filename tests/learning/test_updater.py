@@ -38,7 +38,7 @@ class Learners:
         self.batches.append(dict(batch.policy_batches["default_policy"]))
         return [self._learner.update(batch=batch, **arguments)]
 
-    def foreach_learner(self, func: Callable[[Any], Any]) -> list[Any]:
+    def foreach_learner(self, func: Callable[[Any], Any], **which: Any) -> list[Any]:
         """Results as RLlib wraps them."""
         value = func(self._learner)
         return [SimpleNamespace(ok=True, get=lambda: value)]
@@ -122,7 +122,7 @@ def test_updates_are_made_and_counted_and_weights_published_once_runners_need_th
 
 
 def test_a_schedule_of_the_mixing_ratio_gives_each_batch_the_exact_share_of_its_env_step() -> None:
-    learners = Learners(mixing_ratio=[[0, 1.0], [4, 0.5], [8, 0.0]])
+    learners = Learners(input_="rows.parquet", offline_updates=8, mixing_ratio=[[0, 1.0], [4, 0.5], [8, 0.0]])
     updater, parts = updater_of(learners)
     for _ in range(4):
         parts["store"].add_online(online_rows(2))
@@ -222,3 +222,42 @@ def test_an_error_that_is_no_loss_is_raised() -> None:
     with pytest.raises(RayActorError):  # Of a learner in this process, which cannot be lost.
         updater.update(1, online=False)
     assert recovery.is_loss(RayActorError(), learners)
+
+
+class RemoteLearners:
+    """Stands for RLlib's group of two remote learners, of which the first is lost for so many calls."""
+
+    is_remote = True
+
+    def __init__(self, num_losses: int) -> None:
+        self.num_losses = num_losses
+        self._learner = make_learner(train_batch_size_per_learner=BATCH_SIZE)
+        self.asked: list[Any] = []
+
+    def foreach_learner(self, func: Callable[[Any], Any], *, remote_actor_ids: Any, healthy_only: bool) -> list[Any]:
+        """The answers of those that are asked."""
+        self.asked.append((remote_actor_ids, healthy_only))
+        answer: Any = RayActorError()
+        if len(self.asked) > self.num_losses:
+            (index,) = remote_actor_ids
+            try:
+                answer = func(f"learner {index}")
+            except ValueError as error:
+                answer = error
+        return [SimpleNamespace(ok=not isinstance(answer, Exception), get=lambda: answer)]
+
+
+def test_one_of_several_learners_is_asked_and_replaced_first_if_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    learners, rebuilt = RemoteLearners(num_losses=1), []
+    updater, _ = updater_of(learners)
+    monkeypatch.setattr(updater, "_rebuild_learners", rebuilt.append)
+    assert updater.on_one_learner(str.upper) == "LEARNER 0"
+    assert learners.asked == [([0], False)] * 2  # Also one that RLlib holds for lost.
+    assert len(rebuilt) == 1
+
+    def broken(learner: Any) -> None:
+        raise ValueError("a fault of its own")
+
+    with pytest.raises(ValueError, match="a fault of its own"):
+        updater.on_one_learner(broken)
+    assert len(rebuilt) == 1

@@ -173,3 +173,19 @@ def test_a_trial_that_had_ended_before_says_so_why_and_how_to_go_on() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (605, "10:05"), (3_661, "1:01:01")])
 def test_durations_are_minutes_and_hours(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_held_out_episodes_and_overfitting_are_told_where_there_is_no_return() -> None:
+    def judged(td_loss: float, **more: Any) -> dict[str, Any]:
+        return {"evaluation": {"held_out": {"td_loss": td_loss, "td_loss_training": 0.5}}, **more}
+
+    progress = TrialProgress("a")
+    for number, td_loss in enumerate((2.5, 1.25, 1.75)):
+        more = {"overfitting": "The critics overfit: so they say"} if number == 2 else {}
+        progress = observe(progress, result_of("offline", 1_000 * (number + 1), 5.0, **judged(td_loss, **more)), TOTALS)
+    assert format_line(progress).endswith("held-out TD loss 1.75")
+    summary = format_summary(progress, "ended", "/checkpoint").splitlines()
+    assert "  held-out TD loss   final 1.75, best 1.25" in summary
+    assert "  overfitting        The critics overfit: so they say" in summary
+    progress = observe(progress, result_of("offline", 4_000, 20.0, **judged(1.5)), TOTALS)
+    assert "overfitting" not in format_summary(progress, "ended", None)

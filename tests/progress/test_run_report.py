@@ -94,6 +94,20 @@ def test_the_table_has_final_and_best_dip_regret_and_the_returns_of_the_data(tmp
     }
 
 
+def test_runs_without_an_environment_are_compared_by_their_held_out_losses(tmp_path: Path) -> None:
+    def judged(iteration: int, td_loss: float | None, log_prob: float = 0.0) -> dict[str, Any]:
+        held_out = {} if td_loss is None else {"held_out": {"td_loss": td_loss, "log_prob": log_prob}}
+        return result(iteration, 100 * iteration, 0, evaluation=held_out)
+
+    results = [judged(1, None), judged(2, 0.5), judged(3, 0.5), judged(4, 0.25, 1.0), judged(5, 0.75)]
+    trials = report.named_trials([read_run(LOCAL, str(run_in(tmp_path / "r", results)))])
+    (row,) = report.rows(trials)
+    assert (row["final held-out TD loss"], row["best held-out TD loss"]) == (0.75, 0.25)
+    assert trials["r"].known("held_out_td_loss") == [0.5, 0.25, 0.75]  # The third repeats the second.
+    assert "best held-out TD loss   0.25" in report.as_text(trials)
+    assert plots.draw(trials, "r")[:8] == PNG
+
+
 def test_an_evaluation_that_rllib_repeats_counts_once_and_iterations_made_again_replace_those_before(
     tmp_path: Path,
 ) -> None:

@@ -126,6 +126,16 @@ def test_the_best_evaluation_in_the_summary_is_that_of_the_whole_run_after_a_res
     assert "evaluation return  final 4.85, best 6.07" in output.getvalue()
 
 
+def test_overfitting_is_printed_once() -> None:
+    output = io.StringIO()
+    callback = ProgressCallback({}, Display(output))
+    trial = trial_called("a")
+    for number in (1, 2):
+        result = {"training_iteration": number, "overfitting": "The critics overfit: since then"}
+        callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
+    assert output.getvalue().count(": The critics overfit: since then.") == 1
+
+
 def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
     output = io.StringIO()
     callback = ProgressCallback({}, Display(output))

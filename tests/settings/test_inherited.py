@@ -103,7 +103,8 @@ def test_what_shows_that_a_setting_works_is_there(name: str) -> None:
 
 
 def test_ray_is_asked_for_these_resources() -> None:
-    config = CalQLConfig().resources(num_cpus_for_main_process=3, placement_strategy="SPREAD")
+    config = CalQLConfig().environment("Pendulum-v1")
+    config.resources(num_cpus_for_main_process=3, placement_strategy="SPREAD")
     config.custom_resources_for_main_process = {"disk": 1}
     config.env_runners(
         num_env_runners=2,
