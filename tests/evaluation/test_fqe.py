@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_learners import make_learner
 from solved_mdp import NUM_STATES, SolvedMDP
 
 from rllib_calql.evaluation.fqe.critics import FQECritics, with_ones
 from rllib_calql.evaluation.fqe.data import JudgedData, own_split
 from rllib_calql.evaluation.fqe.fitting import FQESettings, fit_values
 from rllib_calql.evaluation.fqe.off_data import share_off_data
+from rllib_calql.evaluation.fqe.policies import policy_of_module
 from rllib_calql.evaluation.fqe.scoring import mean_interval, score_policy
 from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.split import Split
@@ -128,6 +130,23 @@ def test_columns_of_another_size_are_refused() -> None:
         critics.step(inputs[:, :3], inputs, numbers, numbers, learning_rate=1e-3, tau=0.1)
     with pytest.raises(ValueError, match=r"rewards and discounts must be \(8,\)"):
         critics.step(inputs, inputs, numbers[:7], numbers, learning_rate=1e-3, tau=0.1)
+
+
+# --- The policy -------------------------------------------------------------------------------------------------------
+
+
+def test_the_greedy_policy_is_judged_and_its_own_critics_are_not_read() -> None:
+    module = make_learner(obs_dim=NUM_STATES, action_dim=1).module["default_policy"]
+    data, policy = SolvedMDP.drawn(0).data(), policy_of_module(module)
+    observations = np.random.default_rng(0).normal(size=(5_000, NUM_STATES)).astype(np.float32)
+    mean, _ = module.policy(torch.from_numpy(observations))
+    np.testing.assert_allclose(policy.actions(observations), torch.tanh(mean).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert policy.features(observations) is observations
+    settings = dataclasses.replace(SMALL, updates=20)
+    before = fit_values(data, policy, settings).initial_values
+    for parameter in (*module.critic.parameters(), *module.target_critic.parameters()):
+        parameter.data.fill_(7.0)
+    np.testing.assert_array_equal(fit_values(data, policy, settings).initial_values, before)
 
 
 # --- The data ---------------------------------------------------------------------------------------------------------
