@@ -189,7 +189,7 @@ def build_parts(
     offline_evaluation = OfflineEvaluation(
         config,
         store,
-        foreach_learner=updater.foreach_learner,
+        on_one_learner=updater.on_one_learner,
         sees_images=is_image(spaces.module),
         held_out=held_out,
     )

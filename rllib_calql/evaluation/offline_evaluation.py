@@ -14,7 +14,7 @@ from rllib_calql.evaluation.fqe.data import JudgedData
 from rllib_calql.evaluation.fqe.judging import TRAINED_ON, settings_for
 from rllib_calql.evaluation.fqe.policies import ModulePolicy, learner_outputs
 from rllib_calql.evaluation.fqe.scoring import Score, score_policy
-from rllib_calql.settings.offline_evaluation import FQE, HELD_OUT
+from rllib_calql.settings.offline_evaluation import FQE
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.system import activity
 
@@ -40,7 +40,7 @@ class OfflineEvaluation:
     Args:
         config: The frozen config.
         store: With the offline data.
-        foreach_learner: Calls a function with every learner and returns what each gave.
+        on_one_learner: Calls a function with one learner; all are the same.
         sees_images: Whether observations are images.
         held_out: Judges by held-out episodes; None if none are held out.
 
@@ -56,16 +56,16 @@ class OfflineEvaluation:
         config: CalQLConfig,
         store: TransitionStore,
         *,
-        foreach_learner: Callable[[Callable[[Any], Any]], list[Any]],
+        on_one_learner: Callable[[Callable[[Any], Any]], Any],
         sees_images: bool,
         held_out: JudgesHeldOut | None,
     ) -> None:
         self._config = config
         self._held_out = held_out
         self._policy = ModulePolicy(
-            lambda observations, wants_features: foreach_learner(
+            lambda observations, wants_features: on_one_learner(
                 partial(learner_outputs, observations=observations, wants_features=wants_features)
-            )[0],
+            ),
             sees_images,
         )
         self.latest: dict[str, float | str] | None = None
@@ -91,7 +91,7 @@ class OfflineEvaluation:
             self.latest = _metrics_of(self._score(self._data))
             results: dict[str, Any] = {keys.FQE: dict(self.latest)}
         elif self._held_out is not None:
-            results = {HELD_OUT: self._held_out.evaluate()}
+            results = {keys.HELD_OUT: self._held_out.evaluate()}
         else:
             raise RuntimeError(
                 "Nothing says how to judge by data; set `.evaluation(offline_evaluation_interval=..., "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import assert_identical, line_config, run_state
+from tiny import LineEnv, assert_identical, line_config, run_state
 
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.stopping import why_absent
@@ -87,6 +87,22 @@ def test_the_policy_is_judged_by_data_as_often_as_set(tmp_path: Path) -> None:
     assert restored.train()["evaluation"]["fqe"] != judged  # The fourth iteration judges anew.
     for one in (algo, plain, restored):
         one.stop()
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("kind", ["fqe", "held_out"])
+def test_without_an_environment_data_judge_as_well(tmp_path: Path, kind: str) -> None:
+    duration = 3 if kind == "fqe" else None
+    config = fqe_config(
+        tmp_path, offline_evaluation_interval=1, offline_evaluation_type=kind, offline_evaluation_duration=duration
+    ).offline_data(validation_fraction=0.25)
+    config.environment(env=None, observation_space=LineEnv().observation_space, action_space=LineEnv().action_space)
+    algo = config.build()
+    judged = algo.train()["evaluation"][kind]
+    assert math.isfinite(judged["value" if kind == "fqe" else "td_loss"])
+    # The hold-out is that of the training, so there is nothing to warn of.
+    assert "trained on the episodes" not in judged.get("warnings", "")
+    algo.stop()
 
 
 @pytest.mark.usefixtures("ray_session")
