@@ -353,6 +353,8 @@ def test_a_run_without_an_environment_is_evaluated_resumed_and_trained_as_withou
 
     restored = CalQL.from_checkpoint(path)
     assert restored.store.held_out_rows().tolist() == algo.store.held_out_rows().tolist()
+    assert restored._parts.held_out is not None
+    assert restored._parts.held_out.latest == judged[1]  # Results repeat it also before the next evaluation.
     assert restored.train()["evaluation"]["held_out"] == judged[2]
     restored.stop()
     with pytest.raises(ValueError, match=r"made with `validation_fraction=0.25` .* this run has `.*=0.5`"):
