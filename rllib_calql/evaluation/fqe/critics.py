@@ -7,7 +7,7 @@ A step costs little more than its matrix products. Three things make it so:
 * All parameters lie in one vector, and so do gradients, moments and targets: Adam and the targets are one operation
   each.
 * Activations, and the gradients that go back through them, are computed in place, block by block of a batch, so that
-  they stay in the cache from one layer to the next.
+  little memory is touched.
 
 Axes: `C` critics, `B` batch, `n` inputs without the ones, `H` hidden width.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 NUM_CRITICS = 2
-_BLOCK_ROWS = 1024  # Of 256 units: two layers of them fit into a core's cache.
+_BLOCK_ROWS = 2048  # With two threads 8 % faster than 1024, with one 1 %: fewer operations to start.
 _OUTPUT_GAIN = 1e-2
 _ALIGNMENT = 16  # Numbers to which rows of hidden layers are padded.
 
