@@ -267,8 +267,11 @@ def test_all_diagnostics_are_logged_in_both_phases(tmp_path: Path) -> None:
             assert np.isfinite(learner[name]), name
     assert np.isfinite(online["learners"]["default_policy"][keys.CALIBRATION_GAP_ONLINE])
     # What `stop` is checked by: every name of ours and of RLlib that the results have, and no other of ours.
-    clipped = {keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE}  # Of normalised observations alone.
-    assert metric_names(num_critics=2) - clipped <= online["learners"]["default_policy"].keys()
+    absent = {keys.CLIPPED_OFFLINE, keys.CLIPPED_ONLINE}  # Of normalised observations alone.
+    absent |= {keys.REFERENCE_LOSS, keys.REFERENCE_GAP, keys.NUM_REFERENCE_UPDATES_LIFETIME}  # Of learned references.
+    optional = (keys.BOUND_RATE_UNIFORM_OF_CRITIC, keys.CALIBRATION_PENALTY_OF_CRITIC)  # Of other calibrations.
+    absent |= {template.format(c=c) for template in optional for c in (1, 2)}
+    assert metric_names(num_critics=2) - absent <= online["learners"]["default_policy"].keys()
     metrics = metrics_of(config)
     for path, value in flatten_dict({key: value for key, value in online.items() if key != "config"}).items():
         if (

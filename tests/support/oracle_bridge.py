@@ -37,7 +37,7 @@ def float64_learner(settings: oracle.Settings, **more: Any) -> CalQLTorchLearner
         actor_lr=settings.actor_lr,
         critic_lr=settings.critic_lr,
         alpha_lr=settings.alpha_lr,
-        bc_updates=1 if settings.bc else 0,
+        bc_updates=more.get("actor_update_period", 1) if settings.bc else 0,
         actor_q=settings.actor_q,
         conservative_online=settings.learn,
         max_target_backup_online=settings.max_target_backup,

@@ -122,12 +122,13 @@ STUBBORN = """
     with StopSignals(grace_s=%s) as stop:
         stop.saved = "Earlier checkpoints are in 'r'."
         stop.before_end = lambda: print("ended Ray", flush=True)
-        print("entered", flush=True)
+        word = "entered"
         while True:
             try:
+                print(word, flush=True)  # In here, for the signal may come at once.
                 time.sleep(60)
             except KeyboardInterrupt:
-                print("interrupted", flush=True)
+                word = "interrupted"
 """
 
 
