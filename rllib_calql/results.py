@@ -84,12 +84,10 @@ def completed_result(
     repeated = results.get(EVALUATION_RESULTS)  # RLlib's own version of the last evaluation, if there was none now.
     if isinstance(repeated, Mapping) and isinstance(repeated.get(ENV_RUNNER_RESULTS), Mapping):
         completed[EVALUATION_RESULTS] = {**repeated, ENV_RUNNER_RESULTS: known_results(repeated[ENV_RUNNER_RESULTS])}
-    if parts.offline_evaluation.latest is not None:  # Repeated as well, for schedulers.
-        last = completed.get(EVALUATION_RESULTS) or {}
-        completed[EVALUATION_RESULTS] = {**last, keys.FQE: dict(parts.offline_evaluation.latest)}
-    if parts.held_out is not None and parts.held_out.latest is not None:  # Repeated as well.
-        last = completed.get(EVALUATION_RESULTS) or {}
-        completed[EVALUATION_RESULTS] = {**last, keys.HELD_OUT: dict(parts.held_out.latest)}
+    for name, judge in ((keys.FQE, parts.offline_evaluation), (keys.HELD_OUT, parts.held_out)):
+        if judge is not None and judge.latest is not None:  # Repeated as well, for schedulers.
+            last = completed.get(EVALUATION_RESULTS) or {}
+            completed[EVALUATION_RESULTS] = {**last, name: dict(judge.latest)}
     evaluated = (evaluation or {}).get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS)
     if evaluated and EPISODE_RETURN_MEAN in evaluated:
         parts.history.add(evaluated, online=phase == keys.ONLINE)

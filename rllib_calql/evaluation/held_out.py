@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from ray.rllib.callbacks.utils import make_callback
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.evaluation.overfitting import Losses, OverfittingWatch
+from rllib_calql.evaluation.user_callbacks import call_back
 from rllib_calql.learning.judging import judge_rows
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.system import activity
@@ -21,7 +21,7 @@ from rllib_calql.system import activity
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
 
-MAX_ROWS = 10_000  # Of each side: a standard error of 1 % of the spread, in half a second on two cores.
+MAX_ROWS = 10_000  # Of each side: a standard error of 1 % of the spread.
 _MAX_BYTES_PER_CALL = 32 * 2**20
 _HELD_OUT, _TRAINING = 0, 1
 _STATE = "held_out"
@@ -149,16 +149,7 @@ def with_held_out(
         wait([training])
     if algorithm.env_runner_group is not None:
         return {**results, keys.HELD_OUT: held_out.evaluate()}
-    _call_back(algorithm, "on_evaluate_start")
+    call_back(algorithm, "on_evaluate_start")
     results = {**results, keys.HELD_OUT: held_out.evaluate()}
-    _call_back(algorithm, "on_evaluate_end", evaluation_metrics=results)
+    call_back(algorithm, "on_evaluate_end", evaluation_metrics=results)
     return results
-
-
-def _call_back(algorithm: Algorithm, when: str, **given: Any) -> None:
-    make_callback(
-        when,
-        callbacks_objects=algorithm.callbacks,
-        callbacks_functions=getattr(algorithm.config, f"callbacks_{when}"),
-        kwargs={"algorithm": algorithm, "metrics_logger": algorithm.metrics, **given},
-    )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
-
-from ray.rllib.callbacks.utils import make_callback
+from typing import TYPE_CHECKING, Any
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.returns import reward_settings
@@ -14,6 +12,8 @@ from rllib_calql.evaluation.fqe.data import JudgedData
 from rllib_calql.evaluation.fqe.judging import TRAINED_ON, settings_for
 from rllib_calql.evaluation.fqe.policies import ModulePolicy, learner_outputs
 from rllib_calql.evaluation.fqe.scoring import Score, score_policy
+from rllib_calql.evaluation.held_out import HeldOut
+from rllib_calql.evaluation.user_callbacks import call_back
 from rllib_calql.settings.offline_evaluation import FQE
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.system import activity
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 _STATE = "fqe"
-
-
-class JudgesHeldOut(Protocol):
-    """Who judges by held-out episodes."""
-
-    def evaluate(self) -> dict[str, float]:
-        """By metric key."""
-        ...
 
 
 class OfflineEvaluation:
@@ -58,7 +50,7 @@ class OfflineEvaluation:
         *,
         on_one_learner: Callable[[Callable[[Any], Any]], Any],
         sees_images: bool,
-        held_out: JudgesHeldOut | None,
+        held_out: HeldOut | None,
     ) -> None:
         self._config = config
         self._held_out = held_out
@@ -86,7 +78,7 @@ class OfflineEvaluation:
         Raises:
             RuntimeError: If the config asks for no offline evaluation.
         """
-        _call_back(algorithm, "on_evaluate_offline_start")
+        call_back(algorithm, "on_evaluate_offline_start")
         if self._data is not None:
             self.latest = _metrics_of(self._score(self._data))
             results: dict[str, Any] = {keys.FQE: dict(self.latest)}
@@ -97,7 +89,7 @@ class OfflineEvaluation:
                 "Nothing says how to judge by data; set `.evaluation(offline_evaluation_interval=..., "
                 'offline_evaluation_type="fqe")`, or "held_out" with `.offline_data(validation_fraction=0.1)`.'
             )
-        _call_back(algorithm, "on_evaluate_offline_end", evaluation_metrics=results)
+        call_back(algorithm, "on_evaluate_offline_end", evaluation_metrics=results)
         return results
 
     def get_state(self) -> dict[str, Any]:
@@ -129,12 +121,3 @@ def _metrics_of(score: Score) -> dict[str, float | str]:
         keys.SHARE_OFF_DATA: score.share_off_data,
         **({keys.FQE_WARNINGS: "\n".join(score.warnings)} if score.warnings else {}),
     }
-
-
-def _call_back(algorithm: Algorithm, when: str, **given: Any) -> None:
-    make_callback(
-        when,
-        callbacks_objects=algorithm.callbacks,
-        callbacks_functions=getattr(algorithm.config, f"callbacks_{when}"),
-        kwargs={"algorithm": algorithm, "metrics_logger": algorithm.metrics, **given},
-    )

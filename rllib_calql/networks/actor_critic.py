@@ -80,16 +80,28 @@ class TanhGaussianPolicy(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log standard deviation before squashing, each of shape (B, A)."""
-        hidden = obs
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            hidden = layer(hidden) if index == 0 else apply_linear(layer, hidden, self.product_dtype)
-            if self.norms is not None:
-                hidden = self.norms[index](hidden)
-            hidden = self._activation(hidden)
+        hidden = apply_hidden(obs, self.layers, self.norms, self._activation, self.product_dtype)
         mean, raw_log_std = apply_linear(self.head, hidden, obs.dtype).chunk(2, dim=-1)
         log_std = self.log_std_multiplier * raw_log_std + self.log_std_offset
         return mean, log_std.clamp(*LOG_STD_BOUNDS)
+
+
+def apply_hidden(
+    inputs: Tensor,
+    layers: nn.ModuleList,
+    norms: nn.ModuleList | None,
+    activation: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Hidden layers in turn, the products of all but the first in `dtype`; None is that of the parameters."""
+    hidden = inputs
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, nn.Linear)
+        hidden = layer(hidden) if index == 0 else apply_linear(layer, hidden, dtype)
+        if norms is not None:
+            hidden = norms[index](hidden)
+        hidden = activation(hidden)
+    return hidden
 
 
 def apply_linear(layer: nn.Linear, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rllib_calql.networks.actor_critic import ACTIVATIONS, apply_linear, initialise
+from rllib_calql.networks.actor_critic import ACTIVATIONS, apply_hidden, apply_linear, initialise
 from rllib_calql.networks.image_encoder import ImageEncoder, Trunk
 from rllib_calql.networks.model_settings import has_layer_norm
 
@@ -59,10 +59,5 @@ class ValueNetwork(nn.Module):
         """
         hidden = obs if self.encoder is None else self.trunk(self.encoder(obs))
         dtype = hidden.dtype
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            hidden = layer(hidden) if index == 0 else apply_linear(layer, hidden, self.product_dtype)
-            if self.norms is not None:
-                hidden = self.norms[index](hidden)
-            hidden = self._activation(hidden)
+        hidden = apply_hidden(hidden, self.layers, self.norms, self._activation, self.product_dtype)
         return apply_linear(self.head, hidden, dtype)[:, 0]

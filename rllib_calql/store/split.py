@@ -37,10 +37,9 @@ class Split:
         self.num_training_rows = int(self._stops[-1] - held_out_lengths.sum())
         # Training rows are numbered without gaps. Behind each held-out episode a row is further on than its number by
         # all that was held out so far.
-        held_out_before = np.concatenate([[0], np.cumsum(held_out_lengths)])
-        self._shifts = held_out_before
+        self._shifts = np.concatenate([[0], np.cumsum(held_out_lengths)])
         starts = self._stops[self.held_out_episodes] - held_out_lengths
-        self._numbers_of_shifts = starts - held_out_before[:-1]
+        self._numbers_of_shifts = starts - self._shifts[:-1]
         self._held_out_lengths = held_out_lengths
 
     @property

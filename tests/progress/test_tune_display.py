@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback
 
@@ -126,24 +128,25 @@ def test_the_best_evaluation_in_the_summary_is_that_of_the_whole_run_after_a_res
     assert "evaluation return  final 4.85, best 6.07" in output.getvalue()
 
 
-def test_overfitting_is_printed_once() -> None:
+@pytest.mark.parametrize(
+    ("name", "warning", "printed"),
+    [
+        ("overfitting", "The critics overfit: since then", ": The critics overfit: since then."),
+        (
+            "success_warning",
+            "`success_key` is 'a', which no info has",
+            "`success_key` is 'a', which no info has.",
+        ),
+    ],
+)
+def test_a_warning_that_results_repeat_is_printed_once(name: str, warning: str, printed: str) -> None:
     output = io.StringIO()
     callback = ProgressCallback({}, Display(output))
     trial = trial_called("a")
     for number in (1, 2):
-        result = {"training_iteration": number, "overfitting": "The critics overfit: since then"}
+        result = {"training_iteration": number, name: warning}
         callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
-    assert output.getvalue().count(": The critics overfit: since then.") == 1
-
-
-def test_a_success_key_that_no_episode_shows_is_printed_once() -> None:
-    output = io.StringIO()
-    callback = ProgressCallback({}, Display(output))
-    trial = trial_called("a")
-    for number in (1, 2):
-        result = {"training_iteration": number, "success_warning": "`success_key` is 'a', which no info has"}
-        callback.on_trial_result(iteration=number, trials=[trial], trial=trial, result=result)
-    assert output.getvalue().count("`success_key` is 'a', which no info has.") == 1
+    assert output.getvalue().count(printed) == 1
 
 
 def test_what_looks_wrong_in_the_data_is_printed_once_a_line_each_whatever_number_of_trials_has_it() -> None:
