@@ -98,21 +98,25 @@ def manifest_of(
         },
         "networks": {k: np.asarray(v).tolist() if isinstance(v, (list, tuple)) else v for k, v in networks.items()},
         "lagrangian": config.lagrangian,
-        "spaces": {
-            "observation_space": {
-                "size": flat_size(observation_space),
-                "structure": description_of(observation_space),
-                "space": str(observation_space),
-            },
-            "action_space": {
-                "size": flat_size(action_space),
-                "low": np.asarray(action_space.low, dtype=float).reshape(-1).tolist(),
-                "high": np.asarray(action_space.high, dtype=float).reshape(-1).tolist(),
-                "space": str(action_space),
-            },
-        },
+        "spaces": _spaces_of(observation_space, action_space),
         "environment": {"import_folders": import_folders(config.env)},
         "versions": versions_here(),
+    }
+
+
+def _spaces_of(observation_space: gym.Space[Any], action_space: gym.spaces.Box) -> Manifest:
+    return {
+        "observation_space": {
+            "size": flat_size(observation_space),
+            "structure": description_of(observation_space),
+            "space": str(observation_space),
+        },
+        "action_space": {
+            "size": flat_size(action_space),
+            "low": np.asarray(action_space.low, dtype=float).reshape(-1).tolist(),
+            "high": np.asarray(action_space.high, dtype=float).reshape(-1).tolist(),
+            "space": str(action_space),
+        },
     }
 
 
@@ -139,8 +143,33 @@ def check_networks(stored: Manifest, own: Manifest) -> None:
                 f"The checkpoint was made with `{name}` {value!r}, this run has {own['networks'][name]!r}, so its "
                 f"networks do not fit; set `{name}={value!r}`."
             )
-    for name, space in stored["spaces"].items():
-        other = own["spaces"][name]
+    _check_spaces(stored["spaces"], own["spaces"])
+
+
+def check_environment(stored: Manifest, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+    """Refuses an environment for which the policy of a checkpoint was not made.
+
+    Args:
+        stored: The checkpoint's manifest.
+        observation_space: The environment's, before flattening.
+        action_space: The environment's.
+
+    Raises:
+        ValueError: Naming the space, that of the checkpoint and that of the environment.
+    """
+    from gymnasium.spaces import Box
+
+    if not isinstance(action_space, Box):
+        raise ValueError(
+            f"The checkpoint was made with the action space {stored['spaces']['action_space']['space']}, the "
+            f"environment has {action_space}; use an environment with the spaces of the checkpoint."
+        )
+    _check_spaces(stored["spaces"], _spaces_of(observation_space, action_space))
+
+
+def _check_spaces(stored: Manifest, own: Manifest) -> None:
+    for name, space in stored.items():
+        other = own[name]
         if space["size"] != other["size"] or not all(
             np.allclose(space[bound], other[bound]) for bound in ("low", "high") if bound in space
         ):

@@ -6,8 +6,7 @@ imported only once a command needs it.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rllib_calql
-from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.commands.dataset import dataset
-from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
+from rllib_calql.commands.evaluate import evaluate
+from rllib_calql.commands.import_path import use_folder_of
 from rllib_calql.commands.report import report
 from rllib_calql.commands.score import score
 from rllib_calql.commands.select import select
@@ -47,7 +46,7 @@ def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
 
 
-for command in (dataset, study, report, score, select):
+for command in (dataset, evaluate, study, report, score, select):
     main.add_command(command)
 
 
@@ -141,60 +140,6 @@ def file(
             stop_ray()
     if failed:
         raise click.ClickException(f"Failed: {', '.join(failed)}.")
-
-
-@main.command()
-@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
-@click.option("--best", is_flag=True, help="Of a run or a trial, take the best checkpoint; without it, the newest.")
-@click.option("--episodes", type=click.IntRange(min=1), default=10, show_default=True, help="Episodes to run.")
-@click.option("--seed", type=int, help="Seed of the environment.")
-@click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
-def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, verbose: bool) -> None:
-    """Run the greedy policy of RUN_OR_CHECKPOINT in its environment; without one, judge it by held-out episodes.
-
-    It is the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is taken. A checkpoint
-    is code: evaluate only one that you would run as a program. Data files are not.
-    """
-    if "://" not in checkpoint:
-        checkpoint = str(Path(checkpoint).expanduser())
-        if not Path(checkpoint).exists():
-            raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
-    use_folder_of()
-    prepare(verbose)
-
-    from rllib_calql.evaluation.checkpoint_episodes import run_episodes
-    from rllib_calql.experiments.run_checkpoints import choose_checkpoint
-
-    try:
-        chosen = choose_checkpoint(checkpoint, best=best)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
-    try:
-        if (judged := _judged_by_held_out(chosen.path, chosen.filesystem)) is None:
-            run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed)
-            normalized = _normalized_score(run.config, run.returns)
-    except Exception as error:
-        if verbose:
-            raise
-        hint = f" {remedy}" if isinstance(error, ImportError) else ""
-        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}{hint}") from error
-    if chosen.reason:
-        click.echo(f"checkpoint        {chosen.path}")
-        click.echo(f"                  {chosen.reason}")
-    if judged is not None:
-        _say("There is no environment; the policy is judged by held-out episodes.")
-        for name, value in judged.items():
-            click.echo(f"{name:<18}{value:.4g}")
-        return
-    if run.warning is not None:
-        _say(f"Warning: {run.warning}.")
-    click.echo(f"episodes          {len(run.returns)}")
-    click.echo(f"return            {statistics.fmean(run.returns):.2f} (std {statistics.pstdev(run.returns):.2f})")
-    if run.success_rate is not None:
-        click.echo(f"success rate      {run.success_rate:.2f}")
-    if normalized is not None:
-        click.echo(f"normalised score  {normalized:.2f}")
 
 
 def _with_options(
@@ -296,43 +241,3 @@ def _run(
 def _say(message: str) -> None:
     with outliving_terminal():
         click.echo(message, err=True)
-
-
-def _judged_by_held_out(checkpoint: str, filesystem: Any) -> dict[str, float] | None:
-    """What held-out episodes say of a checkpoint without an environment; None for one with an environment.
-
-    Raises:
-        ValueError: If nothing is held out.
-    """
-    from rllib_calql.common import metrics as keys
-    from rllib_calql.config import CalQLConfig
-
-    config = read_of_one_save(checkpoint, filesystem, lambda files: files.config())
-    if config.env is not None:
-        return None
-    if not isinstance(config, CalQLConfig) or not config.validation_fraction:
-        raise ValueError(
-            "The checkpoint's config has no environment and holds no episodes out (`validation_fraction`), so there is "
-            "nothing to evaluate by."
-        )
-    config.learners(num_learners=0, num_gpus_per_learner=0)
-    algorithm = config.algo_class.from_checkpoint(checkpoint, filesystem, config=config)
-    try:
-        judged: dict[str, float] = algorithm.evaluate()[keys.HELD_OUT]
-    finally:
-        algorithm.stop()
-    return judged
-
-
-def _normalized_score(config: Any, returns: Sequence[float]) -> float | None:
-    from rllib_calql.config import CalQLConfig
-    from rllib_calql.evaluation.history import EvaluationHistory
-    from rllib_calql.store.offline_data import CalQLOfflineData
-
-    if not isinstance(config, CalQLConfig) or not config.is_offline:
-        return None
-    try:
-        scores = CalQLOfflineData(config).reference_scores
-    except (OSError, ValueError, ImportError):  # The data need not be on the machine that evaluates.
-        return None
-    return EvaluationHistory(scores).normalized_score(statistics.fmean(returns))

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rllib_calql.commands.evaluate import env_options
 from rllib_calql.commands.score import best_first, data_option, entry_of, judge, shown_names, updates_option
 
 if TYPE_CHECKING:
+    from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
     from rllib_calql.evaluation.fqe.judging import Judged
     from rllib_calql.evaluation.selection import Candidate, Selection
     from rllib_calql.progress.display import Display
@@ -25,6 +27,7 @@ _SEEDS_OF_A_ROUND = 1_000  # So that no round repeats the episodes of another on
 @data_option
 @updates_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the environment.")
+@env_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
 def select(
@@ -33,6 +36,7 @@ def select(
     data: str | None,
     updates: int | None,
     seed: int,
+    env: OtherEnv | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -54,7 +58,7 @@ def select(
 
     names = shown_names([one.checkpoint for one in judged])
     with Display(file=sys.stderr) as display:
-        runner = Episodes(names, filesystems, seed, display)
+        runner = Episodes(names, filesystems, seed, env, display)
         selection = select_by_episodes([one.checkpoint for one in ranked], episodes, runner.run)
     for warning in runner.warnings:
         click.echo(f"Warning: {warning}.", err=True)
@@ -74,9 +78,12 @@ def select(
 class Episodes:
     """Runs episodes of checkpoints, one environment at a time, as a real system needs it."""
 
-    def __init__(self, names: dict[str, str], filesystems: dict[str, Any], seed: int, display: Display) -> None:
+    def __init__(
+        self, names: dict[str, str], filesystems: dict[str, Any], seed: int, env: OtherEnv | None, display: Display
+    ) -> None:
         self.warnings: dict[str, None] = {}
-        self._names, self._filesystems, self._seed, self._display = names, filesystems, seed, display
+        self._names, self._filesystems, self._seed, self._env = names, filesystems, seed, env
+        self._display = display
         self._num_done = 0
 
     def run(self, checkpoint: str, count: int, number: int) -> tuple[Sequence[float], float | None]:
@@ -92,6 +99,7 @@ class Episodes:
             self._filesystems[checkpoint],
             num_episodes=count,
             seed=self._seed + number * _SEEDS_OF_A_ROUND,
+            env=self._env,
         )
         if done.warning is not None:
             self.warnings[done.warning] = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rllib_calql.checkpoints.manifest import check_environment
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
 from rllib_calql.collection.callbacks import EpisodeOutcomeCallback
 from rllib_calql.collection.env_errors import told
@@ -33,7 +34,22 @@ class EpisodesRun:
     warning: str | None
 
 
-def run_episodes(checkpoint: str, filesystem: Any, *, num_episodes: int, seed: int | None) -> EpisodesRun:
+@dataclass(frozen=True)
+class OtherEnv:
+    """An environment in place of the one that a checkpoint was trained in, if it was trained in one.
+
+    Attributes:
+        name: As the setting `env`; None for the checkpoint's own.
+        config: As the setting `env_config`; of the checkpoint's own environment None leaves what it has.
+    """
+
+    name: str | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def run_episodes(
+    checkpoint: str, filesystem: Any, *, num_episodes: int, seed: int | None, env: OtherEnv | None = None
+) -> EpisodesRun:
     """Runs whole episodes with an env runner of its own; learners and data are not needed for that.
 
     Args:
@@ -41,17 +57,31 @@ def run_episodes(checkpoint: str, filesystem: Any, *, num_episodes: int, seed: i
         filesystem: PyArrow file system.
         num_episodes: How many.
         seed: Of the environment.
+        env: The environment to run them in; by default that of the training.
 
     Raises:
-        ValueError: If it has no environment, or cannot be read.
+        ValueError: If it has no environment, if the spaces of `env` are not those of the checkpoint, or if the
+            checkpoint cannot be read.
         RuntimeError: If the environment fails.
     """
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
+        class Runner(SingleAgentEnvRunner):
+            """Sees the environment before networks are made for spaces that may not be the checkpoint's."""
+
+            def make_module(self) -> None:
+                if env is not None and files.raw_manifest() is not None:  # Other algorithms have no manifest.
+                    made = self.env.unwrapped
+                    try:
+                        check_environment(files.manifest(), made.single_observation_space, made.single_action_space)
+                    except ValueError:
+                        self.stop()
+                        raise
+                super().make_module()
+
         config = files.config()
-        if config.env is None:
-            raise ValueError("The checkpoint's config has no environment; it was trained on data alone.")
+        _set_env(config, env or OtherEnv())
         config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
         config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
         config.debugging(seed=seed)
@@ -59,7 +89,7 @@ def run_episodes(checkpoint: str, filesystem: Any, *, num_episodes: int, seed: i
         provide(config.env)
         resolve_env(config.env)
         with told("Making the environment"):
-            runner = SingleAgentEnvRunner(config=config, worker_index=0)
+            runner = Runner(config=config, worker_index=0)
         files.restore_env_runner(runner)
         return config, runner
 
@@ -78,3 +108,15 @@ def run_episodes(checkpoint: str, filesystem: Any, *, num_episodes: int, seed: i
         None if success is None else float(success.peek()),
         unseen_key_message(config.success_key, seen.num_episodes, seen.names) if seen.num_episodes else None,
     )
+
+
+def _set_env(config: Any, env: OtherEnv) -> None:
+    if env.name is not None:
+        config.environment(env.name, env_config=dict(env.config or {}))
+        config.observation_space = config.action_space = None  # Those of the data, if it had no environment.
+    elif config.env is None:
+        raise ValueError(
+            "The checkpoint's config has no environment; it was trained on data alone. Name one with `--env`."
+        )
+    elif env.config is not None:
+        config.env_config = dict(env.config)

@@ -169,9 +169,24 @@ def load_yaml(path: Path) -> Any:
         ExperimentError: If it is not valid YAML, has a key twice, or holds what cannot be a setting: whole numbers of
             more than 64 bits, and collections that are nested too deep or hold themselves.
     """
-    with reported(f"'{path}' is not valid YAML"), path.open(encoding="utf-8") as file:
-        content = yaml.load(file, Loader=_StrictLoader)
-    with reported(f"'{path}' cannot be read"):
+    with reported(f"'{path}' is not valid YAML"):
+        text = path.read_text(encoding="utf-8")
+    return parsed_yaml(text, f"'{path}'")
+
+
+def parsed_yaml(text: str, source: str) -> Any:
+    """What YAML says, and JSON, which is a part of it.
+
+    Args:
+        text: The YAML.
+        source: Where it stands, for messages.
+
+    Raises:
+        ExperimentError: As `load_yaml`.
+    """
+    with reported(f"{source} is not valid YAML"):
+        content = yaml.load(text, Loader=_StrictLoader)
+    with reported(f"{source} cannot be read"):
         _refuse_boundless(content, _MAX_DEPTH)
     return content
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.fs
 import pytest
 import ray
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from tiny import TINY_NETWORKS, write_line_data
 
 import rllib_calql
@@ -178,6 +178,78 @@ def test_a_checkpoint_without_an_environment_is_judged_by_held_out_episodes(tmp_
         else:
             assert outcome.exit_code == 1
             assert "has no environment and holds no episodes out (`validation_fraction`)" in outcome.stderr
+
+
+@pytest.fixture(scope="module")
+def trained_on_data_alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
+    """A checkpoint without an environment, whose policy goes right by almost 2 at every step."""
+    tmp_path = tmp_path_factory.mktemp("data_alone")
+    data = str(write_line_data(tmp_path / "line.parquet", num_episodes=4))
+    config = CalQLConfig().offline_data(input_=data).fine_tuning(offline_updates=2, updates_per_iteration=2)
+    config.environment(
+        observation_space=gym.spaces.Box(-10.0, 10.0, (1,), np.float32),
+        action_space=gym.spaces.Box(-2.0, 2.0, (1,), np.float32),
+    ).rl_module(model_config=TINY_NETWORKS)
+    algo = config.build()
+    module = algo.learner_group._learner.module["default_policy"]
+    for parameter in module.policy.parameters():
+        parameter.data.zero_()
+    module.policy.head.bias.data[0] = 3.0
+    algo.save_to_path(str(tmp_path / "checkpoint"))
+    algo.stop()
+    return str(tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_without_an_environment_is_evaluated_in_the_one_that_is_named(
+    trained_on_data_alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["evaluate", trained_on_data_alone, "--episodes", "3", *arguments])
+
+    whole = evaluated("--env", "tiny:LineEnv")
+    assert whole.exit_code == 0, whole.output
+    assert "success rate      1.00" in whole.stdout  # From within 1 of the middle it takes three or four steps to 6.
+    (mean,) = re.findall(r"return +(-\d\.\d+)", whole.stdout)
+    assert -3.0 <= float(mean) <= -2.0
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short_line.py").write_text(
+        "from tiny import LineEnv\n\n\n"
+        "class ShortLine(LineEnv):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__()\n"
+        "        self.TIME_LIMIT = config['steps']\n"
+    )
+    short = evaluated("--env", "short_line.ShortLine", "--env-config", "{steps: 1}")
+    assert short.exit_code == 0, short.output
+    assert "return            -1.00 (std 0.00)" in short.stdout
+    assert "success rate      0.00" in short.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--env", "tiny:LineEnvy"], 2, "`--env` 'tiny:LineEnvy': the module 'tiny' was imported, but it has no"),
+        (["--env", "tiny:LineEnv", "--env-config", "steps"], 2, "`--env-config` must be a mapping, for example"),
+        (["--env", "tiny:LineEnv", "--env-config", "{1: 2}"], 2, "`--env-config` must be a mapping, for example"),
+        (["--env", "tiny:LineEnv", "--env-config", "{a: [}"], 2, "`--env-config` is not valid YAML"),
+        (["--env-config", "{}"], 1, "it was trained on data alone. Name one with `--env`"),
+        ([], 1, "so there is nothing to evaluate by. Name an environment with `--env`"),
+        (
+            ["--env", "Pendulum-v1"],
+            1,
+            "observation space Box(-10.0, 10.0, (1,), float32), the environment has Box(",
+        ),
+        (["--env", "CartPole-v1"], 1, "the environment has Discrete(2); use an environment with the spaces of the"),
+        (["--env", "MountainCarContinuous-v0"], 1, "use an environment with the spaces of the checkpoint"),
+    ],
+)
+def test_an_environment_that_a_checkpoint_cannot_be_evaluated_in_is_refused(
+    trained_on_data_alone: str, arguments: list[str], exit_code: int, message: str
+) -> None:
+    outcome = CliRunner().invoke(main, ["evaluate", trained_on_data_alone, *arguments])
+    assert (outcome.exit_code, outcome.stdout) == (exit_code, "")
+    assert message in " ".join(outcome.stderr.split())
 
 
 @pytest.mark.slow

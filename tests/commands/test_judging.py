@@ -133,6 +133,9 @@ def test_episodes_choose_against_the_data_and_are_counted(folder: Path, monkeypa
     assert winner["success_rate"]["low"] < 1.0
     text = run("select", folder / "right", "--episodes", 2)
     assert "Spent 2 episodes." in text.stdout
+    elsewhere = run("select", folder / "right", "--episodes", 2, "--env", "CartPole-v1")
+    assert elsewhere.exit_code == 1
+    assert "use an environment with the spaces of the checkpoint" in elsewhere.stderr
     # With two episodes only the first of the ranking takes part.
     assert "Winner: " in text.stdout
     assert "stays, success rate 0 [" in text.stdout
@@ -146,7 +149,7 @@ def test_a_second_round_meets_other_seeds_than_the_first(folder: Path, monkeypat
     from rllib_calql.progress.display import Display
 
     path = str(folder / "right")
-    runner = Episodes({path: "right"}, {path: LocalFileSystem()}, 7, Display())
+    runner = Episodes({path: "right"}, {path: LocalFileSystem()}, 7, None, Display())
     starts = []
     for number in (0, 0, 1):
         LineEnv.log.clear()

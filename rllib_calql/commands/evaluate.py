@@ -1,0 +1,152 @@
+"""The command `rllib evaluate`: the greedy policy of a checkpoint in its environment or in another one."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
+from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
+from rllib_calql.commands.setup import UsageError, prepare, root_cause
+
+if TYPE_CHECKING:
+    from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
+
+
+def env_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command with `--verbose` the options `--env` and `--env-config`; it gets both as one argument, `env`."""
+
+    @click.option("--env", metavar="ID", help="Environment, as `env` in an experiment file (default: the training's).")
+    @click.option("--env-config", metavar="YAML", help="Its `env_config`, a mapping in YAML or JSON.")
+    @functools.wraps(command)
+    def with_options(*, env: str | None, env_config: str | None, verbose: bool, **arguments: Any) -> None:
+        other = _other_env(env, env_config, verbose) if env is not None or env_config is not None else None
+        command(env=other, verbose=verbose, **arguments)
+
+    return with_options
+
+
+def _other_env(name: str | None, config: str | None, verbose: bool) -> OtherEnv:
+    """What the options say.
+
+    Raises:
+        UsageError: If there is no such environment, or if its config is no mapping.
+    """
+    use_folder_of()
+    prepare(verbose)
+    from rllib_calql.environments.resolving import resolve_env
+    from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
+    from rllib_calql.experiments.errors import ExperimentError
+    from rllib_calql.experiments.experiment import parsed_yaml
+
+    try:
+        if name is not None:
+            resolve_env(name, "`--env`")
+        content = None if config is None else parsed_yaml(config, "`--env-config`")
+    except (ExperimentError, ValueError, ImportError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
+        raise UsageError(f"`--env-config` must be a mapping, for example '{{continuing_task: false}}', got {config!r}.")
+    return OtherEnv(name, content)
+
+
+@click.command()
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
+@click.option("--best", is_flag=True, help="Of a run or a trial, take the best checkpoint; without it, the newest.")
+@click.option("--episodes", type=click.IntRange(min=1), default=10, show_default=True, help="Episodes to run.")
+@click.option("--seed", type=int, help="Seed of the environment.")
+@env_options
+@click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
+def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, env: OtherEnv | None, verbose: bool) -> None:
+    """Run the greedy policy of RUN_OR_CHECKPOINT in its environment; without one, judge it by held-out episodes.
+
+    RUN_OR_CHECKPOINT is the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is
+    taken. --env names an environment for a policy that was trained on data alone, or another one with the same spaces.
+    A checkpoint is code: evaluate only one that you would run as a program. Data files are not.
+    """
+    if "://" not in checkpoint:
+        checkpoint = str(Path(checkpoint).expanduser())
+        if not Path(checkpoint).exists():
+            raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
+    use_folder_of()
+    prepare(verbose)
+
+    from rllib_calql.evaluation.checkpoint_episodes import run_episodes
+    from rllib_calql.experiments.run_checkpoints import choose_checkpoint
+
+    try:
+        chosen = choose_checkpoint(checkpoint, best=best)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
+    try:
+        judged = _judged_by_held_out(chosen.path, chosen.filesystem) if env is None else None
+        if judged is None:
+            run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed, env=env)
+            normalized = _normalized_score(run.config, run.returns)
+    except Exception as error:
+        if verbose:
+            raise
+        hint = f" {remedy}" if isinstance(error, ImportError) else ""
+        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}{hint}") from error
+    if chosen.reason:
+        click.echo(f"checkpoint        {chosen.path}")
+        click.echo(f"                  {chosen.reason}")
+    if judged is not None:
+        click.echo("There is no environment (`--env` names one); the policy is judged by held-out episodes.", err=True)
+        for name, value in judged.items():
+            click.echo(f"{name:<18}{value:.4g}")
+        return
+    if run.warning is not None:
+        click.echo(f"Warning: {run.warning}.", err=True)
+    click.echo(f"episodes          {len(run.returns)}")
+    click.echo(f"return            {statistics.fmean(run.returns):.2f} (std {statistics.pstdev(run.returns):.2f})")
+    if run.success_rate is not None:
+        click.echo(f"success rate      {run.success_rate:.2f}")
+    if normalized is not None:
+        click.echo(f"normalised score  {normalized:.2f}")
+
+
+def _judged_by_held_out(checkpoint: str, filesystem: Any) -> dict[str, float] | None:
+    """What held-out episodes say of a checkpoint without an environment; None for one with an environment.
+
+    Raises:
+        ValueError: If nothing is held out.
+    """
+    from rllib_calql.common import metrics as keys
+    from rllib_calql.config import CalQLConfig
+
+    config = read_of_one_save(checkpoint, filesystem, lambda files: files.config())
+    if config.env is not None:
+        return None
+    if not isinstance(config, CalQLConfig) or not config.validation_fraction:
+        raise ValueError(
+            "The checkpoint's config has no environment and holds no episodes out (`validation_fraction`), so there is "
+            "nothing to evaluate by. Name an environment with `--env`."
+        )
+    config.learners(num_learners=0, num_gpus_per_learner=0)
+    algorithm = config.algo_class.from_checkpoint(checkpoint, filesystem, config=config)
+    try:
+        judged: dict[str, float] = algorithm.evaluate()[keys.HELD_OUT]
+    finally:
+        algorithm.stop()
+    return judged
+
+
+def _normalized_score(config: Any, returns: Sequence[float]) -> float | None:
+    from rllib_calql.config import CalQLConfig
+    from rllib_calql.evaluation.history import EvaluationHistory
+    from rllib_calql.store.offline_data import CalQLOfflineData
+
+    if not isinstance(config, CalQLConfig) or not config.is_offline:
+        return None
+    try:
+        scores = CalQLOfflineData(config).reference_scores
+    except (OSError, ValueError, ImportError):  # The data need not be on the machine that evaluates.
+        return None
+    return EvaluationHistory(scores).normalized_score(statistics.fmean(returns))
