@@ -55,7 +55,12 @@ def score(checkpoints: tuple[str, ...], data: str | None, updates: int | None, a
 
 
 def judge(
-    checkpoints: Sequence[str], *, data: str | None, updates: int | None, verbose: bool
+    checkpoints: Sequence[str],
+    *,
+    data: str | None,
+    updates: int | None,
+    verbose: bool,
+    needs_environment: bool = False,
 ) -> tuple[list[Judged], dict[str, Any]]:
     """Scores of all checkpoints that the arguments name, and the file system of each; with progress on stderr.
 
@@ -90,6 +95,7 @@ def judge(
                 [(filesystem, path) for path, filesystem in found.items()],
                 input_=data,
                 updates=updates,
+                needs_environment=needs_environment,
                 say=display.stage,
                 on_progress=_progress(display),
                 before_reading=use_folders,
@@ -123,11 +129,12 @@ def entry_of(one: Judged) -> dict[str, Any]:
 
 
 def best_first(judged: Sequence[Judged]) -> list[Judged]:
-    """Those that have a score, the highest value first; one that is no number comes last."""
+    """Those that have a score, the highest value first; those of fits that diverged come last."""
 
     def value(one: Judged) -> float:
         assert one.score is not None
-        return one.score.value.mean if math.isfinite(one.score.value.mean) else -math.inf
+        mean = one.score.value.mean
+        return mean if one.score.is_possible and math.isfinite(mean) else -math.inf
 
     return sorted((one for one in judged if one.score is not None), key=value, reverse=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rllib_calql.progress.display import Display
 
 _SEEDS_OF_A_ROUND = 1_000  # So that no round repeats the episodes of another one.
+_MOST_SEED = 2**31  # Environments take seeds below 2**32.
 
 
 @click.command(epilog="Example: rllib select ~/ray_results/pointmaze-umaze --episodes 40")
@@ -26,7 +28,9 @@ _SEEDS_OF_A_ROUND = 1_000  # So that no round repeats the episodes of another on
 @click.option("--episodes", type=click.IntRange(min=1), required=True, help="Real episodes that may be spent in all.")
 @data_option
 @updates_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the environment.")
+@click.option(
+    "--seed", type=click.IntRange(0, _MOST_SEED), default=0, show_default=True, help="Seed of the environment."
+)
 @env_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
@@ -46,7 +50,8 @@ def select(
     the better half goes on, by success rate, mean return, and the ranking, in that order. CHECKPOINT is as for
     `rllib score`. A checkpoint is code: select only from those that you would run as programs. Data files are not.
     """
-    judged, filesystems = judge(checkpoints, data=data, updates=updates, verbose=verbose)
+    has_env = env is not None and env.name is not None
+    judged, filesystems = judge(checkpoints, data=data, updates=updates, verbose=verbose, needs_environment=not has_env)
     ranked = best_first(judged)
     for one in judged:
         if one.score is None:
@@ -59,7 +64,13 @@ def select(
     names = shown_names([one.checkpoint for one in judged])
     with Display(file=sys.stderr) as display:
         runner = Episodes(names, filesystems, seed, env, display)
-        selection = select_by_episodes([one.checkpoint for one in ranked], episodes, runner.run)
+        ranking = [one.checkpoint for one in ranked]
+        try:
+            selection = select_by_episodes(ranking, episodes, runner.run, num_begun=lambda: runner.num_begun)
+        except KeyboardInterrupt:
+            display.close()
+            click.echo(runner.spent, err=True)
+            raise
     for warning in runner.warnings:
         click.echo(f"Warning: {warning}.", err=True)
     for candidate in selection.candidates:
@@ -76,30 +87,50 @@ def select(
 
 
 class Episodes:
-    """Runs episodes of checkpoints, one environment at a time, as a real system needs it."""
+    """Runs episodes of checkpoints, one environment at a time, as a real system needs it.
+
+    Attributes:
+        num_begun: Episodes so far, those included that failed or were interrupted.
+    """
 
     def __init__(
         self, names: dict[str, str], filesystems: dict[str, Any], seed: int, env: OtherEnv | None, display: Display
     ) -> None:
+        self.num_begun = 0
         self.warnings: dict[str, None] = {}
         self._names, self._filesystems, self._seed, self._env = names, filesystems, seed, env
         self._display = display
-        self._num_done = 0
+        self._returns: dict[str, list[float]] = {}
+
+    @property
+    def spent(self) -> str:
+        """What has been spent so far, and what it showed, as a sentence."""
+        shown = [
+            f"'{self._names[name]}' {len(returns)} whole ones, mean return {fmean(returns):.4g}"
+            for name, returns in self._returns.items()
+            if returns
+        ]
+        return f"Spent {_counted(self.num_begun, 'episode')}{': ' if shown else ''}{'; '.join(shown)}."
 
     def run(self, checkpoint: str, count: int, number: int) -> tuple[Sequence[float], float | None]:
         """Runs `count` episodes in round `number`; all candidates of a round meet the same seeds."""
         from rllib_calql.evaluation.checkpoint_episodes import run_episodes
 
         self._display.stage(
-            f"round {number + 1}, {count} episodes of '{self._names[checkpoint]}', {self._num_done} done before"
+            f"round {number + 1}, {count} episodes of '{self._names[checkpoint]}', {self.num_begun} done before"
         )
-        self._num_done += count
+
+        def begin() -> None:
+            self.num_begun += 1
+
         done = run_episodes(
             checkpoint,
             self._filesystems[checkpoint],
             num_episodes=count,
             seed=self._seed + number * _SEEDS_OF_A_ROUND,
             env=self._env,
+            on_begin=begin,
+            on_end=self._returns.setdefault(checkpoint, []).append,
         )
         if done.warning is not None:
             self.warnings[done.warning] = None
@@ -138,27 +169,25 @@ def _as_json(selection: Selection, judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def _as_text(selection: Selection, judged: Sequence[Judged], names: dict[str, str]) -> str:
-    scores = {one.checkpoint: one.score for one in judged}
-    header = ["checkpoint", "episodes", "success [95 %]", "return [95 %]", "value by data [95 %]"]
+    from rllib_calql.evaluation.selection import MIN_EPISODES, Candidate
+
+    scores = {one.checkpoint: one.score for one in judged if one.score is not None}
+    header = ["checkpoint", "episodes", "success [95 %]", "return [95 %]", "value by data [95 %]", "warnings"]
     lines = [header]
-    for candidate in selection.candidates:
-        said = _interval_of(candidate)
-        lines.append(
-            [
-                names[candidate.name],
-                str(candidate.attempted),
-                _bracketed(said["success_rate"]),
-                _bracketed(said["episode_return"]),
-                str(getattr(scores[candidate.name], "value", "")),
-            ]
-        )
-    lines.extend([names[left], "0", "", "", str(getattr(scores[left], "value", ""))] for left in selection.left_out)
+    candidates = {one.name: one for one in selection.candidates}
+    for name in (*candidates, *selection.left_out):
+        said = _interval_of(candidates.get(name, Candidate(name)))
+        of_episodes = [str(said["episodes"]), _bracketed(said["success_rate"]), _bracketed(said["episode_return"])]
+        lines.append([names[name], *of_episodes, str(scores[name].value), str(len(scores[name].warnings))])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.append(f"Spent {selection.episodes_spent} episodes.")
+    gamma = next(iter(scores.values())).gamma
+    text.append(f"Returns are sums of rewards, values are discounted by {gamma}; `rllib score` tells their warnings.")
+    text.append(f"Spent {_counted(selection.episodes_spent, 'episode')}.")
     if selection.left_out:
         text.append(
-            f"{len(selection.left_out)} checkpoints got none: there were too few, and the data rank them lower."
+            f"{_counted(len(selection.left_out), 'checkpoint')} got none: the data rank them lower, and a first round "
+            f"needs {MIN_EPISODES} episodes for each; raise `--episodes` to try more."
         )
     if selection.winner is not None:
         said = _interval_of(selection.winner)
@@ -170,6 +199,10 @@ def _as_text(selection: Selection, judged: Sequence[Judged], names: dict[str, st
             "chose it and so flatter it."
         )
     return "\n".join(text)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _bracketed(interval: dict[str, float | None] | None) -> str:

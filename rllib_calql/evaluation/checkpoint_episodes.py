@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,14 @@ class OtherEnv:
 
 
 def run_episodes(
-    checkpoint: str, filesystem: Any, *, num_episodes: int, seed: int | None, env: OtherEnv | None = None
+    checkpoint: str,
+    filesystem: Any,
+    *,
+    num_episodes: int,
+    seed: int | None,
+    env: OtherEnv | None = None,
+    on_begin: Callable[[], None] = lambda: None,
+    on_end: Callable[[float], None] = lambda episode_return: None,
 ) -> EpisodesRun:
     """Runs whole episodes with an env runner of its own; learners and data are not needed for that.
 
@@ -58,13 +65,23 @@ def run_episodes(
         num_episodes: How many.
         seed: Of the environment.
         env: The environment to run them in; by default that of the training.
+        on_begin: Called when an episode begins.
+        on_end: Called with its return when one has ended.
 
     Raises:
         ValueError: If it has no environment, if the spaces of `env` are not those of the checkpoint, or if the
             checkpoint cannot be read.
         RuntimeError: If the environment fails.
     """
+    from ray.rllib.callbacks.callbacks import RLlibCallback
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+    class Watch(RLlibCallback):
+        def on_episode_start(self, **kwargs: Any) -> None:
+            on_begin()
+
+        def on_episode_end(self, *, episode: Any, **kwargs: Any) -> None:
+            on_end(float(episode.get_return()))
 
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
         class Runner(SingleAgentEnvRunner):
@@ -85,7 +102,7 @@ def run_episodes(
         config.env_runners(num_env_runners=0, num_envs_per_env_runner=1, explore=False)
         config.reporting(metrics_num_episodes_for_smoothing=num_episodes)
         config.debugging(seed=seed)
-        config.callbacks([EpisodeOutcomeCallback])
+        config.callbacks([EpisodeOutcomeCallback, Watch])
         provide(config.env)
         resolve_env(config.env)
         with told("Making the environment"):

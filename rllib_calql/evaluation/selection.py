@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_MIN_EPISODES = 3  # Of each candidate in the first round; fewer tell less than the ranking does.
+MIN_EPISODES = 3  # Of each candidate in the first round; fewer tell less than the ranking does.
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Candidate:
         returns: Of its episodes.
         success_rates: Number of episodes and success rate of each of its rounds, where they are known.
         error: Why it takes part no more, if its environment or its checkpoint failed.
-        attempted: Episodes that were asked of it, those that failed included.
+        attempted: Episodes that it has begun, those that failed included.
     """
 
     name: str
@@ -34,6 +34,12 @@ class Candidate:
     success_rates: list[tuple[int, float]] = field(default_factory=list)
     error: str = ""
     attempted: int = 0
+
+    @property
+    def mean_return(self) -> float:
+        """Over all of its episodes; minus infinity without any, or where that is no number."""
+        mean = float(np.mean(self.returns)) if self.returns else math.nan
+        return -math.inf if math.isnan(mean) else mean
 
     @property
     def success_rate(self) -> float | None:
@@ -64,7 +70,7 @@ class Selection:
 def num_taking_part(num_candidates: int, num_episodes: int) -> int:
     """How many candidates there are episodes for, at least three for each in the first round."""
     return max(
-        (k for k in range(1, num_candidates + 1) if num_episodes // num_rounds(k) >= _MIN_EPISODES * k),
+        (k for k in range(1, num_candidates + 1) if num_episodes // num_rounds(k) >= MIN_EPISODES * k),
         default=min(1, num_episodes),
     )
 
@@ -78,6 +84,8 @@ def select_by_episodes(
     ranking: Sequence[str],
     num_episodes: int,
     run: Callable[[str, int, int], tuple[Sequence[float], float | None]],
+    *,
+    num_begun: Callable[[], int] | None = None,
 ) -> Selection:
     """Spends exactly `num_episodes` on the candidates, fewer if they fail.
 
@@ -90,6 +98,7 @@ def select_by_episodes(
         run: Runs so many episodes of one, by its name; the last argument is the number of the round. Returns the
             returns and the success rate, None if it is not known; raises RuntimeError, ValueError, OSError or
             ImportError if it cannot.
+        num_begun: How many episodes `run` has begun so far, over all calls; None: always all that it was asked for.
 
     Raises:
         ValueError: If there is no candidate or no episode.
@@ -106,8 +115,11 @@ def select_by_episodes(
         for place, candidate in enumerate(left):
             count = share // len(left) + (place < share % len(left))
             if count:
-                spent += count
+                before = num_begun() if num_begun is not None else 0
                 _spend(candidate, count, number, run)
+                begun = num_begun() - before if num_begun is not None else count
+                candidate.attempted += begun
+                spent += begun
         left.sort(key=lambda one: _merit(one, rank), reverse=True)
         keep = 1 if number == rounds - 1 else math.ceil(len(left) / 2)
         failed = [one for one in left if one.error]
@@ -126,7 +138,6 @@ def _spend(
     number: int,
     run: Callable[[str, int, int], tuple[Sequence[float], float | None]],
 ) -> None:
-    candidate.attempted += count
     try:
         returns, success_rate = run(candidate.name, count, number)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
@@ -139,8 +150,7 @@ def _spend(
 
 def _merit(candidate: Candidate, rank: dict[str, int]) -> tuple[float, float, int]:
     rate = candidate.success_rate
-    mean = float(np.mean(candidate.returns)) if candidate.returns else -math.inf
-    return (-math.inf if rate is None else rate, mean, -rank[candidate.name])
+    return (-math.inf if rate is None else rate, candidate.mean_return, -rank[candidate.name])
 
 
 def success_interval(successes: float, number: int) -> tuple[float, float]:

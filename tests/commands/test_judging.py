@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from tiny import LineEnv, line_config, write_line_data
 
+from rllib_calql import CalQLConfig
+from rllib_calql.checkpoints import reading
 from rllib_calql.commands.main import main
+from rllib_calql.commands.score import best_first
 from rllib_calql.common import spaces
+from rllib_calql.evaluation.fqe import judging
 from rllib_calql.evaluation.fqe.judging import Judged
 from rllib_calql.evaluation.fqe.scoring import Interval, Score
 
@@ -72,6 +80,94 @@ def test_the_hold_out_of_the_training_is_used_and_not_warned_of(folder: Path) ->
     assert not any("trained on the episodes" in warning for warning in one["warnings"])
 
 
+def test_data_that_have_moved_are_judged_by_the_hold_out_of_the_training(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copy(folder / "elsewhere" / "line.parquet", tmp_path / "moved.parquet")
+    done = run("score", folder / "of_other_data", "--updates", 5, "--json", "--data", moved)
+    (one,) = json.loads(done.stdout)["checkpoints"]
+    assert one["num_held_out_episodes"] == 6
+    assert not any("trained on the episodes" in warning for warning in one["warnings"])
+    # The other one has no hold-out of these data, and is judged by the same episodes.
+    both = run("score", folder / "of_other_data", folder / "right", "--updates", 5, "--json", "--data", moved)
+    assert [one["num_held_out_episodes"] for one in json.loads(both.stdout)["checkpoints"]] == [6, 6]
+
+
+def test_data_that_are_gone_are_told_with_the_option_that_names_others(folder: Path, tmp_path: Path) -> None:
+    path = folder / "elsewhere" / "line.parquet"
+    path.rename(tmp_path / "line.parquet")
+    try:
+        done = run("score", folder / "of_other_data")
+    finally:
+        (tmp_path / "line.parquet").rename(path)
+    assert done.exit_code == 1
+    assert "no such file or folder" in done.stderr
+    assert "if it has moved, give `--data`" in done.stderr
+
+
+@pytest.fixture
+def left_changed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Changes settings of the checkpoint "left" as it is read."""
+
+    def change(**settings: Any) -> None:
+        def read(path: Any, filesystem: Any, read_policy: Any) -> Any:
+            one = reading.read_of_one_save(path, filesystem, read_policy)
+            if Path(path).name == "left":
+                for name, value in settings.items():
+                    setattr(one.config, name, value)
+            return one
+
+        monkeypatch.setattr(judging, "read_of_one_save", read)
+
+    return change
+
+
+def test_a_checkpoint_without_data_is_named_and_the_others_go_on(
+    folder: Path, left_changed: Callable[..., None]
+) -> None:
+    left_changed(input_="sampler")
+    done = run("score", folder / "left", folder / "right", "--updates", 5)
+    assert done.exit_code == 1
+    assert "left' was not judged: it was trained without offline data" in done.stderr
+    assert done.stdout.splitlines()[1].startswith("right")
+
+
+def test_no_value_is_fitted_of_a_checkpoint_that_no_episode_can_be_run_of(
+    folder: Path, left_changed: Callable[..., None]
+) -> None:
+    left_changed(env=None)
+    done = run("select", folder / "left", "--episodes", 5)
+    assert done.exit_code == 1
+    assert "left' was not judged: it was trained on data alone, without an environment; name one with `--env`" in (
+        done.stderr
+    )
+    assert "fitting values" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_ends_the_fits_that_go_on_beside(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    begun, loops = threading.Barrier(2, timeout=20), [0, 0]
+
+    def fit(data: Any, policy: int, settings: Any, *, on_progress: Callable[[int], None], **_: Any) -> None:
+        begun.wait()
+        for loops[policy] in range(500):
+            if policy == 0:
+                raise error
+            time.sleep(0.01)
+            on_progress(loops[policy])
+
+    monkeypatch.setattr(judging, "score_policy", fit)
+    monkeypatch.setattr(judging.os, "cpu_count", lambda: 2)
+    candidates = [
+        judging._Candidate(place, SimpleNamespace(config=CalQLConfig(), policy=place), [])  # type: ignore[arg-type]
+        for place in (0, 1)
+    ]
+    with pytest.raises(error):
+        judging._scores(None, candidates, None, lambda done, total: None)  # type: ignore[arg-type]
+    assert loops[1] < 250
+
+
 def test_a_broken_checkpoint_and_one_of_other_data_are_named_and_the_others_go_on(folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder / "left", tmp_path / "broken")
     state = next(broken.rglob("module_state.pkl"))
@@ -100,24 +196,24 @@ def test_what_cannot_be_judged_is_told(folder: Path, tmp_path: Path) -> None:
     assert nowhere.exit_code == 1
     assert "nowhere.parquet" in nowhere.stderr
     assert run("select", folder / "right").exit_code == 2
+    assert run("select", folder / "right", "--episodes", 3, "--seed", 2**32).exit_code == 2
+
+
+def ranked(folder: Path, **values: float) -> Callable[..., tuple[list[Judged], dict[str, Any]]]:
+    """Stands for `judge`: checkpoints of these values by the data."""
+    from pyarrow.fs import LocalFileSystem
+
+    nothing = Interval(0.0, 0.0, 0.0)
+    judged = [
+        Judged(str(folder / name), Score(Interval(value, 0.0, 4.0), nothing, 0.0, 0.0, 0.0, 2, 0.99, 1, 0.0, ["why"]))
+        for name, value in values.items()
+    ]
+    return lambda *checkpoints, **options: (judged, {one.checkpoint: LocalFileSystem() for one in judged})
 
 
 def test_episodes_choose_against_the_data_and_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ranked(*checkpoints: Any, **options: Any) -> tuple[list[Judged], dict[str, Any]]:
-        from pyarrow.fs import LocalFileSystem
-
-        nothing = Interval(0.0, 0.0, 0.0)
-        value = {"stays": 3.0, "right": 2.0, "left": 1.0}  # The data take the one that stays for the best.
-        judged = [
-            Judged(
-                str(folder / name),
-                Score(Interval(value[name], 0.0, 4.0), nothing, 0.0, 0.0, 0.0, 2, 0.99, 1, 0.0, []),
-            )
-            for name in ("right", "left", "stays")
-        ]
-        return judged, {one.checkpoint: LocalFileSystem() for one in judged}
-
-    monkeypatch.setattr("rllib_calql.commands.select.judge", ranked)
+    # The data take the one that stays for the best.
+    monkeypatch.setattr("rllib_calql.commands.select.judge", ranked(folder, right=2.0, left=1.0, stays=3.0))
     LineEnv.log.clear()
     chosen = run("select", folder / "right", "--episodes", 18, "--json")
     assert chosen.exit_code == 0, chosen.output
@@ -140,6 +236,51 @@ def test_episodes_choose_against_the_data_and_are_counted(folder: Path, monkeypa
     assert "Winner: " in text.stdout
     assert "stays, success rate 0 [" in text.stdout
     assert "2 checkpoints got none" in text.stdout
+    assert "raise `--episodes`" in text.stdout
+    # No value stands there without its warnings and its unit.
+    rows = [line.split() for line in text.stdout.splitlines()]
+    assert rows[0][-1] == "warnings"
+    assert {row[-1] for row in rows[1:4]} == {"1"}
+    assert "values are discounted by 0.99; `rllib score` tells their warnings" in text.stdout
+
+
+def test_an_interrupt_says_what_was_spent_and_what_it_showed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rllib_calql.commands.select.judge", ranked(folder, stays=3.0, right=2.0))
+    steps: list[float] = []
+    step = LineEnv.step
+
+    def interrupted(env: LineEnv, action: Any) -> Any:
+        steps.append(0.0)
+        if len(steps) == 2 * LineEnv.TIME_LIMIT + 5:  # In the third episode of the one that stays.
+            raise KeyboardInterrupt
+        return step(env, action)
+
+    monkeypatch.setattr(LineEnv, "step", interrupted)
+    done = run("select", folder / "right", "--episodes", 12)
+    assert done.exit_code == 130
+    assert "Spent 3 episodes: 'stays' 2 whole ones, mean return -20." in done.stderr
+
+
+def test_episodes_that_never_began_are_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(env: LineEnv, **_: Any) -> Any:
+        raise RuntimeError("The arm is off.")
+
+    monkeypatch.setattr("rllib_calql.commands.select.judge", ranked(folder, stays=3.0, right=2.0))
+    monkeypatch.setattr(LineEnv, "reset", broken)
+    done = run("select", folder / "right", "--episodes", 12, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["episodes_spent"] == 0
+    assert "stays' could not be run: " in done.stderr
+    assert "The arm is off." in done.stderr
+
+
+def test_a_fit_that_diverged_ranks_behind_all_others() -> None:
+    def judged(name: str, value: float, *, is_possible: bool = True) -> Judged:
+        interval = Interval(value, value, value)
+        return Judged(name, Score(interval, interval, 0.0, 0.0, 0.0, 2, 0.99, 1, 0.0, [], is_possible))
+
+    several = [judged("huge", 1e9, is_possible=False), judged("a", 1.0), judged("nan", float("nan")), judged("b", 2.0)]
+    assert [one.checkpoint for one in best_first(several)] == ["b", "a", "huge", "nan"]
 
 
 def test_a_second_round_meets_other_seeds_than_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from small_learners import make_learner
 from solved_mdp import NUM_STATES, SolvedMDP
 
+from rllib_calql.evaluation.fqe import scoring
 from rllib_calql.evaluation.fqe.critics import FQECritics, with_ones
 from rllib_calql.evaluation.fqe.data import JudgedData, own_split
 from rllib_calql.evaluation.fqe.fitting import FQESettings, fit_values
@@ -250,3 +252,58 @@ def test_a_score_warns_of_what_makes_it_doubtful() -> None:
     assert score.num_held_out_episodes == 5
     assert score.value.low <= score.value.mean <= score.value.high
     assert score.to_dict()["value"]["mean"] == score.value.mean
+
+
+def test_a_fit_that_has_hardly_begun_is_told_with_the_updates_that_it_needs() -> None:
+    # Rewards count for 1 / (1 - 0.9) = 10 steps, which an episode is shorter than: two steps of 1 / 0.05 updates.
+    mdp = SolvedMDP.drawn(0)
+    longest = int(mdp.data().table.lengths.max())
+    said = "\n".join(score_policy(mdp.data(), mdp, dataclasses.replace(SMALL, updates=1)).warnings)
+    assert (
+        f"1 updates are too few for rewards to count as far as they should; raise the updates to {longest * 20}" in said
+    )
+    assert "too few" not in "\n".join(score_policy(mdp.data(), mdp, SMALL).warnings)
+
+
+def test_where_all_rewards_are_0_a_value_near_0_has_not_diverged() -> None:
+    mdp = dataclasses.replace(SolvedMDP.drawn(0), rewards=np.zeros((2, NUM_STATES)))
+    score = score_policy(mdp.data(held_out_reward=0.0), mdp, dataclasses.replace(SMALL, updates=20))
+    assert 0.0 < abs(score.value.mean) < 0.05
+    assert score.is_possible
+    assert "diverged" not in "\n".join(score.warnings)
+
+
+def test_a_value_that_rewards_cannot_sum_up_to_is_no_possible_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    mdp = SolvedMDP.drawn(0)
+    fitted = fit_values(mdp.data(), mdp, dataclasses.replace(SMALL, updates=1))
+    for value in (1e6, -1e6, np.nan, np.inf):
+        diverged = dataclasses.replace(fitted, initial_values=np.full(5, value))
+        monkeypatch.setattr(scoring, "fit_values", lambda *_, outcome=diverged: outcome)
+        score = score_policy(mdp.data(), mdp, SMALL)
+        assert not score.is_possible
+        assert any("the fit diverged" in warning for warning in score.warnings)
+
+
+def test_a_policy_whose_actions_are_no_numbers_is_refused() -> None:
+    mdp = SolvedMDP.drawn(0)
+    broken = SimpleNamespace(
+        features=mdp.features, actions=lambda observations: np.full((len(observations), 1), np.nan)
+    )
+    with pytest.raises(ValueError, match="The policy's actions are NaN: its training diverged; take an earlier"):
+        score_policy(mdp.data(), broken, SMALL)
+
+
+def test_all_rewards_are_looked_at_once_for_all_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    undone = JudgedData._environment_rewards
+
+    def counted(data: JudgedData, rewards: np.ndarray) -> np.ndarray:
+        looked_at.append(len(rewards))
+        return undone(data, rewards)
+
+    monkeypatch.setattr(JudgedData, "_environment_rewards", counted)
+    mdp = SolvedMDP.drawn(0)
+    data = mdp.data()
+    for _ in range(2):
+        score_policy(data, mdp, dataclasses.replace(SMALL, updates=1))
+    assert looked_at.count(len(data.table)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -94,6 +95,33 @@ def test_a_candidate_that_fails_goes_out_and_its_episodes_count_as_spent() -> No
     assert selection.episodes_spent == sum(one.attempted for one in selection.candidates) == 40
     every = select_by_episodes(["a"], 4, run)
     assert every.winner is None
+
+
+def test_episodes_that_a_failed_candidate_never_began_are_left_for_the_others() -> None:
+    field = Field(a=0.9, b=0.2, c=0.3, d=0.1)
+    begun = 0
+
+    def run(name: str, count: int, number: int) -> tuple[Sequence[float], float | None]:
+        nonlocal begun
+        if name == "a":
+            begun += 2  # Of five.
+            raise RuntimeError("The arm is stuck.")
+        begun += count
+        return field.run(name, count, number)
+
+    selection = select_by_episodes(NAMES, 40, run, num_begun=lambda: begun)
+    assert selection.candidates[-1].attempted == 2
+    assert field.spent == {"b": 5 + 12, "c": 5 + 11, "d": 5}
+    assert selection.episodes_spent == begun == 40
+
+
+def test_a_return_that_is_no_number_is_the_worst() -> None:
+    returns = {"a": math.nan, "b": -10.0, "c": math.nan, "d": -20.0}
+    for order in ("abcd", "bacd", "dcba"):
+        selection = select_by_episodes(list(order), 40, lambda name, count, _: ([returns[name]] * count, None))
+        assert selection.winner is not None
+        assert selection.winner.name == "b"
+        assert {one.name for one in selection.candidates[2:]} == {"a", "c"}
 
 
 def test_the_interval_of_a_success_rate_is_wilson_s() -> None:

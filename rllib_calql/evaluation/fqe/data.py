@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +72,9 @@ class JudgedData:
         behaviour_returns: Discounted environment returns of the held-out episodes, shape (E,).
         share_cut: What a reward of every step would give after the end of the held-out episodes that were cut, relative
             to what it would give for ever: mean of gamma^T over the episodes, 0 for those that terminated.
+        scale_of_values: Mean and standard deviation of the discounted environment returns-to-go of the training rows.
+            The latter is 1 where they are all the same.
+        possible_values: Least and largest discounted sum of rewards that are in the data, for episodes of any length.
 
     Raises:
         ValueError: If there are too few episodes, or those that are held out begin where the others never are.
@@ -112,6 +114,7 @@ class JudgedData:
         is_cut = ~table.terminateds[self.split.held_out_episodes]
         self.share_cut = float(np.mean(is_cut * self.gamma ** lengths.astype(np.float64)))
         self._refuse_unvisited_starts(np.setdiff1d(self.held_out_rows, starts), rng)
+        self.scale_of_values, self.possible_values = self._reward_summaries()
 
     @property
     def num_training_rows(self) -> int:
@@ -144,24 +147,15 @@ class JudgedData:
             here = slice(start, min(start + _BLOCK_ROWS, len(numbers)))
             yield here, self.rows(numbers[here])
 
-    @cached_property
-    def scale_of_values(self) -> tuple[float, float]:
-        """Mean and standard deviation of the discounted environment returns-to-go of the training rows.
-
-        The latter is 1 where they are all the same.
-        """
+    def _reward_summaries(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """`scale_of_values` and `possible_values`, by one look at all rewards."""
         recorded = self._environment_rewards(np.asarray(self.table.records[Columns.REWARDS]))
         returns = discounted_sums(recorded, self.table.lengths, self.gamma)[self.training_rows]
         std = float(returns.std())
-        return float(returns.mean()), std if std > 1e-9 * max(1e-30, float(np.abs(returns).max())) else 1.0
-
-    @cached_property
-    def possible_values(self) -> tuple[float, float]:
-        """Least and largest discounted sum of rewards that are in the data, for episodes of any length."""
-        recorded = self._environment_rewards(np.asarray(self.table.records[Columns.REWARDS]))
+        std = std if std > 1e-9 * max(1e-30, float(np.abs(returns).max())) else 1.0
         steps = 1.0 / (1.0 - self.gamma) if self.gamma < 1.0 else float(self.table.lengths.max())
         low, high = float(recorded.min()), float(recorded.max())
-        return min(low, low * steps), max(high, high * steps)
+        return (float(returns.mean()), std), (min(low, low * steps), max(high, high * steps))
 
     def _environment_rewards(self, training_rewards: Array) -> npt.NDArray[np.float64]:
         """The inverse of `RewardSettings.transform`."""

@@ -105,6 +105,9 @@ def fit_values(
         policy: Asked once for all rows.
         settings: Of the fit.
         on_progress: Called now and then with the number of updates made.
+
+    Raises:
+        ValueError: If the policy's actions are no finite numbers.
     """
     encoder = _Encoder(data, policy)
     mean, std = data.scale_of_values
@@ -191,7 +194,10 @@ class _Encoder:
 
     def inputs(self, observations: Array) -> Tensor:
         """Of observations and the policy's actions there, shape (r, n + A + 1)."""
-        return self._joined(observations, self._policy.actions(observations))
+        actions = self._policy.actions(observations)
+        if not np.isfinite(actions).all():
+            raise ValueError("The policy's actions are NaN: its training diverged; take an earlier checkpoint.")
+        return self._joined(observations, actions)
 
     def transitions(self, data: JudgedData, numbers: npt.NDArray[np.int64], mean: float, std: float) -> _Transitions:
         """Of rows of the data, rewards in the units of the fit."""

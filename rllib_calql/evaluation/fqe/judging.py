@@ -6,9 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rllib_calql.checkpoints.reading import read_of_one_save
@@ -22,6 +25,7 @@ from rllib_calql.evaluation.fqe.scoring import Score, score_policy
 from rllib_calql.store.offline_data import CalQLOfflineData
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.returns_connector import AddReturnsToGo
+from rllib_calql.store.split import Split, split_episodes
 
 _MOST_AT_ONCE = 4  # Fits, each of which holds its rows in memory.
 TRAINED_ON = "it was trained on the episodes that it is judged by; set `validation_fraction` for the next training"
@@ -43,6 +47,10 @@ class Judged:
     error: str = ""
 
 
+class _OverError(Exception):
+    """Ends a fit that nobody waits for any more."""
+
+
 @dataclass(frozen=True)
 class _Candidate:
     place: int
@@ -55,11 +63,12 @@ def score_checkpoints(
     *,
     input_: Any = None,
     updates: int | None = None,
+    needs_environment: bool = False,
     say: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     before_reading: Callable[[Any, str], None] = lambda filesystem, path: None,
 ) -> list[Judged]:
-    """Judges the greedy policies of checkpoints by one set of data, read by the settings of the first that is whole.
+    """Judges the greedy policies of checkpoints by one set of data, read by the settings of the first that has any.
 
     A checkpoint that is broken, or of other data or spaces, is named and left out; the others are judged.
 
@@ -67,6 +76,7 @@ def score_checkpoints(
         checkpoints: File system and folder of each.
         input_: The data; None for those that the checkpoints were trained on.
         updates: Of each fit; None for the default number.
+        needs_environment: Whether a checkpoint without an environment is left out as well.
         say: Told what is being done.
         on_progress: Told how many updates are made, of all fits together, and of how many.
         before_reading: Called with each checkpoint before it is unpickled.
@@ -84,9 +94,17 @@ def score_checkpoints(
         say(f"reading checkpoint {place + 1} of {len(checkpoints)}")
         try:
             before_reading(filesystem, path)
-            read.append((place, read_of_one_save(path, filesystem, read_policy)))
+            one = read_of_one_save(path, filesystem, read_policy)
+            if needs_environment and one.config.env is None:
+                raise ValueError("it was trained on data alone, without an environment; name one with `--env`.")
+            if input_ is None and not one.config.is_offline:
+                raise ValueError(
+                    "it was trained without offline data, so there is nothing to judge it by; give `--data`."
+                )
         except EXPECTED as error:
             outcomes[place] = Judged(path, None, " ".join(str(error).split()))
+        else:
+            read.append((place, one))
     if read:
         say("reading data")
         first = read[0][1]
@@ -118,12 +136,15 @@ def _scores(
     on_progress: Callable[[int, int], None],
 ) -> dict[int, Score | str]:
     """Fits side by side, one thread each: small products gain little from several."""
-    lock, done = threading.Lock(), {candidate.place: 0 for candidate in candidates}
+    lock, is_over = threading.Lock(), threading.Event()
+    done = {candidate.place: 0 for candidate in candidates}
     all_settings = {one.place: settings_for(one.read.config, updates) for one in candidates}
     total = sum(settings.updates for settings in all_settings.values())
 
     def judge(candidate: _Candidate) -> Score | str:
         def count(num_updates: int) -> None:
+            if is_over.is_set():
+                raise _OverError
             with lock:
                 done[candidate.place] = num_updates
                 on_progress(sum(done.values()), total)
@@ -145,7 +166,10 @@ def _scores(
         torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(num_workers) as pool:
-            return dict(zip((one.place for one in candidates), pool.map(judge, candidates), strict=True))
+            try:
+                return dict(zip((one.place for one in candidates), pool.map(judge, candidates), strict=True))
+            finally:
+                is_over.set()  # Where the user interrupts, the pool waits for the fits that go on.
     finally:
         torch.set_num_threads(num_threads)
 
@@ -155,13 +179,9 @@ def _read_data(first: CheckpointPolicy, input_: Any) -> tuple[JudgedData, str]:
     config = first.config
     if input_ is not None:
         config.input_ = input_
-        config.validation_fraction = 0.0  # Its hold-out was of other data.
+        config.validation_fraction = 0.0  # Its hold-out may be of other data.
         if config.reference_column is not None:  # Bounds of training; values are fitted to rewards.
             config.reference_value, config.use_recorded_returns = "returns_to_go", False
-    elif not config.is_offline:
-        raise ValueError(
-            "The checkpoint was trained without offline data, so there is nothing to judge it by; give `--data`."
-        )
     config.n_step = 1  # Of training targets; a short episode is as good as any here.
     store = TransitionStore(
         obs_dim=flat_size(first.observation_space),
@@ -170,7 +190,12 @@ def _read_data(first: CheckpointPolicy, input_: Any) -> tuple[JudgedData, str]:
         obs_dtype=observation_dtype(encoded_space(first.observation_space)),
     )
     rewards = reward_settings(config)
-    data = CalQLOfflineData(config)
+    try:
+        data = CalQLOfflineData(config)
+    except FileNotFoundError as error:
+        if input_ is not None:
+            raise
+        raise FileNotFoundError(f"{error} The checkpoint was trained on it; if it has moved, give `--data`.") from error
     data.load(
         store,
         AddReturnsToGo(rewards),
@@ -178,7 +203,23 @@ def _read_data(first: CheckpointPolicy, input_: Any) -> tuple[JudgedData, str]:
         action_space=first.action_space,
     )
     assert store.offline is not None
-    return JudgedData(store.offline, store.split, rewards=rewards), store.offline.fingerprint()
+    fingerprint = store.offline.fingerprint()
+    split = store.split
+    if input_ is not None and first.manifest["offline_data"].get("fingerprint") == fingerprint:
+        split = _split_of(first, store.offline.lengths)  # The same episodes at another place.
+    return JudgedData(store.offline, split, rewards=rewards), fingerprint
+
+
+def _split_of(one: CheckpointPolicy, lengths: npt.NDArray[np.int64]) -> Split | None:
+    """What the training of a checkpoint held out of these data; None if nothing, or nothing that is known."""
+    held_out = one.manifest.get("hold_out") or {}  # Manifests of earlier versions have none.
+    if not held_out:
+        return None
+    with suppress(ValueError):  # Of fewer episodes than there were.
+        split = split_episodes(lengths, fraction=held_out["validation_fraction"], seed=held_out["validation_seed"])
+        if split is not None and split.fingerprint() == held_out["fingerprint"]:
+            return split
+    return None
 
 
 def _misfit(first: CheckpointPolicy, other: CheckpointPolicy, *, with_own_data: bool) -> str | None:
@@ -214,9 +255,10 @@ def _remarks(data: JudgedData, one: CheckpointPolicy, fingerprint: str, *, is_ot
     remarks = []
     stored: Mapping[str, Any] = one.manifest["offline_data"]
     is_same_data = stored.get("fingerprint") == fingerprint
-    held_out = one.manifest.get("hold_out") or {}
-    if (is_same_data or not is_other_data) and held_out.get("fingerprint") != data.split.fingerprint():
-        remarks.append(TRAINED_ON)
+    if is_same_data or not is_other_data:
+        held_out = _split_of(one, data.table.lengths)
+        if held_out is None or not np.isin(data.split.held_out_episodes, held_out.held_out_episodes).all():
+            remarks.append(TRAINED_ON)
     if not is_other_data and stored.get("transitions") != len(data.table):
         remarks.append(
             f"it was trained on {stored.get('transitions'):,} transitions of `input_`, which now has "

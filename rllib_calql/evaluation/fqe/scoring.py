@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Score:
         updates: Gradient updates of the fit.
         seconds: That it took.
         warnings: What is to be known before the value is believed, a sentence each without its end.
+        is_possible: Whether the data's rewards can sum up to the value; where they cannot, the fit diverged.
     """
 
     value: Interval
@@ -71,6 +73,7 @@ class Score:
     updates: int
     seconds: float
     warnings: Sequence[str]
+    is_possible: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON takes them."""
@@ -92,8 +95,9 @@ def mean_interval(values: npt.NDArray[np.float64], seed: int = 0) -> Interval:
     counts = np.random.default_rng(seed).multinomial(
         len(values), np.full(len(values), 1.0 / len(values)), size=_NUM_RESAMPLES
     )
-    means = counts @ np.asarray(values, np.float64) / len(values)
-    low, high = np.quantile(means, [0.5 - CONFIDENCE / 2.0, 0.5 + CONFIDENCE / 2.0])
+    with np.errstate(invalid="ignore"):  # Of infinite values of a fit that diverged, NaN says enough.
+        means = counts @ np.asarray(values, np.float64) / len(values)
+        low, high = np.quantile(means, [0.5 - CONFIDENCE / 2.0, 0.5 + CONFIDENCE / 2.0])
     return Interval(float(np.mean(values)), float(low), float(high))
 
 
@@ -113,6 +117,9 @@ def score_policy(
         settings: Of the fit.
         remarks: What is to be known of the policy beforehand; they become warnings of the score.
         on_progress: Called now and then with the number of updates made.
+
+    Raises:
+        ValueError: If the policy's actions are no finite numbers.
     """
     begin = time.monotonic()
     fitted = fit_values(data, policy, settings, on_progress)
@@ -128,8 +135,26 @@ def score_policy(
         data.gamma,
         settings.updates,
         time.monotonic() - begin,
-        [*remarks, *_warnings(data, fitted, value, behaviour, share)],
+        [*remarks, *_warnings(data, fitted, settings, value, behaviour, share)],
+        _is_possible(data, value.mean),
     )
+
+
+def _is_possible(data: JudgedData, value: float) -> bool:
+    low, high = data.possible_values
+    tolerance = 0.05 * max(high - low, data.scale_of_values[1])  # Rewards that are all 0 leave no room at all.
+    return bool(low - tolerance <= value <= high + tolerance)
+
+
+def _least_updates(data: JudgedData, settings: FQESettings) -> int:
+    """Updates in which a reward comes from the end of its horizon to the beginning.
+
+    The horizon is 1 / (1 - gamma) steps, or an episode, if that is shorter. Targets carry a value one step back in
+    about 1 / tau updates.
+    """
+    longest = float(data.table.lengths.max())
+    horizon = min(longest, 1.0 / (1.0 - data.gamma)) if data.gamma < 1.0 else longest
+    return math.ceil(round(horizon / settings.tau, 6))
 
 
 def _share_off_data(data: JudgedData, policy: FrozenPolicy, seed: int) -> float:
@@ -145,19 +170,29 @@ def _share_off_data(data: JudgedData, policy: FrozenPolicy, seed: int) -> float:
 
 
 def _warnings(
-    data: JudgedData, fitted: FittedValues, value: Interval, behaviour: Interval, share_off_data: float
+    data: JudgedData,
+    fitted: FittedValues,
+    settings: FQESettings,
+    value: Interval,
+    behaviour: Interval,
+    share_off_data: float,
 ) -> list[str]:
     warnings = []
-    low, high = data.possible_values
-    tolerance = 0.05 * (high - low)
     width = value.high - value.low
-    if not np.isfinite(value.mean) or not low - tolerance <= value.mean <= high + tolerance:
+    if not _is_possible(data, value.mean):
         warnings.append(
-            f"the value lies outside what the data's rewards can sum up to, {low:.4g} to {high:.4g}: the fit diverged"
+            "the value lies outside what the data's rewards can sum up to, {:.4g} to {:.4g}: the fit diverged".format(
+                *data.possible_values
+            )
         )
     drift = abs(fitted.looks[-1] - fitted.looks[len(fitted.looks) // 2])
     if drift > max(0.5 * width, 0.02 * max(abs(value.mean), data.scale_of_values[1])):
         warnings.append(f"the value still moved by {drift:.3g} in the second half of the fit; raise the updates")
+    elif settings.updates < (needed := _least_updates(data, settings)):  # A value that has hardly begun to move.
+        warnings.append(
+            f"{settings.updates:,} updates are too few for rewards to count as far as they should; raise the updates "
+            f"to {needed:,}"
+        )
     spread = float(np.ptp(fitted.of_each_critic))
     if spread > max(width, 0.1 * data.scale_of_values[1]):
         warnings.append(f"the critics differ by {spread:.3g}, more than the interval tells")
