@@ -1,7 +1,7 @@
 """Cal-QL for Ray RLlib: pre-train on logs, then fine-tune online without the collapse at the switch.
 
 Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: Ray, RLlib and torch are
-loaded when `CalQL` or `CalQLConfig` is first used.
+loaded when `CalQL` or `CalQLConfig` is first used. `load_policy` needs none of them, NumPy is enough.
 """
 
 from __future__ import annotations
@@ -14,19 +14,34 @@ if TYPE_CHECKING:
     from rllib_calql.algorithm import CalQL
     from rllib_calql.collection.budget import BudgetSpentError
     from rllib_calql.config import CalQLConfig
+    from rllib_calql.export.writing import export_policy
+    from rllib_calql.policy.loading import load_policy
+    from rllib_calql.policy.policy import Policy
 
 __version__ = "0.1.0"
-__all__ = ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
+__all__ = [
+    "BudgetSpentError",
+    "CalQL",
+    "CalQLConfig",
+    "Policy",
+    "__version__",
+    "export_policy",
+    "load_policy",
+    "register",
+]
 
 _MODULES = {
     "BudgetSpentError": "rllib_calql.collection.budget",
     "CalQL": "rllib_calql.algorithm",
     "CalQLConfig": "rllib_calql.config",
+    "Policy": "rllib_calql.policy.policy",
+    "export_policy": "rllib_calql.export.writing",
+    "load_policy": "rllib_calql.policy.loading",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the algorithm on first use (PEP 562)."""
+    """Loads what is asked for on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import warnings

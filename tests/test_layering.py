@@ -21,7 +21,7 @@ MAX_LINES = 450
 
 # The wings (folders) from the ground up. A module may import from its own wing and from the rows above it only.
 WINGS = (
-    ("system",),
+    ("system", "policy"),
     ("common",),
     ("environments",),
     ("checkpoints", "networks", "datasets.decoding", "datasets.episodes"),
@@ -29,7 +29,7 @@ WINGS = (
     ("datasets.readers",),
     ("datasets.writers",),
     ("datasets",),
-    ("store", "settings"),
+    ("store", "settings", "export"),
     ("learning",),
     ("collection",),
     ("evaluation.fqe",),
@@ -195,6 +195,7 @@ READERS_OF_DATA = sorted(
     {module for module in MODULES if wing_of(module).split(".")[0] == "datasets"}
     | {f"store.{name}" for name in ("offline_data", "ingestion", "loading", "offline_table", "table_cache", "replay")}
     | {"store.transitions", "common.encoding"}
+    | {module for module in MODULES if wing_of(module) == "policy"}
 )
 UNPICKLING_MODULES = (
     "pickle",

@@ -28,8 +28,9 @@ def run(code: str, timeout_s: float = 120.0) -> str:
     return done.stdout
 
 
-def test_the_package_exports_its_four_names() -> None:
-    assert rllib_calql.__all__ == ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
+def test_the_package_exports_its_names() -> None:
+    of_training = ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
+    assert sorted(rllib_calql.__all__) == sorted([*of_training, "Policy", "export_policy", "load_policy"])
     assert dir(rllib_calql) == sorted(rllib_calql.__all__)
     assert all(hasattr(rllib_calql, name) for name in rllib_calql.__all__)
 

@@ -16,6 +16,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import flat_size
 from rllib_calql.common.spaces import description_of, difference_of, is_flattening
 from rllib_calql.environments.sharing import import_folders
+from rllib_calql.policy.spaces import described_space
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -109,6 +110,7 @@ def _spaces_of(observation_space: gym.Space[Any], action_space: gym.spaces.Box) 
         "observation_space": {
             "size": flat_size(observation_space),
             "structure": description_of(observation_space),
+            "exact": _exact(observation_space),
             "space": str(observation_space),
         },
         "action_space": {
@@ -118,6 +120,14 @@ def _spaces_of(observation_space: gym.Space[Any], action_space: gym.spaces.Box) 
             "space": str(action_space),
         },
     }
+
+
+def _exact(space: gym.Space[Any]) -> Manifest | None:
+    """Types and keys as well, for files of the policy; None if they cannot hold such observations."""
+    try:
+        return described_space(space)
+    except ValueError:
+        return None
 
 
 def hold_out_of(split: Split) -> dict[str, Any]:

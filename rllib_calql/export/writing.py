@@ -1,0 +1,95 @@
+"""`export_policy`: the policy of a checkpoint, written to a file at once or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rllib_calql.checkpoints.reading import read_of_one_save
+from rllib_calql.policy.file_format import packed
+
+if TYPE_CHECKING:
+    from rllib_calql.export.reading import PolicyData
+
+
+def _npz(data: PolicyData) -> bytes:
+    return packed(data.metadata, data.arrays)
+
+
+WRITERS: dict[str, Callable[[PolicyData], bytes]] = {".npz": _npz}
+
+
+def export_policy(
+    checkpoint: Any,
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    filesystem: Any = None,
+    scores: Mapping[str, float] | None = None,
+) -> Path:
+    """Writes the policy of a checkpoint to a file that needs neither Ray nor a checkpoint, see `policy/README.md`.
+
+    A checkpoint is code: export only one that you would run as a program. What is written is not.
+
+    Args:
+        checkpoint: Folder, URI or Ray Train `Checkpoint`.
+        output: The file; its ending says the format, `.npz`.
+        force: Whether a file that is there already is replaced.
+        filesystem: PyArrow file system of `checkpoint`; by default what the URI says.
+        scores: Of evaluations, for the metadata, besides those that the checkpoint holds.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileExistsError: If the file is there and `force` is False.
+        FileNotFoundError: If there is no such checkpoint, or no folder for the file.
+        ImportError: If a package that the format needs is missing, with the command that installs it.
+        ValueError: If the ending is unknown, the checkpoint damaged or of another algorithm, or if something in it
+            cannot be exported, by its name.
+    """
+    file = checked_output(output, force=force)
+
+    from rllib_calql.export.reading import read_policy_data
+
+    data = read_of_one_save(checkpoint, filesystem, lambda files: read_policy_data(files, scores))
+    write_whole(file, WRITERS[file.suffix.lower()](data))
+    return file
+
+
+def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
+    """The file to write to, as an absolute path.
+
+    Raises:
+        FileExistsError: If it is there and `force` is False.
+        FileNotFoundError: If its folder is not there.
+        ValueError: If its ending is unknown, or if it is a folder.
+    """
+    file = Path(output).expanduser().absolute()
+    if file.suffix.lower() not in WRITERS:
+        raise ValueError(f"The file must end in {' or '.join(WRITERS)}, which says its format, got '{output}'.")
+    if file.is_dir():
+        raise ValueError(f"'{output}' is a folder; name a file in it, such as '{file / 'policy.npz'}'.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
+    if file.exists() and not force:
+        raise FileExistsError(f"'{output}' is there already; choose another name, or replace it with `--force`.")
+    return file
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, whatever interrupts it."""
+    staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(file)
+    finally:
+        with suppress(OSError):
+            staged.unlink()

@@ -1,0 +1,1 @@
+"""A trained policy as a file, and what runs it with NumPy alone."""

@@ -1,0 +1,142 @@
+"""The file of a policy, `.npz`: arrays and one text of metadata, sealed by a checksum over every byte.
+
+It is an archive as `numpy.savez` writes it, so `numpy.load` lists what is in it:
+
+* `metadata`: JSON in UTF-8, as bytes (uint8). Its `format` is the number of the version.
+* Every other entry: one array of a network, see `network.array_shapes`.
+
+The comment of the archive, its last bytes, is the SHA-256 of all bytes before it. The checksum is against damage;
+nothing in the file is ever executed, whoever made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+FORMAT = 1
+METADATA = "metadata"
+_SEAL = "sha256:"
+_SEAL_BYTES = len(_SEAL) + 64
+_DATE = (1980, 1, 1, 0, 0, 0)  # The same policy gives the same bytes.
+_DTYPES = ("float32", "uint8")
+_ZIP = b"PK\x03\x04"
+_UNSEALED = (
+    "is cut off, damaged, or no policy file: it does not end with the checksum of its content. Export the policy "
+    "again, or copy the file anew"
+)
+
+
+def packed(metadata: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
+    """The content of a policy file.
+
+    Args:
+        metadata: JSON-safe; `format` and the package's name are added.
+        arrays: Of float32, by name.
+    """
+    text = json.dumps({"format": FORMAT, **metadata}, allow_nan=False).encode()
+    entries = {METADATA: np.frombuffer(text, np.uint8), **arrays}
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in entries.items():
+            entry = io.BytesIO()
+            np.lib.format.write_array(entry, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _DATE), entry.getvalue())
+        archive.comment = b" " * _SEAL_BYTES
+    return sealed(stream.getvalue()[:-_SEAL_BYTES])
+
+
+def sealed(content: bytes) -> bytes:
+    """Content that is followed by its checksum."""
+    return content + _SEAL.encode() + hashlib.sha256(content).hexdigest().encode()
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the last bytes are the checksum of all others."""
+    return content == sealed(content[:-_SEAL_BYTES])
+
+
+def unpacked(content: bytes, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Metadata and arrays of a policy file; whatever it holds, no code is run.
+
+    Args:
+        content: Of the file.
+        name: What messages call it.
+
+    Raises:
+        ValueError: If it is no policy file, a damaged one, or one of a newer version.
+    """
+    if not content:
+        raise ValueError(f"{name} is empty; export the policy again.")
+    if not content.startswith(_ZIP[: len(content)]):
+        raise ValueError(f"{name} is no policy file; `rllib export CHECKPOINT policy.npz` writes one.")
+    if not is_sealed(content):
+        raise ValueError(f"{name} {_UNSEALED}.")
+    try:
+        arrays = _arrays(content)
+        metadata = parsed_metadata(arrays.pop(METADATA).tobytes(), name)
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, OverflowError) as err:
+        raise ValueError(f"{name} is no policy file of this package ({err}); export the policy again.") from err
+    return metadata, arrays
+
+
+def parsed_metadata(text: bytes | str, name: str) -> dict[str, Any]:
+    """The metadata in a policy file, of any of its kinds.
+
+    Raises:
+        ValueError: If they cannot be read, or are of a newer version.
+    """
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{name} is no policy file of this package: its metadata are no JSON ({err}).") from err
+    version = metadata.get("format") if isinstance(metadata, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{name} is no policy file of this package: its metadata have no `format`.")
+    if version > FORMAT:
+        versions = metadata.get("versions")
+        writer = versions.get("rllib-calql") if isinstance(versions, dict) else None
+        raise ValueError(
+            f"{name} is a policy file of format {version}, written by rllib-calql {writer}; this version reads up to "
+            f"format {FORMAT}. Install a newer one, `pip install -U rllib-calql`, or export with this one."
+        )
+    return dict(metadata)
+
+
+def _arrays(content: bytes) -> dict[str, Array]:
+    """Every entry of the archive. Sizes are compared with what is there before memory is taken for them."""
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(content):
+                raise KeyError(f"entry {info.filename!r} is compressed")
+            if not info.filename.endswith(".npy") or info.filename[:-4] in arrays:
+                raise KeyError(f"entry {info.filename!r} is unknown or there twice")
+            arrays[info.filename[:-4]] = _array(archive.read(info), info.filename)
+    return arrays
+
+
+def _array(entry: bytes, name: str) -> Array:
+    stream = io.BytesIO(entry)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise KeyError(f"entry {name!r} is of an unknown version of NumPy's format")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as err:
+        raise KeyError(f"entry {name!r} has no header of an array") from err
+    if dtype.name not in _DTYPES or not dtype.isnative or is_fortran:
+        raise KeyError(f"entry {name!r} holds {dtype}, not numbers of {' or '.join(_DTYPES)}")
+    numbers = entry[stream.tell() :]
+    if math.prod(shape) * dtype.itemsize != len(numbers) or min(shape, default=0) < 0:
+        raise KeyError(f"entry {name!r} does not hold the {shape} numbers that it says")
+    return np.frombuffer(numbers, dtype).reshape(shape)
