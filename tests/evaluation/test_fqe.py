@@ -6,16 +6,18 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from small_learners import make_learner
 from solved_mdp import NUM_STATES, SolvedMDP
 
+from rllib_calql import CalQLConfig
 from rllib_calql.evaluation.fqe import scoring
 from rllib_calql.evaluation.fqe.critics import FQECritics, with_ones
 from rllib_calql.evaluation.fqe.data import JudgedData, own_split
-from rllib_calql.evaluation.fqe.fitting import FQESettings, fit_values
+from rllib_calql.evaluation.fqe.fitting import FittedValues, FQESettings, fit_values
 from rllib_calql.evaluation.fqe.off_data import share_off_data
 from rllib_calql.evaluation.fqe.policies import policy_of_module
 from rllib_calql.evaluation.fqe.scoring import mean_interval, score_policy
@@ -151,6 +153,35 @@ def test_the_greedy_policy_is_judged_and_its_own_critics_are_not_read() -> None:
     np.testing.assert_array_equal(fit_values(data, policy, settings).initial_values, before)
 
 
+def test_of_images_values_are_fitted_to_what_the_policy_s_encoder_makes_of_them() -> None:
+    networks = {"actor_hiddens": [8], "critic_hiddens": [8], "conv_filters": [[4, 3, 2]], "image_features": 5}
+    spaces = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    module = CalQLConfig().rl_module(model_config=networks).build_learner(spaces={"default_policy": spaces}).module
+    module = module["default_policy"]
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    policy = policy_of_module(module)
+    with torch.no_grad():
+        code = module.policy_trunk(module.encoder(torch.from_numpy(images)))
+        mean, _ = module.policy(code)
+    np.testing.assert_allclose(policy.features(images.reshape(6, -1)), code.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(policy.actions(images.reshape(6, -1)), torch.tanh(mean).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_falls_to_a_fiftieth_by_half_a_cosine_in_the_second_half() -> None:
+    settings = FQESettings(updates=400, learning_rate=2e-3)
+    rates = [settings.learning_rate_at(update) for update in (0, 199, 200, 300, 400)]
+    assert rates == pytest.approx([2e-3, 2e-3, 2e-3, 2e-3 * (0.02 + 0.98 / 2.0), 2e-3 / 50.0])
+
+
+def test_a_state_beyond_ten_deviations_of_the_data_is_taken_for_one_at_ten() -> None:
+    mdp, values = SolvedMDP.drawn(0), []
+    for size in (1e3, 1e6):
+        data = mdp.data()
+        data.first_observations = np.full_like(data.first_observations, size)
+        values.append(fit_values(data, mdp, dataclasses.replace(SMALL, updates=20)).initial_values)
+    np.testing.assert_array_equal(*values)
+
+
 # --- The data ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +270,45 @@ def test_the_share_off_the_data_tells_a_policy_that_leaves_them() -> None:
     assert share["own"] == pytest.approx(0.01, abs=0.002)
     assert share["alike"] < 0.03
     assert share["far"] > 0.95
+
+
+def test_states_and_actions_count_alike_however_many_numbers_they_have() -> None:
+    rng = np.random.default_rng(0)
+    states, held_out = rng.normal(size=(500, 2)), rng.normal(size=(200, 2))
+    actions, own = (np.tanh(rows[:, :1]) + 0.1 * rng.normal(size=(len(rows), 1)) for rows in (states, held_out))
+    once, many = (
+        share_off_data(
+            (np.tile(states, times), actions), (np.tile(held_out, times), own), own + 0.6, rng=np.random.default_rng(1)
+        )
+        for times in (1, 50)
+    )
+    assert 0.1 < once < 0.9
+    assert many == once
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "said"),
+    [
+        ({"looks": [0.0, 0.0, 4.0]}, 0.0, "still moved by 4"),
+        ({"of_each_critic": np.array([1.0, 9.0])}, 0.0, "the critics differ by 8, more than the interval tells"),
+        ({}, 0.2, "in 20% of the states the policy leaves the data"),
+        # Those of the behaviour's return, 5.7: two steps of 3 each.
+        ({"initial_values": np.linspace(5.0, 6.4, 20)}, 0.0, "the interval holds the behaviour's return"),
+    ],
+)
+def test_each_doubt_is_told_and_none_without_a_cause(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], share: float, said: str
+) -> None:
+    sure = FittedValues(np.full(20, 3.0), np.array([3.0, 3.0]), [3.0, 3.0, 3.0], 0.1, 0.1)
+    mdp = dataclasses.replace(SolvedMDP.drawn(0), start_states=(0, 1, 2, 3) * 5)
+    data = mdp.data(held_out_reward=3.0)
+    data.scale_of_values, data.possible_values, data.share_cut = (3.0, 1.0), (-50.0, 50.0), 0.0
+    for outcome, off, expected in ((sure, 0.0, False), (dataclasses.replace(sure, **changes), share, True)):
+        monkeypatch.setattr(scoring, "fit_values", lambda *_, outcome=outcome: outcome)
+        monkeypatch.setattr(scoring, "_share_off_data", lambda *_, off=off: off)
+        warnings = score_policy(data, mdp, SMALL).warnings
+        assert [warning for warning in warnings if said in warning] == warnings
+        assert bool(warnings) == expected
 
 
 def test_a_score_warns_of_what_makes_it_doubtful() -> None:

@@ -51,6 +51,23 @@ def test_the_better_half_gets_the_second_half_of_the_episodes() -> None:
     assert field.rounds == [(0, "a"), (0, "b"), (0, "c"), (0, "d"), (1, "b"), (1, "d")]
 
 
+def test_of_three_the_better_two_go_on() -> None:
+    field = Field(a=0.1, b=0.8, c=0.3)
+    select_by_episodes(["a", "b", "c"], 18, field.run)
+    assert field.rounds == [(0, "a"), (0, "b"), (0, "c"), (1, "b"), (1, "c")]
+
+
+def test_a_success_rate_is_that_of_all_episodes_of_all_rounds() -> None:
+    # Of 40 episodes a candidate gets 5, and then 10: a success rate of the first round counts half as much.
+    rates = {("a", 0): 1.0, ("a", 1): 0.1, ("b", 0): 0.4, ("b", 1): 0.4}
+    selection = select_by_episodes(
+        NAMES, 40, lambda name, count, number: ([0.0] * count, rates.get((name, number), 0.0))
+    )
+    assert selection.winner is not None
+    assert selection.winner.success_rate == pytest.approx((5 * 1.0 + 10 * 0.1) / 15)
+    assert selection.winner.name == "a"  # By the ranking: both have 0.4, while the last rounds alone say b.
+
+
 def test_between_equals_the_ranking_decides() -> None:
     selection = select_by_episodes(["c", "a", "b"], 30, Field(a=1.0, b=1.0, c=1.0).run)
     assert selection.winner is not None

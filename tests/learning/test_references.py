@@ -202,6 +202,37 @@ def test_the_fit_goes_on_where_a_restored_learner_was_in_it() -> None:
     assert len(learners.calls[0][0][IS_OFFLINE]) == (30 - 12) * 64
 
 
+def test_the_fit_goes_on_with_learners_that_took_the_place_of_lost_ones() -> None:
+    lost, learners = (Learners(reference_value="learned", reference_updates=30) for _ in range(2))
+    updater = updater_of(lost, store_of([CHAIN]))
+    updater.update(1, online=False)
+    learners._learner._num_reference_updates = 12  # As in the latest snapshot.
+    counters = updater._lifetime.counters()
+    updater._recovery = SimpleNamespace(  # type: ignore[assignment]
+        rebuild=lambda *_: (learners, counters), is_due=lambda: False
+    )
+    updater._rebuild_learners(RuntimeError("lost"))
+    updater.update(1, online=False)
+    assert [len(batch[IS_OFFLINE]) // 64 for batch, _ in learners.calls] == [30 - 12, 1]
+
+
+def test_the_fit_moves_the_target_as_often_as_set_and_counts_for_the_noise_of_further_learners() -> None:
+    learners = Learners(reference_value="learned", reference_fit="td", target_update_period=2, reference_updates=2)
+    learner, store = learners._learner, store_of([CHAIN])
+    columns = store.offline_rows(np.arange(3)) | {IS_OFFLINE: np.ones(3, np.float32)}
+    targets, noise = [], []
+    learner._learner_index = 1
+    for _ in range(3):
+        learner._seed_anew()
+        noise.append(learner._generator.initial_seed())
+        targets.append(learner._calql_module.target_reference.head.weight.clone())
+        batch = as_multi_agent_batch({name: column.copy() for name, column in columns.items()})
+        learner.update(batch=batch, timesteps={FITS_REFERENCE: True})
+    assert torch.equal(targets[0], targets[1])
+    assert not torch.equal(targets[1], targets[2])
+    assert len(set(noise)) == 3
+
+
 def test_a_learner_s_state_holds_network_optimiser_and_count_bit_for_bit() -> None:
     store = store_of([CHAIN, LOOP])
     one = Learners(reference_value="learned", reference_fit="td", reference_updates=20, seed=1)
