@@ -5,20 +5,23 @@ Whatever is refused raises an error that says why; the caller names the episode 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 
 from rllib_calql.datasets.episodes.reader import Nested
+from rllib_calql.datasets.rows.hdf5_entries import (
+    array_in,
+    check_stored,
+    group_in,
+    refuse_link_to_file,
+    refuse_other_file,
+)
 
 _EPISODES_PER_OPENING = 100  # HDF5 keeps 60 kB of every object that was opened, until its file is closed.
-# What deflate reaches at most; beyond it, the size in the file is damaged, and allocating it would end the program.
-_MAX_COMPRESSION = 1032
 
 
 def stored_episodes(dataset: Any, *, with_infos: bool) -> Iterator[dict[str, Any]]:
@@ -65,14 +68,14 @@ def _minari_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
 
 def _check_entry(h5py: Any, group: Any, name: str) -> None:
     """Checks what stands under a name of a group, and all below it."""
-    _refuse_link_to_file(h5py, group.id, name.encode())
+    refuse_link_to_file(h5py, group.id, name.encode())
     entry = group[name]
-    _refuse_other_file(h5py, group.id, entry.id, name)
+    refuse_other_file(h5py, group.id, entry.id, name)
     if isinstance(entry, h5py.Group):
         for inner in entry:
             _check_entry(h5py, entry, inner)
     else:
-        _check_stored(h5py, entry.id, name)
+        check_stored(h5py, entry.id, name)
 
 
 def _check_plain_columns(dataset: Any) -> None:
@@ -106,71 +109,22 @@ def _hdf5_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
     for start in range(0, len(numbers), _EPISODES_PER_OPENING):
         with h5py.File(path, "r") as file:
             for number in numbers[start : start + _EPISODES_PER_OPENING]:
-                group = _hdf5_group(h5py, file.id, b"episode_%d" % number)
+                group = group_in(h5py, file.id, b"episode_%d" % number)
                 flags = ("rewards", "terminations", "truncations")
                 yield {
                     "id": number,
                     "observations": _hdf5_values(h5py, group, b"observations", dataset.observation_space),
                     "actions": _hdf5_values(h5py, group, b"actions", dataset.action_space),
                     "infos": None,
-                    **{name: _hdf5_array(h5py, group, name.encode()) for name in flags},
+                    **{name: array_in(h5py, group, name.encode()) for name in flags},
                 }
 
 
 def _hdf5_values(h5py: Any, group: Any, name: bytes, space: gym.Space[Any]) -> Nested:
     if isinstance(space, gym.spaces.Dict):
-        inner = _hdf5_group(h5py, group, name)
+        inner = group_in(h5py, group, name)
         return {key: _hdf5_values(h5py, inner, key.encode(), part) for key, part in space.spaces.items()}
     if isinstance(space, gym.spaces.Tuple):
-        inner = _hdf5_group(h5py, group, name)
+        inner = group_in(h5py, group, name)
         return tuple(_hdf5_values(h5py, inner, b"_index_%d" % i, part) for i, part in enumerate(space.spaces))
-    return _hdf5_array(h5py, group, name)
-
-
-def _hdf5_group(h5py: Any, group: Any, name: bytes) -> Any:
-    _refuse_link_to_file(h5py, group, name)
-    inner = h5py.h5g.open(group, name)
-    _refuse_other_file(h5py, group, inner, name.decode())
-    return inner
-
-
-def _hdf5_array(h5py: Any, group: Any, name: bytes) -> NDArray[Any]:
-    _refuse_link_to_file(h5py, group, name)
-    stored = h5py.h5d.open(group, name)
-    _refuse_other_file(h5py, group, stored, name.decode())
-    _check_stored(h5py, stored, name.decode())
-    values = np.empty(stored.shape, stored.dtype)
-    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values
-
-
-def _refuse_link_to_file(h5py: Any, group: Any, name: bytes) -> None:
-    if group.links.get_info(name).type == h5py.h5l.TYPE_EXTERNAL:
-        raise ValueError(f"`{name.decode()}` is a link to another file")
-
-
-def _refuse_other_file(h5py: Any, group: Any, entry: Any, name: str) -> None:
-    """A soft link may lead through a link to another file."""
-    if h5py.h5f.get_name(entry) != h5py.h5f.get_name(group):
-        raise ValueError(f"`{name}` stands in another file, {h5py.h5f.get_name(entry).decode(errors='replace')!r}")
-
-
-def _check_stored(h5py: Any, stored: Any, name: str) -> None:
-    """Refuses an array of Python objects, of numbers in another file, or of more bytes than the file can hold."""
-    # Text and images of any length are objects that h5py makes. Of an opaque type that calls itself NumPy's objects, it
-    # would take the stored bytes for their addresses.
-    base = h5py.check_vlen_dtype(stored.dtype)
-    is_known = h5py.check_string_dtype(stored.dtype) is not None or (base is not None and not base.hasobject)
-    if stored.dtype.hasobject and not is_known:
-        raise ValueError(f"`{name}` holds Python objects, where only numbers and text are read")
-    made = stored.get_create_plist()
-    if made.get_layout() == h5py.h5d.VIRTUAL:
-        raise ValueError(f"`{name}` is a view on numbers that stand elsewhere")
-    if made.get_external_count():
-        raise ValueError(f"the numbers of `{name}` stand in another file")
-    num_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-    if num_bytes > 2**30:
-        # The size of an array that is stored in one piece is computed from its shape, so it may be damaged as well.
-        held = min(stored.get_storage_size(), h5py.h5i.get_file_id(stored).get_filesize())
-        if num_bytes > _MAX_COMPRESSION * held:
-            raise ValueError(f"`{name}` claims {num_bytes} bytes and holds {held}")
+    return array_in(h5py, group, name)

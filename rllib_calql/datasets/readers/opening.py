@@ -22,6 +22,7 @@ from rllib_calql.datasets.readers.rllib_recorded import (
     holds_episodes,
     holds_recorded_rows,
 )
+from rllib_calql.datasets.rows.parquet_files import open_parquet, readable
 
 if TYPE_CHECKING:
     import ray.data
@@ -129,7 +130,7 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
         from rllib_calql.datasets.readers.npz import NpzReader
 
         return NpzReader(name, files, options)
-    with parquet.open_parquet(files[0]) as parquet_file, parquet.readable(files[0]):
+    with open_parquet(files[0]) as parquet_file, readable(files[0]):
         schema = parquet_file.schema_arrow
     if holds_episodes(schema):
         return RecordedEpisodesReader(name, files, options)

@@ -32,9 +32,10 @@ from rllib_calql.datasets.episodes.chunks import extra_columns_of, gather, join_
 from rllib_calql.datasets.episodes.files import DataFile, fingerprint_of
 from rllib_calql.datasets.episodes.reader import DatasetInfo, EpisodeBlock, EpisodeReader, Nested, ReadOptions
 from rllib_calql.datasets.readers.packed_episodes import unpacked_episode
-from rllib_calql.datasets.readers.parquet import ParquetReader, open_parquet, readable
+from rllib_calql.datasets.readers.parquet import ParquetReader
 from rllib_calql.datasets.rows.arrow import Where, decode_numbers, is_text_or_bytes
 from rllib_calql.datasets.rows.episode_index import is_id_type
+from rllib_calql.datasets.rows.parquet_files import open_parquet, readable
 
 _EPISODE_COLUMN = "item"
 _MAX_BATCH_BYTES = 2**31  # Of the numbers of a few MB of rows: only what repeats itself for ever takes more.

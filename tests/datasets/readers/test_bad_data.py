@@ -33,8 +33,7 @@ from rllib_calql.common.encoding import flat_size, observation_dtype
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes import chunks
-from rllib_calql.datasets.readers import parquet
-from rllib_calql.datasets.rows import arrow_rows, flat
+from rllib_calql.datasets.rows import arrow_rows, flat, parquet_files
 from rllib_calql.store.offline_data import CalQLOfflineData
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.returns_connector import AddReturnsToGo
@@ -73,7 +72,7 @@ def two_episodes(first: str = "first", second: str = "second", seed: int = 0) ->
 @pytest.fixture
 def _episode_by_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers pass on each episode at once, so that the first is in the cache when the second proves faulty."""
-    for module in (arrow_rows, parquet):
+    for module in (arrow_rows, parquet_files):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1)
     monkeypatch.setattr(chunks, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(flat, "_MAX_PIECE_ROWS", 8)
