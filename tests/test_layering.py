@@ -26,6 +26,7 @@ WINGS = (
     ("environments",),
     ("checkpoints", "networks", "datasets.decoding", "datasets.episodes"),
     ("datasets.generated", "datasets.report", "datasets.rows"),
+    ("datasets.readers.robotics",),
     ("datasets.readers",),
     ("datasets.writers",),
     ("datasets",),

@@ -112,6 +112,28 @@ def find_files(input_: str, suffixes: Sequence[str], filesystem: Any = None) -> 
     return sorted(files, key=lambda file: _natural_key(file.path))
 
 
+def file_in(input_: str, name: str, filesystem: Any = None) -> DataFile | None:
+    """The file of a name in a folder, or in the folder of a file; None if there is none.
+
+    Args:
+        input_: The folder or file, as in `find_files`.
+        name: Path of the file, relative to the folder.
+        filesystem: As in `find_files`.
+
+    Raises:
+        ValueError: If the URI's scheme is unknown.
+    """
+    filesystem, path = _resolve(input_, filesystem)
+    system = filesystem or fs.LocalFileSystem()
+    try:
+        folder = path if system.get_file_info(path).type == fs.FileType.Directory else path.rpartition("/")[0] or "."
+        file = f"{folder.rstrip('/')}/{name}"
+        is_there = system.get_file_info(file).type == fs.FileType.File
+    except OSError:
+        return None
+    return DataFile(file, filesystem) if is_there else None
+
+
 def fingerprint_of(files: Iterable[DataFile], *, mapped: bool = False) -> str:
     """Digest of names (without folders), order and contents of files, in hexadecimal.
 

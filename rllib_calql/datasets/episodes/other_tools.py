@@ -29,10 +29,9 @@ _KINDS: dict[tuple[str, ...], str] = {
         f"arrays (`.numpy()`): `{_TO_NPZ}`"
     ),
     (".pkl", ".pickle", ".p", ".dill", ".joblib", ".cloudpickle"): _PICKLE,
-    (".csv", ".txt"): f"a table of text; convert it: `table = pandas.read_csv(path)`, `table{_TO_PARQUET}`. {_TABLE}",
-    (".tsv",): (
-        f'a table of text; convert it: `table = pandas.read_csv(path, sep="\\t")`, `table{_TO_PARQUET}`. {_TABLE}'
-    ),
+    (
+        ".txt",
+    ): f"a table of text; name it `*.csv`, or convert it: `table = pandas.read_csv(path)`, `table{_TO_PARQUET}`",
     (".jsonl", ".ndjson"): (
         f"lines of JSON; convert them: `table = pandas.read_json(path, lines=True)`, `table{_TO_PARQUET}`. {_TABLE}"
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pyarrow import fs
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.common.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
-from rllib_calql.datasets.episodes.files import DataFile, find_files
+from rllib_calql.datasets.episodes.files import DataFile, file_in, find_files
 from rllib_calql.datasets.episodes.other_tools import what_it_is
 from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
 from rllib_calql.datasets.readers import parquet
@@ -22,6 +23,9 @@ from rllib_calql.datasets.readers.rllib_recorded import (
     holds_episodes,
     holds_recorded_rows,
 )
+from rllib_calql.datasets.readers.robotics import column_map as column_maps
+from rllib_calql.datasets.readers.robotics.column_map import ColumnMap
+from rllib_calql.datasets.readers.robotics.csv_files import SUFFIXES as CSV_SUFFIXES
 from rllib_calql.datasets.rows.parquet_files import open_parquet, readable
 
 if TYPE_CHECKING:
@@ -32,11 +36,13 @@ _FORMATS = {
     ".hdf5": "HDF5",
     ".h5": "HDF5",
     ".npz": "NumPy",
+    **dict.fromkeys(CSV_SUFFIXES, "CSV"),
 }
+_MAPPED_FORMATS = ("CSV", "HDF5")
 _MAGIC_BYTES = {b"PAR1": "Parquet", b"\x89HDF": "HDF5", b"PK\x03\x04": "NumPy"}
 _READABLE = (
-    f"`{SCHEME}<dataset id>`, Parquet, HDF5 or NumPy (`.npz`) files, folders of one of these, folders recorded by "
-    "RLlib, a `ray.data.Dataset`, `SingleAgentEpisode`s"
+    f"`{SCHEME}<dataset id>`, Parquet, HDF5, NumPy (`.npz`) or CSV files, folders of one of these, LeRobot data sets, "
+    "folders recorded by RLlib, column maps (`.yaml`), a `ray.data.Dataset`, `SingleAgentEpisode`s"
 )
 
 InputPart: TypeAlias = (
@@ -44,13 +50,21 @@ InputPart: TypeAlias = (
 )
 
 
+@dataclass(frozen=True)
+class _Located:
+    files: list[DataFile]
+    format: str
+    column_map: ColumnMap | None
+
+
 def open_input(input_: InputPart | Sequence[InputPart], options: ReadOptions | None = None) -> list[EpisodeReader]:
     """Opens every part of `input_` and checks all that can be known without reading the rows.
 
     Args:
-        input_: `minari:<dataset id>`; a file of Parquet, HDF5 or NumPy rows, a folder of such files of one format, or
-            what RLlib recorded, each as a path or URI; a `ray.data.Dataset` of rows; an RLlib episode; or a sequence of
-            these. The episodes of a sequence are one part.
+        input_: `minari:<dataset id>`; a file of Parquet, HDF5, NumPy or CSV rows, a folder of such files of one format,
+            a LeRobot data set, what RLlib recorded, or a column map (`.yaml`) that names its data, each as a path or
+            URI; a `ray.data.Dataset` of rows; an RLlib episode; or a sequence of these. The episodes of a sequence are
+            one part.
         options: How incomplete data are read, and on which file system.
 
     Returns:
@@ -91,7 +105,7 @@ def check_input(input_: Any, options: ReadOptions | None = None) -> None:
         if name.startswith(SCHEME):
             check_dataset(name[len(SCHEME) :])
         elif is_local and "://" not in name:
-            _format_of(name, find_files(name, tuple(_FORMATS)))
+            _located(name, None)
 
 
 def _with_episodes_joined(parts: Sequence[Any]) -> list[Any]:
@@ -120,13 +134,19 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
     name = os.fspath(part)
     if name.startswith(SCHEME):
         return MinariReader(name[len(SCHEME) :], options)
-    files = find_files(name, tuple(_FORMATS), _arrow_filesystem(options.filesystem))
-    format_ = _format_of(name, files)
-    if format_ == "HDF5":
+    located = _located(name, _arrow_filesystem(options.filesystem))
+    files, column_map = located.files, located.column_map
+    if located.format == "CSV":
+        from rllib_calql.datasets.readers.robotics.csv_logs import CsvReader, without_map
+
+        if column_map is None:
+            raise without_map(files)
+        return CsvReader(name, files, options, column_map)
+    if located.format == "HDF5":
         from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
 
         return Hdf5Reader(name, files, options)
-    if format_ == "NumPy":
+    if located.format == "NumPy":
         from rllib_calql.datasets.readers.npz import NpzReader
 
         return NpzReader(name, files, options)
@@ -137,6 +157,47 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
     if holds_recorded_rows(schema):
         return RecordedRowsReader(name, files, options)
     return parquet.ParquetReader(name, files, options)
+
+
+def _located(name: str, filesystem: Any) -> _Located:
+    """Finds the files of an input, their format, and the map of their columns where the format takes one.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If there are no data, or they are of no format that can be read, or of several; if a map is broken.
+    """
+    column_map = None
+    if name.lower().endswith(column_maps.SUFFIXES):
+        (map_file,) = find_files(name, (), filesystem)
+        column_map = column_maps.read_map(map_file)
+        data = column_map.texts.get("data", ".")
+        name = data if data.startswith(("/", "~")) or "://" in data else f"{name.rpartition('/')[0] or '.'}/{data}"
+    files = find_files(name, tuple(_FORMATS), filesystem)
+    format_ = _format_of(name, files)
+    # A table beside data of another format is a summary of a run, or the like.
+    files = [file for file in files if len(files) == 1 or _FORMATS.get(file.suffix, format_) == format_]
+    if column_map is not None and format_ not in _MAPPED_FORMATS:
+        raise ValueError(
+            f"The column map {str(column_map.file)!r} names {name!r}, {format_} whose columns have names of their own; "
+            "rename them there, and give the data themselves as `input_`. Maps are for CSV, LeRobot and robomimic."
+        )
+    if column_map is None and format_ == "CSV":
+        column_map = _map_beside(name, filesystem)
+    return _Located(files, format_, column_map)
+
+
+def _map_beside(name: str, filesystem: Any) -> ColumnMap | None:
+    """The map in the folder of the data, if there is one."""
+    file = file_in(name, column_maps.FILE_NAME, filesystem)
+    if file is None:
+        return None
+    column_map = column_maps.read_map(file)
+    if "data" in column_map.texts:
+        raise ValueError(
+            f"The column map {str(file)!r} names data of its own, `data: {column_map.texts['data']}`; give the map as "
+            "`input_`, or remove `data`."
+        )
+    return column_map
 
 
 def _is_ray_dataset(part: Any) -> bool:
@@ -165,6 +226,8 @@ def _format_of(name: str, files: Sequence[DataFile]) -> str:
     first_of: dict[str, DataFile] = {}
     for file in files:
         first_of.setdefault(_FORMATS.get(file.suffix) or _format_by_content(file), file)
+    if len(first_of) == 2 and "CSV" in first_of and file_in(name, column_maps.FILE_NAME, files[0].filesystem) is None:
+        del first_of["CSV"]
     if len(first_of) > 1:
         examples = ", ".join(f"{format_} ({str(file)!r})" for format_, file in first_of.items())
         raise ValueError(

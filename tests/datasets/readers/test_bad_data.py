@@ -10,7 +10,7 @@ import re
 import resource
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import robot_faults
+import robot_files
 from minari.dataset.minari_storage import MinariStorage
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils import compression
@@ -205,6 +207,7 @@ FORMATS: dict[str, Callable[[Path, list[Rows]], Any]] = {
     "compressed npz": in_files(".npz", lambda file, rows: write_npz(file, rows, np.savez_compressed)),
     "rllib rows": in_files(".parquet", write_recorded_rows),
     "rllib episodes": in_files(".parquet", write_recorded_episodes),
+    "csv": lambda root, parts: robot_files.write_csv_folder(root, parts, robot_files.csv_map(two_episodes())),
     "ray data": lambda root, parts: ray.data.from_arrow([arrow_table(rows) for rows in parts]),
     "episodes": lambda root, parts: [episode(rows) for part in parts for rows in cut_at_ids(part)],
 }
@@ -218,7 +221,7 @@ MANY_FILES = tuple(name for name in FORMATS if name not in ("minari", *IN_MEMORY
 
 def place(format_: str, row: int, part: int = 0) -> str:
     """Pattern of what messages call a row of the second episode of a part."""
-    suffix = {"hdf5": "hdf5", "npz": "npz"}.get(
+    suffix = {"hdf5": "hdf5", "npz": "npz", "csv": "csv"}.get(
         format_.split()[-1] if "npz" in format_ else format_.split()[0], "parquet"
     )
     file = rf"'\S*part-{part}\.{suffix}'"
@@ -626,6 +629,13 @@ FAULTS: dict[str, Fault] = {
     ),
 }
 
+for name, fault in FAULTS.items():
+    FAULTS[name] = replace(
+        fault,
+        other=fault.other | {format_: said[name] for format_, said in robot_faults.OTHER.items() if name in said},
+        left_out=fault.left_out | {format_: why[name] for format_, why in robot_faults.LEFT_OUT.items() if name in why},
+    )
+
 CASES = [(format_, name) for name, fault in FAULTS.items() for format_ in FORMATS if format_ not in fault.left_out]
 
 
@@ -920,9 +930,9 @@ def test_a_step_of_the_user_s_pipeline_that_fails_is_reported_with_its_reason(tm
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("obs,actions")
-    with pytest.raises(ValueError, match=r"rows\.csv' is of no format that can be read; `input_` takes `minari:"):
-        load(tmp_path / "rows.csv", tmp_path)
+    (tmp_path / "rows.txt").write_text("obs,actions")
+    with pytest.raises(ValueError, match=r"rows\.txt' is of no format that can be read; `input_` takes `minari:"):
+        load(tmp_path / "rows.txt", tmp_path)
     with pytest.raises(ValueError, match=r"is empty: there is no `\*\.parquet`, "):
         load(tmp_path, tmp_path)
     with pytest.raises(TypeError, match=r"`input_` must be a string, a path, .* got 7"):

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import robot_files
+import yaml
 from pyarrow import fs
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -237,6 +239,37 @@ def npz_of_ogbench(episodes: list[Any], folder: Path) -> Path:
     return folder / "maze.npz"
 
 
+def csv_with_ids(episodes: list[Any], folder: Path) -> Path:
+    rows = without(rows_of(episodes), "t")
+    return robot_files.write_csv_folder(folder, [rows], robot_files.csv_map(rows))
+
+
+def csv_file_per_episode_with_a_dict(episodes: list[Any], folder: Path) -> Path:
+    """Semicolons and decimal commas, times in seconds, and a map elsewhere than the data."""
+    (folder / "logs").mkdir()
+    rows = rows_of(episodes)
+    columns = {"time": rows["t"] * 0.1}
+    for prefix, following in (("", False), ("next ", True)):
+        for key, values in nested_observations(episodes, following=following).items():
+            columns |= {f"{prefix}{key}/{i}": values[:, i] for i in range(values.shape[1])}
+    columns |= {f"force {i}": rows["actions"][:, i] for i in range(2)}
+    columns |= {"r": rows["rewards"], "success": rows["terminateds"], "cut": rows["truncateds"], "note": rows["t"]}
+    for id_ in range(len(episodes)):
+        of_episode = np.flatnonzero(rows["eps_id"] == id_)
+        cells = [[repr(values[row].item()).replace(".", ",") for values in columns.values()] for row in of_episode]
+        lines = [";".join(row) for row in [list(columns), *cells]]
+        (folder / "logs" / f"run-{id_}.csv").write_text("\n".join(lines))
+    widths = {key: episodes[0].observations[key].shape[1] for key in KEYS}
+    described: Arrays = {
+        key: {name: [f"{prefix}{name}/{i}" for i in range(width)] for name, width in widths.items()}
+        for key, prefix in (("obs", ""), ("next_obs", "next "))
+    }
+    described |= {"actions": ["force 0", "force 1"], "rewards": "r", "t": "time", "decimal": ",", "data": "logs"}
+    described |= {"terminated": "success", "truncated": "cut"}
+    (folder / "map.yaml").write_text(yaml.safe_dump(described))
+    return folder / "map.yaml"
+
+
 def recorded_rows(episodes: list[Any], folder: Path, packed: Callable[[Any], Any] = list) -> Path:
     """Rows as RLlib's recorder writes them, behind `FlattenObservations` but for the conversion to float32."""
     rows = without(rows_of(episodes), "t")
@@ -324,6 +357,8 @@ FORMATS = [
     npz,
     npz_compressed,
     npz_of_ogbench,
+    csv_with_ids,
+    csv_file_per_episode_with_a_dict,
     recorded_rows,
     recorded_rows_packed,
     recorded_episodes,

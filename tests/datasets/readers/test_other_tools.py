@@ -65,8 +65,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "buffer.pt": (lambda f: torch.save({"rewards": torch.zeros(3)}, f), r"PyTorch's.*weights_only=True.*numpy\.savez"),
     "old.pth": (lambda f: torch.save([1], f, _use_new_zipfile_serialization=False), r"PyTorch's.*numpy\.savez"),
     "buffer.pkl": (lambda f: f.write_bytes(pickle.dumps([1])), r"a pickle, which runs code.*numpy\.savez"),
-    "log.csv": (lambda f: f.write_text("obs_0,reward\n0,0\n"), r"table of text.*read_csv\(path\).*to_parquet"),
-    "log.tsv": (lambda f: f.write_text("obs_0\treward\n"), r'table of text.*sep="\\t".*to_parquet'),
+    "log.csv": (
+        lambda f: f.write_text("obs_0,reward\n0,0\n"),
+        r"table of text.*`columns\.yaml` beside it.*obs: \[obs_0\]",
+    ),
+    "log.txt": (lambda f: f.write_text("obs_0,reward\n0,0\n"), r"table of text; name it `\*\.csv`.*to_parquet"),
+    "log.tsv": (
+        lambda f: f.write_text("obs_0\treward\n"),
+        r"table of text.*`columns\.yaml` beside it.*rewards: reward",
+    ),
     "log.jsonl": (lambda f: f.write_text("{}\n"), r"lines of JSON.*lines=True.*to_parquet"),
     "output-1.json": (write_sample_batch, r"JSON.*old API stack.*JsonReader.*numpy\.savez"),
     "rows.mat": (touch, r"MATLAB.*scipy\.io\.loadmat.*numpy\.savez"),
