@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import yaml
 
@@ -58,3 +59,71 @@ def write_csv_folder(root: Path, parts: list[Rows], columns: dict[str, Any]) -> 
     for number, part in enumerate(parts):
         write_csv(root / "data" / f"part-{number}.csv", part)
     return root / "data"
+
+
+def episodes_in(rows: Rows) -> list[Rows]:
+    """Stretches of one id."""
+    ids = rows["eps_id"]
+    stops = [*(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(ids)]
+    pairs = zip([0, *stops[:-1]], stops, strict=True)
+    return [{name: column[start:stop] for name, column in rows.items()} for start, stop in pairs if stop > start]
+
+
+def stored(values: Any) -> np.ndarray:
+    """Text as bytes, which HDF5 can hold."""
+    return values.astype("S") if values.dtype.kind == "U" else values
+
+
+def write_robomimic(file: Path, rows: Rows, *, has_flags: bool = True) -> None:
+    """One group per episode, with the flags that this package writes beside `dones`, or with `dones` alone."""
+    places = {"obs": "obs/state", "new_obs": "next_obs/state"}
+    with h5py.File(file, "w") as opened:
+        opened.create_group("data")
+        for number, episode in enumerate(episodes_in(rows)):
+            for name, values in episode.items():
+                if name == "eps_id":
+                    continue
+                if name in ("terminateds", "truncateds") and not has_flags:
+                    continue
+                opened[f"data/demo_{number}/{places.get(name, name)}"] = stored(values)
+            if not has_flags:
+                opened[f"data/demo_{number}/dones"] = episode["terminateds"].astype(np.int64)
+
+
+def write_d3rlpy(file: Path, rows: Rows) -> None:
+    """One array per episode and column."""
+    names = {"obs": "observations", "actions": "actions", "rewards": "rewards"}
+    with h5py.File(file, "w") as opened:
+        episodes = episodes_in(rows)
+        opened["columns"], opened["num_episodes"], opened["version"] = (
+            [*names.values(), "terminated"],
+            len(episodes),
+            "2.1",
+        )
+        for number, episode in enumerate(episodes):
+            for name in names.keys() & episode.keys():
+                values = stored(episode[name])
+                opened[f"{names[name]}_{number}"] = values[:, None] if values.ndim == 1 else values
+            if "terminateds" in episode:
+                opened[f"terminated_{number}"] = stored(episode["terminateds"])[-1]
+
+
+def write_stable_baselines3(file: Path, rows: Rows) -> None:
+    """An environment per episode, all of one length."""
+    episodes = episodes_in(rows) if len(rows["eps_id"]) else [rows, rows]
+    names = {"obs": "observations", "new_obs": "next_observations", "actions": "actions", "rewards": "rewards"}
+    arrays = {
+        names[name]: np.stack([episode[name] for episode in episodes], axis=1) for name in names.keys() & rows.keys()
+    }
+    if "actions" in arrays and arrays["actions"].ndim == 2:
+        arrays["actions"] = arrays["actions"][:, :, None]
+    if "terminateds" in rows:
+        terminateds, truncateds = (
+            np.stack([episode[name] for episode in episodes], axis=1) for name in ("terminateds", "truncateds")
+        )
+        if terminateds.dtype.kind != "U":
+            terminateds, truncateds = terminateds.astype(np.float32), truncateds.astype(np.float32)
+            arrays |= {"dones": np.maximum(terminateds, truncateds), "timeouts": truncateds * (1 - terminateds)}
+        else:
+            arrays |= {"dones": terminateds, "timeouts": truncateds}
+    np.savez(file, **arrays)

@@ -23,6 +23,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """RLlib's name -> other names of the same column: those of D4RL, Gymnasium, Minari and LeRobot."""
 
+NAMES = frozenset(name for column, others in ALIASES.items() for name in (column, *others))
+"""All names that mean a column of transitions, and so no further column."""
+
 MASKS = "masks"
 """OGBench's column: 0 where an episode terminates; `terminals` marks the end of every trajectory beside it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
@@ -89,13 +88,6 @@ def found_instead(names: Iterable[str]) -> str:
 
 def layout_of_other_tool(names: Collection[str]) -> str | None:
     """What a file with columns or arrays of these names is and how it is converted; None if nothing tells."""
-    per_episode = [name for name in names if re.fullmatch(r"(observations?|actions?|rewards?)_\d+", name)]
-    if per_episode and "rewards" not in names:
-        return (
-            f"it holds one array per episode (`{min(per_episode)}`, ...), as d3rlpy's `ReplayBuffer.dump` writes them; "
-            'join those of all episodes, `numpy.concatenate([file[f"observations_{i}"][:] for i in range(n)])`, and '
-            "store `terminals` and `timeouts`, which are true in the last row of an episode alone"
-        )
     if any(name.startswith("observation.") for name in names):
         return (
             "these are LeRobot's columns; rename `observation.state` to `obs`, `episode_index` to `eps_id` and "

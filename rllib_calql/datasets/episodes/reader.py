@@ -35,6 +35,8 @@ LOST_REWARDS = (
     "of these steps had the only different reward of their episode, such as a success; keep it by "
     '`missing_final_observation="repeat"`'
 )
+AFTER_END = "steps after the end of their episode left out"
+ENDS_UNTOLD = "episodes whose end is told by `dones` alone, without a success, taken as truncated"
 REPEATED = "missing final observations replaced by the last one"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,18 +193,12 @@ def _check_content(file: DataFile, root: Any, name: str, dataset: Any) -> None:
             )
 
 
-def _refuse_groups_of_episodes(file: DataFile, names: dict[str, list[str]]) -> None:
-    """Refuses the layouts of Minari and robomimic, which have one group per episode."""
+def _refuse_groups_of_episodes(file: DataFile, names: Collection[str]) -> None:
+    """Refuses Minari's layout, which has one group per episode."""
     if any(re.fullmatch(r"episode_\d+", name) for name in names):
         raise ValueError(
             f"{str(file)!r} has one group per episode, which is Minari's own layout; give Minari's id of the data "
             "set as `input_`: `minari:<dataset id>`."
-        )
-    if any(re.fullmatch(r"demo_\d+", name) for name in (*names, *names.get("data", ()))):
-        raise ValueError(
-            f"{str(file)!r} has one group per demonstration, which is robomimic's layout; concatenate the "
-            "demonstrations into the columns `observations`, `actions`, `rewards`, `terminals` and `timeouts` (true in "
-            "each one's last row)."
         )
 
 

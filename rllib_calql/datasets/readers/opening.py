@@ -143,13 +143,9 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
             raise without_map(files)
         return CsvReader(name, files, options, column_map)
     if located.format == "HDF5":
-        from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
-
-        return Hdf5Reader(name, files, options)
+        return _open_hdf5(name, located, options)
     if located.format == "NumPy":
-        from rllib_calql.datasets.readers.npz import NpzReader
-
-        return NpzReader(name, files, options)
+        return _open_npz(name, files, options)
     with open_parquet(files[0]) as parquet_file, readable(files[0]):
         schema = parquet_file.schema_arrow
     if holds_episodes(schema):
@@ -157,6 +153,42 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
     if holds_recorded_rows(schema):
         return RecordedRowsReader(name, files, options)
     return parquet.ParquetReader(name, files, options)
+
+
+def _open_hdf5(name: str, located: _Located, options: ReadOptions) -> EpisodeReader:
+    """By the layout of the first file."""
+    from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
+    from rllib_calql.datasets.readers.robotics import d3rlpy, robomimic
+
+    files, column_map = located.files, located.column_map
+    if robomimic.is_robomimic(files[0]):
+        if column_map is None:
+            column_map = _map_beside(name, files[0].filesystem)
+        return robomimic.RobomimicReader(name, files, options, column_map)
+    if column_map is not None:
+        raise _map_for_nothing(column_map, str(files[0]), located.format)
+    if d3rlpy.is_d3rlpy(files[0]):
+        return d3rlpy.D3rlpyReader(name, files, options)
+    return Hdf5Reader(name, files, options)
+
+
+def _open_npz(name: str, files: Sequence[DataFile], options: ReadOptions) -> EpisodeReader:
+    """By the layout of the first file."""
+    from rllib_calql.datasets.readers.npz import NpzReader
+    from rllib_calql.datasets.readers.robotics import stable_baselines3
+    from rllib_calql.datasets.rows.npz_files import open_npz
+
+    with open_npz(files[0]) as opened:
+        is_stable_baselines3 = stable_baselines3.is_stable_baselines3(opened.arrays)
+    reader = stable_baselines3.StableBaselines3Reader if is_stable_baselines3 else NpzReader
+    return reader(name, files, options)
+
+
+def _map_for_nothing(column_map: ColumnMap, name: str, format_: str) -> ValueError:
+    return ValueError(
+        f"The column map {str(column_map.file)!r} names {name!r}, {format_} whose columns have names of their own; "
+        "rename them there, and give the data themselves as `input_`. Maps are for CSV, LeRobot and robomimic."
+    )
 
 
 def _located(name: str, filesystem: Any) -> _Located:
@@ -177,10 +209,7 @@ def _located(name: str, filesystem: Any) -> _Located:
     # A table beside data of another format is a summary of a run, or the like.
     files = [file for file in files if len(files) == 1 or _FORMATS.get(file.suffix, format_) == format_]
     if column_map is not None and format_ not in _MAPPED_FORMATS:
-        raise ValueError(
-            f"The column map {str(column_map.file)!r} names {name!r}, {format_} whose columns have names of their own; "
-            "rename them there, and give the data themselves as `input_`. Maps are for CSV, LeRobot and robomimic."
-        )
+        raise _map_for_nothing(column_map, name, format_)
     if column_map is None and format_ == "CSV":
         column_map = _map_beside(name, filesystem)
     return _Located(files, format_, column_map)

@@ -87,6 +87,12 @@ class NpzFile(FlatFile):
             rows = np.frombuffer(content, header.dtype).reshape(stop - start, *row_shape)
             return rows.astype(header.dtype.newbyteorder("="), copy=False)
 
+    def single(self, name: str) -> Any:
+        """The one number of an array of any shape."""
+        with reading(self._file, _FORMAT), self._archive.open(name + _SUFFIX) as stream:
+            _read_header(stream, self._archive.getinfo(name + _SUFFIX))
+            return np.frombuffer(stream.read(), self.arrays[name].dtype)[0].item()
+
 
 def _read_header(stream: Any, info: zipfile.ZipInfo) -> tuple[ArrayHeader, bool]:
     """Reads the header of an array and whether it is stored by columns; checks that its size is that of the content."""

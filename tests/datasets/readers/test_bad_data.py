@@ -208,11 +208,15 @@ FORMATS: dict[str, Callable[[Path, list[Rows]], Any]] = {
     "rllib rows": in_files(".parquet", write_recorded_rows),
     "rllib episodes": in_files(".parquet", write_recorded_episodes),
     "csv": lambda root, parts: robot_files.write_csv_folder(root, parts, robot_files.csv_map(two_episodes())),
+    "robomimic": in_files(".hdf5", robot_files.write_robomimic),
+    "d3rlpy": in_files(".h5", robot_files.write_d3rlpy),
+    "sb3": in_files(".npz", robot_files.write_stable_baselines3),
     "ray data": lambda root, parts: ray.data.from_arrow([arrow_table(rows) for rows in parts]),
     "episodes": lambda root, parts: [episode(rows) for part in parts for rows in cut_at_ids(part)],
 }
 FLAT = ("hdf5", "hdf5 without next", "npz", "compressed npz")
 WITHOUT_IDS = ("parquet without ids", *FLAT)
+WITHOUT_NEXT = ("hdf5 without next", "d3rlpy")
 ARROW = ("parquet", "parquet without ids", "ray data")
 IN_MEMORY = ("ray data", "episodes")
 OF_EPISODES = ("minari", "rllib episodes", "episodes")
@@ -231,6 +235,7 @@ def place(format_: str, row: int, part: int = 0) -> str:
         "ray data": rf"row {row} of ray\.data\.Dataset",
         "episodes": step + "entry 1 of SingleAgentEpisodes",
         "rllib episodes": step + f"row 1 of {file}",
+        **{name: text.format(row=row, step=row - LENGTH, part=part) for name, text in robot_faults.PLACES.items()},
     }.get(format_, f"row {row} of {file}")
 
 
@@ -643,6 +648,8 @@ def pattern(fault: Fault, format_: str) -> str:
     text = fault.other.get(format_, fault.message)
     text = re.sub(r"ROW(\d+)", lambda found: place(format_, int(found[1])), text)
     text = re.sub(r"FILE(\d)", lambda found: rf"'\S*part-{found[1]}\.\w+'", text)
+    if format_ in robot_faults.SECOND:
+        return text.replace("EPISODE", robot_faults.SECOND[format_])
     has_ids = format_ not in (*WITHOUT_IDS, "minari")
     return text.replace("EPISODE", "'second'" if has_ids else r"'\d'")
 
@@ -696,7 +703,7 @@ def test_the_data_that_the_table_spoils_are_in_order(tmp_path: Path, format_: st
     found = loaded(tmp_path / "root", format_, store_memory_limit=limit)
     rows = two_episodes()
     # Without next observations, nothing is known of what follows the last step before a time-out.
-    num_rows = 39 if format_ == "hdf5 without next" else 40
+    num_rows = 39 if format_ in WITHOUT_NEXT else 40
     for name in ("obs", "new_obs", "rewards"):
         expected = rows[name][:num_rows].astype(np.float32)
         if name == "new_obs" and num_rows == 39:
@@ -990,7 +997,7 @@ def test_a_disk_that_fills_while_the_cache_is_written_is_reported_and_left_clean
     message = "There is no room for the offline data in .*cache .*set `cache_dir` to a folder on a larger disk"
     assert re.search(message, found[1]), found[1]
     assert left_behind(tmp_path) == []
-    assert load(input_, tmp_path).num_offline == (39 if format_ == "hdf5 without next" else 40)
+    assert load(input_, tmp_path).num_offline == (39 if format_ in WITHOUT_NEXT else 40)
 
 
 # --- At build ---------------------------------------------------------------------------------------------------------

@@ -270,6 +270,37 @@ def csv_file_per_episode_with_a_dict(episodes: list[Any], folder: Path) -> Path:
     return folder / "map.yaml"
 
 
+def robomimic_with_dones(episodes: list[Any], folder: Path) -> Path:
+    robot_files.write_robomimic(folder / "maze.hdf5", without(rows_of(episodes), "t"), has_flags=False)
+    return folder
+
+
+def robomimic_of_parts_and_flags(episodes: list[Any], folder: Path) -> Path:
+    robot_files.write_robomimic(folder / "maze.hdf5", without(rows_of(episodes), "t"))
+    with h5py.File(folder / "maze.hdf5", "a") as file:
+        for number, episode in enumerate(episodes):
+            for group, rows in (("obs", slice(None, -1)), ("next_obs", slice(1, None))):
+                del file[f"data/demo_{number}/{group}/state"]
+                for key in KEYS:
+                    file[f"data/demo_{number}/{group}/{key}"] = episode.observations[key][rows]
+    return folder / "maze.hdf5"
+
+
+def replay_buffer_of_stable_baselines3(episodes: list[Any], folder: Path) -> Path:
+    """One environment, whose episodes follow each other; the buffer has wrapped round within an episode."""
+    rows = rows_of(episodes) | {"eps_id": np.zeros(sum(len(episode.rewards) for episode in episodes), dtype=int)}
+    robot_files.write_stable_baselines3(folder / "buffer.npz", rows)
+    with np.load(folder / "buffer.npz") as buffer:
+        wrapped = {name: np.roll(values, 7, axis=0) for name, values in buffer.items()}
+    np.savez(folder / "buffer.npz", **wrapped, pos=7, full=True)
+    return folder / "buffer.npz"
+
+
+def d3rlpy(episodes: list[Any], folder: Path) -> Path:
+    robot_files.write_d3rlpy(folder / "maze.h5", rows_of(episodes))
+    return folder / "maze.h5"
+
+
 def recorded_rows(episodes: list[Any], folder: Path, packed: Callable[[Any], Any] = list) -> Path:
     """Rows as RLlib's recorder writes them, behind `FlattenObservations` but for the conversion to float32."""
     rows = without(rows_of(episodes), "t")
@@ -359,6 +390,9 @@ FORMATS = [
     npz_of_ogbench,
     csv_with_ids,
     csv_file_per_episode_with_a_dict,
+    robomimic_with_dones,
+    robomimic_of_parts_and_flags,
+    replay_buffer_of_stable_baselines3,
     recorded_rows,
     recorded_rows_packed,
     recorded_episodes,
@@ -429,10 +463,10 @@ def parquet_without_next_observations(episodes: list[Any], folder: Path) -> Path
     return folder
 
 
-WITHOUT_NEXT_OBSERVATIONS = [hdf5_without_next_observations, parquet_without_next_observations]
+WITHOUT_NEXT_OBSERVATIONS = [hdf5_without_next_observations, parquet_without_next_observations, d3rlpy]
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet"])
+@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy"])
 def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_repeated(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:
@@ -446,7 +480,7 @@ def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_
     assert data.report.remarks == {REPEATED: len(episodes)}
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet"])
+@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy"])
 def test_without_next_observations_the_last_steps_before_time_outs_are_missing_if_they_are_dropped(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:

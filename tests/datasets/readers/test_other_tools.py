@@ -38,14 +38,6 @@ def write_sample_batch(file: Path) -> None:
     touch(file, json.dumps({"type": "SampleBatch", "obs": "", "rewards": []}).encode())
 
 
-def write_d3rlpy(file: Path) -> None:
-    with h5py.File(file, "w") as opened:
-        for i in range(2):
-            opened[f"observations_{i}"], opened[f"actions_{i}"] = np.zeros((5, 2)), np.zeros((5, 1))
-            opened[f"rewards_{i}"], opened[f"terminated_{i}"] = np.zeros((5, 1)), True
-        opened["total_size"], opened["version"] = 2, "2.0"
-
-
 def write_lerobot(file: Path) -> None:
     columns = {"observation.state": [[0.0]], "action": [[0.0]], "episode_index": [0], "frame_index": [0]}
     pq.write_table(pa.table({**columns, "timestamp": [0.0]}), file)
@@ -88,7 +80,6 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rows.zip": (write_zip_of_text, r"an archive or compressed file; unpack it first"),
     "no-suffix": (write_zip_of_text, r"a zip archive without NumPy arrays; it holds 'rows\.csv'.*numpy\.savez"),
     "really-torch.npz": (lambda f: torch.save([1], f), r"a zip archive without NumPy arrays; it holds '.*torch\.save"),
-    "d3rlpy.h5": (write_d3rlpy, r"one array per episode.*d3rlpy.*numpy\.concatenate.*terminals"),
     "lerobot.parquet": (write_lerobot, r"LeRobot's columns; rename `observation\.state` to `obs`.*to_parquet"),
 }
 IN_FOLDERS = [name for name in FILES if Path(name).suffix not in (".h5", ".parquet", ".npz", "")]

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.datasets.episodes.columns import NAMES
 from rllib_calql.datasets.episodes.files import DataFile
 from rllib_calql.system.similar_words import close_matches
 
@@ -116,6 +117,9 @@ def read_map(file: DataFile) -> ColumnMap:
     further = content.get(_FURTHER, [])
     if not isinstance(further, list) or not all(isinstance(name, str) for name in further):
         raise _bad(file, _FURTHER, "must be a list of columns", further)
+    for name in further:
+        if name in NAMES or "/" in name:
+            raise _bad(file, _FURTHER, "must name columns without slashes that mean nothing else", name)
     return ColumnMap(file, leaves, tuple(further), texts)
 
 

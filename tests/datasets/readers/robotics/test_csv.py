@@ -182,6 +182,7 @@ TIMED = MAP + ENDS + "t: time\n"
         ("- q1\n", HEADER, "must map `obs`, `actions`, `rewards` and so on to columns"),
         ("obs: !!python/object/apply:os.system ['true']\n", HEADER, "cannot be read: could not determine a constr"),
         (MAP + "delimiter: ', '\n", HEADER, "`delimiter` in the column map .* must be one character"),
+        (MAP + "further: [obs]\n", HEADER, "must name columns without slashes that mean nothing else, got 'obs'"),
         (MAP + "demos: train\n", HEADER, "has the key `demos`, which means nothing for CSV files"),
         (MAP + "data: logs\n", HEADER, "names data of its own, `data: logs`; give the map as `input_`"),
     ],
