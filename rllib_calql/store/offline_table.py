@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.common.target_steps import TargetSteps
 from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
 from rllib_calql.store.split import Split
-from rllib_calql.store.target_steps import TargetSteps
 
 Array = npt.NDArray[Any]
 RECORDS = "records"

@@ -10,120 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
+from rllib_calql.common.target_steps import TargetSteps
 from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
 from rllib_calql.store.offline_table import OfflineTable
-from rllib_calql.store.returns_connector import TAIL_DISCOUNT
+from rllib_calql.store.online_ring import OnlineRing, RowColumns
 from rllib_calql.store.split import Split
-from rllib_calql.store.target_steps import TargetSteps
 
 IS_OFFLINE = "is_offline"  # 1.0 for offline rows: which part of a batch a row came from.
 logger = logging.getLogger(__name__)
 
-_LAST_ROW = "last_row"  # Row of the same table that holds the episode's last transition.
-_REWARD_SUM = "reward_sum"  # Return-to-go without the value of the last observation.
-_MIN_CAPACITY = 1024
-
 Array = npt.NDArray[Any]
-RowColumns = Mapping[str, Array]
-
-
-class _Table:
-    """A ring of rows in columns of fixed type, which grows to its limit; rows of an episode are adjacent."""
-
-    def __init__(self, column_shapes: Mapping[str, tuple[int, ...]], *, limit: int, obs_dtype: np.dtype[Any]) -> None:
-        self.limit = limit
-        self.size = 0
-        self.position = 0  # Next row to write.
-        self.num_appended = 0  # Rows ever appended, and
-        self.num_replaced = 0  # how often all rows were replaced or dropped: what a copy has to follow.
-        dtypes = {Columns.OBS: obs_dtype, Columns.NEXT_OBS: obs_dtype, _LAST_ROW: np.dtype(np.int64)}
-        self.columns: dict[str, Array] = {
-            name: np.empty((0, *shape), dtype=dtypes.get(name, np.float32)) for name, shape in column_shapes.items()
-        }
-        # Steps that are left in the episode, the row's own included. The rows that follow are there as long as the row
-        # is, for the oldest are overwritten first.
-        self.steps_left = np.empty(0, dtype=np.int32)
-
-    def _grow(self, num_rows: int) -> None:
-        for name, column in self.columns.items():
-            self.columns[name] = self._grown(column, num_rows)
-        self.steps_left = self._grown(self.steps_left, num_rows)
-
-    def _grown(self, column: Array, num_rows: int) -> Array:
-        grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
-        grown[: self.size] = column[: self.size]
-        return grown
-
-    def append(self, rows: RowColumns) -> None:
-        """Adds one episode's rows."""
-        num_rows = len(rows[Columns.REWARDS])
-        if num_rows > self.limit:
-            raise ValueError(
-                f"An episode of {num_rows} steps does not fit into `online_capacity` {self.limit}; raise the capacity."
-            )
-        capacity = len(self.columns[Columns.REWARDS])
-        needed = self.size + num_rows
-        if needed > capacity and capacity < self.limit:
-            self._grow(min(max(needed, 2 * capacity, _MIN_CAPACITY), self.limit))
-            capacity = len(self.columns[Columns.REWARDS])
-        where = (self.position + np.arange(num_rows)) % capacity
-        for name, column in self.columns.items():
-            column[where] = where[-1] if name == _LAST_ROW else rows[name]
-        self.steps_left[where] = np.arange(num_rows, 0, -1)
-        self.position = (self.position + num_rows) % self.limit
-        self.size = min(self.size + num_rows, capacity)
-        self.num_appended += num_rows
-
-    def gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array], steps: TargetSteps) -> None:
-        """Writes rows, of any shape, into columns of that shape; `out` as in `OfflineTable.gather`."""
-        if steps.n_step == 1:
-            for name, column in out.items():
-                column[...] = self.columns[name][rows]
-            return
-        num_rewards = steps.num_rewards(self.steps_left[rows])
-        last_rows = (rows + num_rewards - 1) % self.limit
-        rewards = self.columns[Columns.REWARDS]
-        for name, column in out.items():
-            if name == Columns.REWARDS:
-                column[...] = steps.sum_rewards(num_rewards, lambda k, places: rewards[(rows[places] + k) % self.limit])
-            elif name == BOOTSTRAP_DISCOUNT:
-                column[...] = steps.bootstrap_discounts(num_rewards)
-            elif name == BOOTSTRAP_OBS:
-                column[...] = self.columns[Columns.NEXT_OBS][last_rows]
-            else:
-                column[...] = self.columns[name][last_rows if name == Columns.TERMINATEDS else rows]
-
-    def rows_of_last_reward(self, rows: npt.NDArray[np.int64], steps: TargetSteps) -> npt.NDArray[np.int64]:
-        """The rows whose rewards are the last in the targets of these rows."""
-        return (rows + steps.num_rewards(self.steps_left[rows]) - 1) % self.limit
-
-    def clear(self) -> None:
-        self.size = self.position = 0
-        self.num_replaced += 1
-
-    def get_state(self) -> dict[str, Any]:
-        columns = {name: column[: self.size].copy() for name, column in self.columns.items()}
-        steps_left = self.steps_left[: self.size].copy()
-        return {"columns": columns, "steps_left": steps_left, "position": self.position, "limit": self.limit}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        if set(state["columns"]) != set(self.columns) or any(
-            column.shape[1:] != self.columns[name].shape[1:] for name, column in state["columns"].items()
-        ):
-            raise ValueError(
-                "The checkpoint's online data have other columns; restore with the config it was made with."
-            )
-        if state["limit"] != self.limit:
-            raise ValueError(
-                f"The checkpoint was made with `online_capacity` {state['limit']}, the config has {self.limit}; "
-                "restore with the same capacity."
-            )
-        self.size = len(state["columns"][Columns.REWARDS])
-        self.columns = {name: np.array(column) for name, column in state["columns"].items()}
-        # Earlier versions did not keep them. Targets of one step are right for every row.
-        self.steps_left = np.array(state.get("steps_left", np.ones(self.size)), dtype=np.int32)
-        self.position = state["position"]
-        self.num_replaced += 1
 
 
 class TransitionStore:
@@ -170,13 +66,11 @@ class TransitionStore:
             Columns.RETURNS_TO_GO: (),
         }
         self._batch_columns = tuple(shapes)
-        if track_tails:
-            shapes |= {TAIL_DISCOUNT: (), _REWARD_SUM: (), _LAST_ROW: ()}
         self._track_tails = track_tails
         self.target_steps = TargetSteps(n_step, gamma)
         self.offline: OfflineTable | None = None
         self.split: Split | None = None
-        self._online = _Table(shapes, limit=online_capacity, obs_dtype=np.dtype(obs_dtype))
+        self._online = OnlineRing(shapes, limit=online_capacity, obs_dtype=np.dtype(obs_dtype), track_tails=track_tails)
         self._rng = np.random.default_rng(seed)
 
     @property
@@ -233,8 +127,7 @@ class TransitionStore:
 
     def newest_online_rows(self, num_rows: int) -> npt.NDArray[np.int64]:
         """Numbers of the online rows appended last, at most all that are held."""
-        num_rows = min(num_rows, self.num_online)
-        return (self._online.position - num_rows + np.arange(num_rows)) % self._online.limit
+        return self._online.newest_rows(num_rows)
 
     def empty_columns(self, *num_rows: int) -> dict[str, Array]:
         """Columns of a batch, not filled, of shape (*num_rows, ...) each."""
@@ -254,7 +147,7 @@ class TransitionStore:
         Raises:
             ValueError: If the episode is longer than the capacity.
         """
-        self._online.append({**rows, _REWARD_SUM: rows[Columns.RETURNS_TO_GO]} if self._track_tails else rows)
+        self._online.append(rows)
 
     def gather(self, rows: npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
         """Writes rows, all offline or all online, into columns of a batch.
@@ -393,20 +286,13 @@ class TransitionStore:
         """
         if self.offline is not None:
             self.offline.refresh_tails(estimate_values)
-        table = self._online
-        rows = np.flatnonzero(table.columns[TAIL_DISCOUNT][: table.size])
-        if len(rows) == 0:
-            return
-        # The ring overwrites an episode from its start, so the last row outlives every row that points to it.
-        last_rows, episode_of_row = np.unique(table.columns[_LAST_ROW][rows], return_inverse=True)
-        values = estimate_values(table.columns[Columns.NEXT_OBS][last_rows])
-        tails = table.columns[TAIL_DISCOUNT][rows] * values[episode_of_row]
-        table.columns[Columns.RETURNS_TO_GO][rows] = table.columns[_REWARD_SUM][rows] + tails
+        if self._track_tails:
+            self._online.refresh_tails(estimate_values)
 
     @property
     def online_nbytes(self) -> int:
         """Bytes of the online rows held."""
-        return sum(column[: self._online.size].nbytes for column in self._online.columns.values())
+        return self._online.nbytes
 
     def get_state(self, *, with_online: bool = True) -> dict[str, Any]:
         """Online data and random state. Offline data are read again from their source at restore.
