@@ -72,8 +72,8 @@ class DataSettings(CQLConfig):
 
         Args:
             input_: One or more of: "minari:<dataset id>"; a file, folder or URI ("s3://...", "gs://...") of Parquet
-                rows, D4RL-style HDF5, NumPy .npz, CSV, or what RLlib recorded; a column map (".yaml") that names its
-                data; a `ray.data.Dataset` of rows; a list of `SingleAgentEpisode`.
+                rows, D4RL-style HDF5, NumPy .npz, CSV, LeRobot, robomimic or what RLlib recorded; a column map
+                (".yaml") that names its data; a `ray.data.Dataset` of rows; a list of `SingleAgentEpisode`.
             reward_scale: Factor on every reward, offline and online.
             reward_bias: Added after scaling. Reported returns stay in the environment's units.
             failure_reward: In a sparse-reward task, the reward (environment units) of every step of a failed episode;

@@ -5,11 +5,12 @@ from __future__ import annotations
 PLACES = {
     "robomimic": r"step {step} of 'demo_1' in '\S*part-{part}\.hdf5'",
     "d3rlpy": r"step {step} of '1' in '\S*part-{part}\.h5'",
+    "lerobot": r"row {row} of '\S*part-{part}\.parquet'",
     "sb3": r"row {step} of '\S*part-{part}\.npz \(environment 1\)'",
 }
 """What messages call a row of the second episode of a part."""
 
-SECOND = {"robomimic": r"'(\S*/)?demo_1'", "d3rlpy": r"'(\S*/)?1'", "sb3": r"'\d'"}
+SECOND = {"lerobot": "'1'", "robomimic": r"'(\S*/)?demo_1'", "d3rlpy": r"'(\S*/)?1'", "sb3": r"'\d'"}
 """The id of that episode."""
 
 OTHER: dict[str, dict[str, str]] = {
@@ -118,6 +119,31 @@ OTHER["sb3"] = {
     },
     "strings in another file": "`rewards` must hold numbers, got .* in FILE1; save numbers",
 }
+OTHER["lerobot"] = {
+    **{
+        f"no {name}": f"FILE0 has no column `{feature}`; its columns are .*; download or write the data set again"
+        for name, feature in (
+            ("obs", "observation.state"),
+            ("actions", "action"),
+            ("rewards", "next.reward"),
+            ("terminateds", "next.terminated"),
+        )
+    },
+    "strings as observations": "`observation.state` must hold numbers .*, got .* in ROW0; convert the column",
+    "strings as actions": "`action` must hold numbers .*, got .* in ROW0; convert the column",
+    "strings as flags": "`next.terminated` must hold numbers .*, got string in ROW0; convert the column",
+    "ragged observations": "`observation.state` has 4 values in ROW30 and 2 in .*; every row must have the same shape",
+    "ragged actions": "`action` has 2 values in ROW30 and 1 in .*; every row must have the same shape",
+    **{
+        f"the flag {value}": f"`next.truncated` must be 0 or 1 in every row, got {value} in ROW39; repair the value"
+        for value in ("0.5", "2.0", "-1.0", "nan")
+    },
+    "an id of another file's episode": "Two files use the episode id '0' for different episodes: .*FILE0 and .*FILE1",
+    "a column that another file lacks": "FILE1 has no column `next.truncated`",
+    "wider observations in another file": r"`obs` has shape \(4,\) from row 0 of FILE1 on .*; every row must have the",
+    "integers in another file": "`observation.state` holds float in FILE0 and int64 in FILE1; store it in one type",
+    "strings in another file": "`next.reward` holds double in FILE0 and string in FILE1; store it in one type",
+}
 
 _ANY_NUMBERS = "a table of text has one kind of numbers"
 _RECTANGLE = "a table has all columns in every row"
@@ -153,5 +179,11 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         **dict.fromkeys(("an action less than rewards", "a flag less than rewards"), "no such array of environments"),
         "an id of another file's episode": "no ids",
         "a column that another file lacks": "refused as any missing array",
+    },
+    "lerobot": {
+        **dict.fromkeys(("nan in new_obs", "infinity in the last observation"), "no such column"),
+        **dict.fromkeys(("swapped rows", "a lost row"), "frames are numbered by what writes them"),
+        **dict.fromkeys(("complex observations", "complex rewards"), "Arrow has no complex numbers"),
+        **dict.fromkeys(("an action less than rewards", "a flag less than rewards"), "Arrow makes no such table"),
     },
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 Rows = dict[str, Any]
@@ -127,3 +130,44 @@ def write_stable_baselines3(file: Path, rows: Rows) -> None:
         else:
             arrays |= {"dones": terminateds, "timeouts": truncateds}
     np.savez(file, **arrays)
+
+
+_LEROBOT = {
+    "obs": "observation.state",
+    "actions": "action",
+    "rewards": "next.reward",
+    "terminateds": "next.terminated",
+    "truncateds": "next.truncated",
+}
+
+
+def write_lerobot(root: Path, parts: list[Rows], **features: str | None) -> Path:
+    """A data set with a Parquet file per part; LeRobot has no next observations.
+
+    Args:
+        root: Where its folder `data` is made.
+        parts: Rows of each file.
+        features: RLlib's column -> another feature that is written for it, or None.
+    """
+    names = {name: feature for name, feature in (_LEROBOT | features).items() if feature is not None}
+    folder = root / "data"
+    (folder / "meta").mkdir(parents=True)
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    described = {name: {"dtype": "float32", "shape": [1], "names": None} for name in names.values()}
+    (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "features": described}))
+    numbers: dict[Any, int] = {}
+    for part, rows in enumerate(parts):
+        episodes = episodes_in(rows)
+        lengths = [len(episode["eps_id"]) for episode in episodes]
+        ids = [numbers.setdefault(episode["eps_id"][0], len(numbers)) for episode in episodes]
+        columns = {
+            "episode_index": np.repeat(ids, lengths).astype(np.int64),
+            "frame_index": np.concatenate([[], *map(np.arange, lengths)]).astype(np.int64),
+        }
+        for name in names.keys() & rows.keys():
+            values = rows[name]
+            columns[names[name]] = pa.array(list(values)) if isinstance(values, list) or values.ndim > 1 else values
+            if isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype.kind in "fiub":
+                columns[names[name]] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        pq.write_table(pa.table(columns), folder / "data" / "chunk-000" / f"part-{part}.parquet")
+    return folder

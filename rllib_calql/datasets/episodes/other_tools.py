@@ -89,9 +89,5 @@ def found_instead(names: Iterable[str]) -> str:
 def layout_of_other_tool(names: Collection[str]) -> str | None:
     """What a file with columns or arrays of these names is and how it is converted; None if nothing tells."""
     if any(name.startswith("observation.") for name in names):
-        return (
-            "these are LeRobot's columns; rename `observation.state` to `obs`, `episode_index` to `eps_id` and "
-            "`frame_index` to `t`, and add `rewards` and `terminateds`: `table = pandas.read_parquet(path)`, "
-            f"`table.rename(columns=...){_TO_PARQUET}`"
-        )
+        return "these are LeRobot's columns; give the folder of the data set, with `meta/info.json` in it, as `input_`"
     return None

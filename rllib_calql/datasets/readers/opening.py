@@ -24,6 +24,7 @@ from rllib_calql.datasets.readers.rllib_recorded import (
     holds_recorded_rows,
 )
 from rllib_calql.datasets.readers.robotics import column_map as column_maps
+from rllib_calql.datasets.readers.robotics import lerobot_features
 from rllib_calql.datasets.readers.robotics.column_map import ColumnMap
 from rllib_calql.datasets.readers.robotics.csv_files import SUFFIXES as CSV_SUFFIXES
 from rllib_calql.datasets.rows.parquet_files import open_parquet, readable
@@ -55,6 +56,7 @@ class _Located:
     files: list[DataFile]
     format: str
     column_map: ColumnMap | None
+    path: str
 
 
 def open_input(input_: InputPart | Sequence[InputPart], options: ReadOptions | None = None) -> list[EpisodeReader]:
@@ -142,6 +144,12 @@ def _open(part: Any, options: ReadOptions) -> EpisodeReader:
         if column_map is None:
             raise without_map(files)
         return CsvReader(name, files, options, column_map)
+    if located.format == "LeRobot":
+        from rllib_calql.datasets.readers.robotics.lerobot import LeRobotReader
+
+        info_file = lerobot_features.info_file(located.path, _arrow_filesystem(options.filesystem))
+        assert info_file is not None
+        return LeRobotReader(name, info_file, files, options, column_map)
     if located.format == "HDF5":
         return _open_hdf5(name, located, options)
     if located.format == "NumPy":
@@ -204,6 +212,9 @@ def _located(name: str, filesystem: Any) -> _Located:
         column_map = column_maps.read_map(map_file)
         data = column_map.texts.get("data", ".")
         name = data if data.startswith(("/", "~")) or "://" in data else f"{name.rpartition('/')[0] or '.'}/{data}"
+    if lerobot_features.info_file(name, filesystem) is not None:
+        files = find_files(f"{name.rstrip('/')}/data", parquet.SUFFIXES, filesystem)
+        return _Located(files, "LeRobot", column_map or _map_beside(name, filesystem), name)
     files = find_files(name, tuple(_FORMATS), filesystem)
     format_ = _format_of(name, files)
     # A table beside data of another format is a summary of a run, or the like.
@@ -212,7 +223,7 @@ def _located(name: str, filesystem: Any) -> _Located:
         raise _map_for_nothing(column_map, name, format_)
     if column_map is None and format_ == "CSV":
         column_map = _map_beside(name, filesystem)
-    return _Located(files, format_, column_map)
+    return _Located(files, format_, column_map, name)
 
 
 def _map_beside(name: str, filesystem: Any) -> ColumnMap | None:

@@ -211,16 +211,17 @@ FORMATS: dict[str, Callable[[Path, list[Rows]], Any]] = {
     "robomimic": in_files(".hdf5", robot_files.write_robomimic),
     "d3rlpy": in_files(".h5", robot_files.write_d3rlpy),
     "sb3": in_files(".npz", robot_files.write_stable_baselines3),
+    "lerobot": robot_files.write_lerobot,
     "ray data": lambda root, parts: ray.data.from_arrow([arrow_table(rows) for rows in parts]),
     "episodes": lambda root, parts: [episode(rows) for part in parts for rows in cut_at_ids(part)],
 }
 FLAT = ("hdf5", "hdf5 without next", "npz", "compressed npz")
 WITHOUT_IDS = ("parquet without ids", *FLAT)
-WITHOUT_NEXT = ("hdf5 without next", "d3rlpy")
+WITHOUT_NEXT = ("hdf5 without next", "d3rlpy", "lerobot")
 ARROW = ("parquet", "parquet without ids", "ray data")
 IN_MEMORY = ("ray data", "episodes")
 OF_EPISODES = ("minari", "rllib episodes", "episodes")
-MANY_FILES = tuple(name for name in FORMATS if name not in ("minari", *IN_MEMORY))
+MANY_FILES = tuple(name for name in FORMATS if name not in ("minari", "lerobot", *IN_MEMORY))
 
 
 def place(format_: str, row: int, part: int = 0) -> str:
@@ -658,7 +659,11 @@ def written(root: Path, format_: str, fault: Fault) -> Any:
     """Writes spoilt data, and returns what is asked for."""
     input_ = FORMATS[format_](root, fault.spoil([two_episodes()]))
     if fault.damage is not None:
-        file = root / "minari" / MINARI_ID / "data" / "main_data.hdf5" if format_ == "minari" else max(input_.iterdir())
+        file = (
+            root / "minari" / MINARI_ID / "data" / "main_data.hdf5"
+            if format_ == "minari"
+            else max(input_.rglob("part-*"))
+        )
         fault.damage(file)
     return input_ if fault.ask_for is None else fault.ask_for(input_)
 

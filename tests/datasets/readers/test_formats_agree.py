@@ -301,6 +301,10 @@ def d3rlpy(episodes: list[Any], folder: Path) -> Path:
     return folder / "maze.h5"
 
 
+def lerobot(episodes: list[Any], folder: Path) -> Path:
+    return robot_files.write_lerobot(folder, [without(rows_of(episodes), "t")])
+
+
 def recorded_rows(episodes: list[Any], folder: Path, packed: Callable[[Any], Any] = list) -> Path:
     """Rows as RLlib's recorder writes them, behind `FlattenObservations` but for the conversion to float32."""
     rows = without(rows_of(episodes), "t")
@@ -463,10 +467,10 @@ def parquet_without_next_observations(episodes: list[Any], folder: Path) -> Path
     return folder
 
 
-WITHOUT_NEXT_OBSERVATIONS = [hdf5_without_next_observations, parquet_without_next_observations, d3rlpy]
+WITHOUT_NEXT_OBSERVATIONS = [hdf5_without_next_observations, parquet_without_next_observations, d3rlpy, lerobot]
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy"])
+@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot"])
 def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_repeated(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:
@@ -480,7 +484,7 @@ def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_
     assert data.report.remarks == {REPEATED: len(episodes)}
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy"])
+@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot"])
 def test_without_next_observations_the_last_steps_before_time_outs_are_missing_if_they_are_dropped(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:

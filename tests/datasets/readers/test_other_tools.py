@@ -80,7 +80,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rows.zip": (write_zip_of_text, r"an archive or compressed file; unpack it first"),
     "no-suffix": (write_zip_of_text, r"a zip archive without NumPy arrays; it holds 'rows\.csv'.*numpy\.savez"),
     "really-torch.npz": (lambda f: torch.save([1], f), r"a zip archive without NumPy arrays; it holds '.*torch\.save"),
-    "lerobot.parquet": (write_lerobot, r"LeRobot's columns; rename `observation\.state` to `obs`.*to_parquet"),
+    "lerobot.parquet": (
+        write_lerobot,
+        r"LeRobot's columns; give the folder of the data set, with `meta/info\.json`",
+    ),
 }
 IN_FOLDERS = [name for name in FILES if Path(name).suffix not in (".h5", ".parquet", ".npz", "")]
 

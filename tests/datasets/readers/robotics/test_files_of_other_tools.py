@@ -5,6 +5,7 @@ How they were made is told in `files/README.md`. The numbers are computed here f
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import robot_files
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.datasets import ReadOptions, open_input
@@ -247,3 +251,135 @@ def test_a_wrapped_buffer_without_its_position_is_cut_where_it_wraps(tmp_path: P
     episodes, remarks = read(tmp_path / "buffer.npz", unfinished_episodes="truncate")
     assert sum(map(len, episodes)) == 16
     assert remarks == {"episodes ended by a jump of the observation": 2, TRUNCATED: 1}
+
+
+# --- LeRobot ----------------------------------------------------------------------------------------------------------
+
+TOP = "observation.images.top"
+VERSIONS = ["lerobot_v21", "lerobot_v30"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_frames_and_images_of_lerobot_are_read(version: str) -> None:
+    episodes, remarks = read(FILES / version)
+    assert [episode.id_ for episode in episodes] == ["0", "1", "2"]
+    assert [episode.is_terminated for episode in episodes] == [True, False, True]
+    for number, episode in enumerate(episodes):
+        num_steps = LENGTHS[number] - (number == 1)  # No observation follows the last frame.
+        assert len(episode) == num_steps
+        found = episode.get_observations(slice(0, num_steps))
+        assert sorted(found) == ["images.top", "state"]
+        np.testing.assert_array_equal(found["state"], observations(number, num_steps))
+        np.testing.assert_array_equal(found["images.top"], pixels(number, num_steps))
+        assert found["images.top"].dtype == np.uint8
+        np.testing.assert_array_equal(episode.get_actions(), actions(number, num_steps))
+        assert episode.get_rewards()[-1] == episode.is_terminated
+    assert remarks == {REPEATED: 2, DROPPED_STEPS: 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_map_of_lerobot_s_features_is_followed(version: str, tmp_path: Path) -> None:
+    shutil.copytree(FILES / version, tmp_path / "reach")
+    columns = "obs: [action, observation.state]\nrewards: next.success\nterminated: next.success\n"
+    (tmp_path / "reach" / "columns.yaml").write_text(columns)
+    episodes, _ = read(tmp_path / "reach")
+    expected = np.concatenate([actions(2, 5), observations(2, 5)], axis=1)
+    np.testing.assert_array_equal(episodes[2].get_observations()[:-1], expected)
+    assert list(episodes[2].get_rewards()) == [0, 0, 0, 0, 1]
+    assert list(episodes[2].get_extra_model_outputs("index")) == [7, 8, 9, 10, 11]
+
+
+def described(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "meta" / "info.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def replaced_column(folder: Path, name: str, values: pa.Array | None) -> None:
+    (file,) = folder.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    index = table.schema.get_field_index(name)
+    pq.write_table(table.remove_column(index) if values is None else table.set_column(index, name, values), file)
+
+
+def encoded(*contents: bytes | None) -> pa.Array:
+    return pa.array([{"bytes": content, "path": "frame.png"} for content in contents])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: described(folder, lambda info: info["features"].pop("next.reward")),
+         r"has no rewards \(`next\.reward`\), as data for imitation .*`rewards: next\.success`"),
+        (lambda folder: described(folder, lambda info: [info["features"].pop(name) for name in list(info["features"])
+                                                        if name.startswith("next.")]),
+         r"has no rewards .*add a feature `next\.reward`"),
+        (lambda folder: described(folder, lambda info: info["features"][TOP].update(dtype="video")),
+         r"`observation\.images\.top` .* is a video, which .*`obs: \[observation\.state\]`.*`use_videos=False`"),
+        (lambda folder: described(folder, lambda info: info.update(codebase_version="v1.6")),
+         r"says `codebase_version` 'v1\.6'; v2\.0, v2\.1, v3\.0 are read"),
+        (lambda folder: described(folder, lambda info: info.update(total_frames=99)),
+         r"tells of 99 frames, and the files of `data` hold 12; the data set is incomplete"),
+        (lambda folder: described(folder, lambda info: info.update(total_episodes=4)),
+         r"tells of 4 episodes, and the files of `data` hold 3"),
+        (lambda folder: (folder / "meta" / "info.json").write_text("{"), r"info\.json' is no JSON"),
+        (lambda folder: (folder / "meta" / "info.json").write_text("[]"), "it has no `features`"),
+        (lambda folder: (folder / "columns.yaml").write_text("obs: observation.stat"),
+         r"has no `observation\.stat`; its features are `observation\.state`"),
+        (lambda folder: (folder / "columns.yaml").write_text("episode: index"), "has the key `episode`, which means"),
+        (lambda folder: replaced_column(folder, "observation.state", None), r"has no column `observation\.state`"),
+        (lambda folder: replaced_column(folder, TOP, encoded(*[None] * 12)),
+         r"`observation\.images\.top` holds no image in row 0 of .*, but at most the path"),
+        (lambda folder: replaced_column(folder, TOP, encoded(*[b"no image"] * 12)),
+         r"holds an image that cannot be read in row 0 of"),
+        (lambda folder: described(folder, lambda info: info["features"][TOP].update(shape=[3, 9, 9])),
+         r"cannot be read in row 0 of .*it has the shape \(6, 8, 3\) and should have \[3, 9, 9\]"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_lerobot_data_set_is_named(
+    change: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(FILES / "lerobot_v30", tmp_path / "reach")
+    change(tmp_path / "reach")
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / "reach")
+    assert str(tmp_path / "reach") in str(caught.value)
+
+
+def of_dones(folder: Path, dones: list[int], rewards: list[float]) -> Path:
+    rows = {
+        "eps_id": np.repeat(["a", "b"], 3),
+        "obs": np.arange(6.0)[:, None],
+        "actions": np.zeros((6, 1)),
+        "rewards": np.array(rewards),
+        "terminateds": np.array(dones),
+    }
+    return robot_files.write_lerobot(folder, [rows], terminateds="next.done", truncateds=None)
+
+
+@pytest.mark.parametrize(
+    ("dones", "rewards", "terminated", "untold"),
+    [
+        ([0, 0, 1, 0, 0, 0], [0, 0, 5, 0, 0, 5], [True, False], 0),  # Not always in the last frame: terminations.
+        ([0, 0, 1, 0, 0, 1], [0, 0, 5, 0, 0, 0], [True, False], 1),  # Ends alone: the reward tells.
+        ([0, 0, 1, 0, 0, 1], [1, 2, 3, 4, 5, 6], [False, False], 2),
+        ([0, 0, 1, 0, 0, 1], [-1, -1, 0, -1, -1, 0], [True, True], 0),
+    ],
+)
+def test_dones_alone_are_terminations_only_where_that_is_told(
+    dones: list[int], rewards: list[float], terminated: list[bool], untold: int, tmp_path: Path
+) -> None:
+    episodes, remarks = read(of_dones(tmp_path, dones, rewards), missing_final_observation="repeat")
+    assert [episode.is_terminated for episode in episodes] == terminated
+    assert [list(episode.get_rewards()) for episode in episodes] == [rewards[:3], rewards[3:]]
+    assert remarks.get(ENDS_UNTOLD, 0) == untold
+
+
+def test_frames_without_any_sign_of_an_end_are_unfinished(tmp_path: Path) -> None:
+    folder = of_dones(tmp_path, [0] * 6, [0] * 6)
+    described(folder, lambda info: info["features"].pop("next.done"))
+    replaced_column(folder, "next.done", None)
+    with pytest.raises(ValueError, match=r"ends neither terminated nor truncated .*`terminated: FEATURE`"):
+        read(folder)
+    assert len(read(folder, unfinished_episodes="truncate")[0]) == 2
