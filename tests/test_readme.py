@@ -226,6 +226,7 @@ def test_files_that_are_named_exist(document: Path) -> None:
         "play.parquet",
         "progress.png",
         "columns.yaml",
+        "meta/info.json",
     }  # By the commands described, and beside logs.
     places = (document.parent, ROOT, ROOT / "rllib_calql", ROOT / "tests" / "datasets" / "readers")
     assert [n for n in named if n not in written and not any((place / n).exists() for place in places)] == []
