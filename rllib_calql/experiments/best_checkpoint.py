@@ -20,7 +20,7 @@ from ray.tune.utils import flatten_dict
 
 from rllib_calql.checkpoints.integrity import read_file
 from rllib_calql.common import metrics as keys
-from rllib_calql.common.evaluations import flaw_of_judging
+from rllib_calql.common.evaluations import flaw_of_judging, place_of
 from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown
 from rllib_calql.experiments.run_state import examine, names_in, write_whole
 from rllib_calql.system.parsed_json import parsed_json
@@ -68,6 +68,7 @@ class BestMetric:
         if (
             self.metric is None
             or (self.is_of_evaluation and not result.get("evaluation"))
+            or ((place := place_of(self.metric)) is not None and not result["evaluation"].get(place))
             or self.metric in flatten_dict(dict(result))
         ):
             return ""

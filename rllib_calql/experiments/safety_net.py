@@ -307,7 +307,7 @@ class SafetyNetCallback(tune.Callback):
         score = by.score(result)
         if score is None:
             return False
-        mark = mark_of_evaluation(result)
+        mark = mark_of_evaluation(result, by.metric)
         is_repeated = by.is_of_evaluation and mark is not None and mark == self._marks.get(trial.trial_id)
         self._marks[trial.trial_id] = mark
         number, counted_to = self._counted.get(trial.trial_id, (0, 0))

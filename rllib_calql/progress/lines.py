@@ -32,6 +32,30 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class ValueByData:
+    """The value of fitted Q evaluation with its 95 % interval, and how many findings make it doubtful."""
+
+    mean: float
+    low: float
+    high: float
+    num_warnings: int
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> ValueByData | None:
+        """The one in a result; None if there is none."""
+        fitted = (result.get("evaluation") or {}).get(keys.FQE)
+        mean, low, high = (_number(fitted, name) for name in (keys.VALUE, keys.VALUE_LOW, keys.VALUE_HIGH))
+        if mean is None or low is None or high is None:
+            return None
+        return cls(mean, low, high, len(str((fitted or {}).get(keys.FQE_WARNINGS, "")).splitlines()))
+
+    def __str__(self) -> str:
+        """For people."""
+        doubts = "" if not self.num_warnings else f", {self.num_warnings} warning{'s' * (self.num_warnings > 1)}"
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]{doubts}"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One evaluation; None stands for what the environment or the data do not tell."""
 
@@ -39,6 +63,7 @@ class Evaluation:
     success_rate: float | None = None
     normalized_score: float | None = None
     held_out_td_loss: float | None = None
+    value_by_data: ValueByData | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,8 @@ def format_line(progress: TrialProgress) -> str:
         parts.append(f"success {progress.last.success_rate:.2f}")
     if progress.last.held_out_td_loss is not None:
         parts.append(f"held-out TD loss {progress.last.held_out_td_loss:.4g}")
+    if progress.last.value_by_data is not None:
+        parts.append(f"value by data {progress.last.value_by_data}")
     if progress.activity:
         parts.append(progress.activity)
     return "  ".join(parts)
@@ -198,6 +225,8 @@ def format_summary(
         lines.append(f"  {'training return':<18} final {progress.training_return:.2f}")
     if last.held_out_td_loss is not None and best.held_out_td_loss is not None:
         lines.append(f"  {'held-out TD loss':<18} final {last.held_out_td_loss:.4g}, best {best.held_out_td_loss:.4g}")
+    if last.value_by_data is not None:
+        lines.append(f"  {'value by data':<18} final {last.value_by_data}")
     if progress.overfitting is not None:
         lines.append(f"  {'overfitting':<18} {progress.overfitting}")
     if progress.dip is not None:
@@ -229,10 +258,12 @@ def _evaluation(result: Mapping[str, Any], previous: Evaluation) -> Evaluation:
     runners = evaluation.get(_RUNNERS)
     episode_return = _number(runners, _RETURN)
     td_loss = _first(_number(evaluation.get(keys.HELD_OUT), keys.TD_LOSS), previous.held_out_td_loss)
+    value = ValueByData.of(result) or previous.value_by_data
     if episode_return is None:
-        return replace(previous, held_out_td_loss=td_loss)
+        return replace(previous, held_out_td_loss=td_loss, value_by_data=value)
     return Evaluation(
         held_out_td_loss=td_loss,
+        value_by_data=value,
         episode_return=episode_return,
         success_rate=_number(runners, keys.SUCCESS_RATE),
         normalized_score=_number(runners, keys.NORMALIZED_SCORE),

@@ -21,6 +21,7 @@ _QUANTITIES = (  # Attribute of `Point`, and the label of its panel.
     ("calibration_gap", "calibration gap\nQ - return of the data"),
     ("td_loss", "TD loss"),
     ("held_out_td_loss", "TD loss of\nheld-out episodes"),
+    ("value_by_data", "value by data\n(fitted Q evaluation)"),
 )
 
 
@@ -114,9 +115,13 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
 
 def _draw_trial(axes: Axes, trial: TrialRecord, quantity: str, scale: _Scale, style: Mapping[str, Any]) -> None:
     known = _curve(trial, quantity, scale)
-    is_evaluation = quantity in ("success_rate", "episode_return", "held_out_td_loss")
+    is_evaluation = quantity in ("success_rate", "episode_return", "held_out_td_loss", "value_by_data")
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if is_evaluation or len(known) < 3 else {}
-    axes.plot([x for x, _ in known], [y for _, y in known], linewidth=1.6, **marker, **style)
+    (line,) = axes.plot([x for x, _ in known], [y for _, y in known], linewidth=1.6, **marker, **style)
+    if quantity == "value_by_data" and known:
+        low, high = (_curve(trial, end, scale) for end in ("value_low", "value_high"))
+        color = line.get_color()
+        axes.fill_between([x for x, _ in low], [y for _, y in low], [y for _, y in high], color=color, alpha=0.15)
 
 
 def _curve(trial: TrialRecord, quantity: str, scale: _Scale) -> list[tuple[float, float]]:

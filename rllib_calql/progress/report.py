@@ -24,6 +24,11 @@ _QUANTITIES = (
     ("training_return", "training return"),
 )
 _MAX_SHOWN = 400  # Characters of a setting.
+_VALUES_BY_DATA = (
+    ("value_by_data", "value by data"),
+    ("value_low", "value by data, low"),
+    ("value_high", "value by data, high"),
+)
 
 
 def named_trials(runs: Sequence[RunRecord]) -> dict[str, TrialRecord]:
@@ -54,6 +59,10 @@ def rows(trials: Mapping[str, TrialRecord]) -> list[dict[str, Any]]:
             },
             "final held-out TD loss": next(iter(reversed(trial.known("held_out_td_loss"))), None),
             "best held-out TD loss": min(trial.known("held_out_td_loss"), default=None),
+            **{
+                f"final {label}": next(iter(reversed(trial.known(quantity))), None)
+                for quantity, label in _VALUES_BY_DATA
+            },
             "dip": trial.dip,
             "regret": trial.regret,
             "data return": trial.data_return,

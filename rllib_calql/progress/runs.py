@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.fs
 
 from rllib_calql.common import metrics as keys
-from rllib_calql.common.evaluations import mark_of_evaluation
+from rllib_calql.common.evaluations import NewEvaluations
 from rllib_calql.progress.budget import value_of
 from rllib_calql.system.file_lock import is_held
 
@@ -38,6 +38,9 @@ class Point:
         success_rate: The same.
         normalized_score: The same.
         held_out_td_loss: The same, of held-out episodes.
+        value_by_data: The same, by fitted Q evaluation.
+        value_low: Lower end of its 95 % interval.
+        value_high: Upper end of its 95 % interval.
         training_return: Mean of recent training episodes.
         calibration_gap: Mean of Q minus the return, over offline rows if that is known.
         td_loss: Mean squared TD error over the critics.
@@ -51,6 +54,9 @@ class Point:
     success_rate: float | None = None
     normalized_score: float | None = None
     held_out_td_loss: float | None = None
+    value_by_data: float | None = None
+    value_low: float | None = None
+    value_high: float | None = None
     training_return: float | None = None
     calibration_gap: float | None = None
     td_loss: float | None = None
@@ -139,12 +145,11 @@ def read_trial(filesystem: pyarrow.fs.FileSystem, folder: str, *, is_running: bo
         return TrialRecord(name, "running" if is_running else "failed", ()) if _ERROR in names else None
     points: list[Point] = []
     last: Mapping[str, Any] = {}
-    mark_before: tuple[Any, ...] | None = None  # Of the evaluation in the result before.
+    evaluations = NewEvaluations()
     dip = regret = data_return = regime = None
     for result in _results(filesystem, posixpath.join(folder, _RESULTS)):
-        mark, last = mark_of_evaluation(result), result
-        point = _point(result, (result.get("evaluation") or {}) if mark != mark_before else {})
-        mark_before = mark
+        last = result
+        point = _point(result, evaluations.in_result(result))
         while points and points[-1].iteration >= point.iteration:  # Made again after a failure or a resume.
             points.pop()
         points.append(point)
@@ -182,6 +187,9 @@ def _point(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Point:
         success_rate=_number(evaluation, f"env_runners/{keys.SUCCESS_RATE}"),
         normalized_score=_number(evaluation, f"env_runners/{keys.NORMALIZED_SCORE}"),
         held_out_td_loss=_number(evaluation, f"{keys.HELD_OUT}/{keys.TD_LOSS}"),
+        value_by_data=_number(evaluation, f"{keys.FQE}/{keys.VALUE}"),
+        value_low=_number(evaluation, f"{keys.FQE}/{keys.VALUE_LOW}"),
+        value_high=_number(evaluation, f"{keys.FQE}/{keys.VALUE_HIGH}"),
         training_return=_number(result, _RETURN),
         calibration_gap=_first(_number(learner, keys.CALIBRATION_GAP_OFFLINE), _number(learner, keys.CALIBRATION_GAP)),
         td_loss=sum(losses) / len(losses) if losses else None,

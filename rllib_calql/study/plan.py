@@ -192,7 +192,8 @@ def _with_settings(entry: dict[str, Any], changes: Mapping[str, Any], where: str
         if key not in changes:
             settings[key] = kept
     settings |= {key: value for key, value in changes.items() if value is not None}
-    return {**entry, "config": settings}
+    without_env = {key: value for key, value in entry.items() if key != "env" or "env" not in changes}
+    return {**without_env, "config": settings}
 
 
 def _schedule(experiment: Experiment, how: Mapping[str, int], where: str) -> Schedule:

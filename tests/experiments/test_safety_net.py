@@ -247,6 +247,19 @@ def test_an_evaluation_that_rllib_repeats_counts_once(tmp_path: Path) -> None:
     assert "best of 3 evaluations" in (training.callback.describe_best(trial) or "")
 
 
+def test_values_by_data_count_at_their_own_interval_and_are_not_missed_before_the_first(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path)
+    training = Training(trial, SafetyNet(every_s=1e6, keep_best=BestMetric("evaluation/fqe/value")))
+    values = (None, 0.5, 0.5, 0.25, 0.25)  # Every second iteration, and repeated in between.
+    for number, value in enumerate(values):
+        fitted = {} if value is None else {"fqe": {"value": value, "value_low": value - 1}}
+        training.iterate(1.0, evaluation={"held_out": {"td_loss": 0.1 * number}, **fitted})
+    assert not training.said
+    assert "evaluation/fqe/value 0.5 at" in (training.callback.describe_best(trial) or "")
+    training.iterate(1.0, is_asked_for=True)
+    assert "best of 2 evaluations" in (training.callback.describe_best(trial) or "")
+
+
 def test_a_kill_while_the_best_one_is_replaced_leaves_the_former_or_the_new_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,3 +189,24 @@ def test_held_out_episodes_and_overfitting_are_told_where_there_is_no_return() -
     assert "  overfitting        The critics overfit: so they say" in summary
     progress = observe(progress, result_of("offline", 4_000, 20.0, **judged(1.5)), TOTALS)
     assert "overfitting" not in format_summary(progress, "ended", None)
+
+
+@pytest.mark.parametrize(
+    ("warnings", "doubts"),
+    [({}, ""), ({"warnings": "One."}, ", 1 warning"), ({"warnings": "One.\nTwo."}, ", 2 warnings")],
+)
+def test_a_value_by_data_is_told_with_its_interval_and_the_number_of_its_warnings(
+    warnings: dict[str, str], doubts: str
+) -> None:
+    def judged(updates: int, evaluation: dict[str, Any]) -> TrialProgress:
+        result = result_of("offline", updates, 5.0, evaluation={"held_out": {"td_loss": 0.5}} | evaluation)
+        return observe(TrialProgress("a"), result, TOTALS)
+
+    before = judged(1_000, {})
+    assert "value" not in format_line(before) + format_summary(before, "ended", None)
+    fitted = {"fqe": {"value": 0.34567, "value_low": 0.25, "value_high": 0.5} | warnings}
+    progress = judged(2_000, fitted)
+    assert format_line(progress).endswith(f"value by data 0.3457 [0.25, 0.5]{doubts}")
+    assert (
+        f"  value by data      final 0.3457 [0.25, 0.5]{doubts}" in format_summary(progress, "ended", None).splitlines()
+    )

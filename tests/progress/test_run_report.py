@@ -108,6 +108,25 @@ def test_runs_without_an_environment_are_compared_by_their_held_out_losses(tmp_p
     assert plots.draw(trials, "r")[:8] == PNG
 
 
+def test_evaluations_at_intervals_of_their_own_are_repeated_on_their_own(tmp_path: Path) -> None:
+    def judged(iteration: int, td_loss: float, value: float | None, episodes: int) -> dict[str, Any]:
+        fitted = {"value": value, "value_low": (value or 0.0) - 1, "value_high": (value or 0.0) + 1}
+        evaluation = {"held_out": {"td_loss": td_loss}, **evaluated(-3.0, episodes)}
+        evaluation |= {} if value is None else {"fqe": fitted}
+        return result(iteration, 100 * iteration, 0, None, evaluation=evaluation)
+
+    # Held-out losses at every iteration, episodes at every second, values at the second and the fifth.
+    results = [judged(1, 0.5, None, 1), judged(2, 0.4, 2.0, 2), judged(3, 0.3, 2.0, 2), judged(4, 0.2, 2.0, 3)]
+    results.append(judged(5, 0.1, 3.0, 3))
+    trials = report.named_trials([read_run(LOCAL, str(run_in(tmp_path / "r", results)))])
+    assert trials["r"].known("held_out_td_loss") == [0.5, 0.4, 0.3, 0.2, 0.1]
+    assert trials["r"].known("episode_return") == [-3.0, -3.0, -3.0]
+    assert trials["r"].known("value_by_data") == [2.0, 3.0]
+    (row,) = report.rows(trials)
+    assert [row[f"final value by data{end}"] for end in ("", ", low", ", high")] == [3.0, 2.0, 4.0]
+    assert plots.draw(trials, "r")[:8] == PNG
+
+
 def test_an_evaluation_that_rllib_repeats_counts_once_and_iterations_made_again_replace_those_before(
     tmp_path: Path,
 ) -> None:

@@ -102,6 +102,16 @@ def test_every_algorithm_gets_the_tasks_settings_and_its_own(tmp_path: Path) -> 
     assert study.description["algorithms"]["CQL"] == {"calibrate": False}
 
 
+def test_a_task_may_take_another_environment_than_its_experiment_file(tmp_path: Path) -> None:
+    task = {"file": "line.yaml", "evaluation_episodes": 2, "evaluate_every_offline_updates": 10}
+    task |= {"evaluate_every_env_steps": 25}
+    study = study_of(tmp_path, tasks={"Line": task, "Other line": task | {"config": {"env": "tiny:LineEnv"}}})
+    assert {(trial.task, trial.config.env) for trial in study.trials} == {
+        ("Line", "registered_line:Line-v0"),
+        ("Other line", "tiny:LineEnv"),
+    }
+
+
 def test_ray_gets_whole_cpus_for_trials_that_need_parts_of_one(tmp_path: Path) -> None:
     shared_cores = {"num_env_runners": 1, "num_cpus_per_env_runner": 0.5}
     study = study_of(tmp_path, algorithms={"Cal-QL": {}, "two runners to a core": shared_cores})
