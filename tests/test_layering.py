@@ -37,6 +37,7 @@ WINGS = (
     ("evaluation",),
     ("",),  # The package itself: `CalQL`, `CalQLConfig` and what puts them together.
     ("progress",),
+    ("experiments.reading",),
     ("experiments",),
     ("study",),
     ("commands",),

@@ -11,8 +11,8 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rllib_calql import CalQLConfig
 from rllib_calql.common import metrics as keys
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import parse_experiment, read_experiments
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.stopping import metrics_of, why_absent
 
 METRICS = Path(metrics_of.__code__.co_filename).parent / "common" / "METRICS.md"

@@ -41,8 +41,8 @@ def _other_env(name: str | None, config: str | None, verbose: bool) -> OtherEnv:
     prepare(verbose)
     from rllib_calql.environments.resolving import resolve_env
     from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
-    from rllib_calql.experiments.errors import ExperimentError
-    from rllib_calql.experiments.experiment import parsed_yaml
+    from rllib_calql.experiments.reading.errors import ExperimentError
+    from rllib_calql.experiments.reading.yaml_files import parsed_yaml
 
     try:
         if name is not None:

@@ -101,8 +101,8 @@ def file(
     use_folder_of(file)
     prepare(verbose)
 
-    from rllib_calql.experiments.errors import ExperimentError
     from rllib_calql.experiments.experiment import read_experiments
+    from rllib_calql.experiments.reading.errors import ExperimentError
     from rllib_calql.sources import check_checkpoints
 
     try:

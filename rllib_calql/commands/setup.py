@@ -46,7 +46,7 @@ class UsageError(click.ClickException):
 
 def quiet_warnings() -> None:
     """Hides what Ray, Gymnasium and the simulators warn of, which nobody who gives a command can act on."""
-    warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw)\b")
+    warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw|optuna)\b")
 
 
 def prepare(verbose: bool) -> None:

@@ -54,7 +54,7 @@ def study(
     prepare(verbose)
 
     from rllib_calql.datasets.report.plots import require_matplotlib
-    from rllib_calql.experiments.errors import ExperimentError
+    from rllib_calql.experiments.reading.errors import ExperimentError
     from rllib_calql.study.folder import claimed, mark, new_tune_folder
     from rllib_calql.study.plan import read_study
     from rllib_calql.study.runner import requests, run_study, unfinished_trials

@@ -21,7 +21,7 @@ from ray.tune.utils import flatten_dict
 from rllib_calql.checkpoints.integrity import read_file
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.evaluations import flaw_of_judging, place_of
-from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown
+from rllib_calql.experiments.reading.errors import ExperimentError, did_you_mean, refuse_unknown
 from rllib_calql.experiments.run_state import examine, names_in, write_whole
 from rllib_calql.system.parsed_json import parsed_json
 

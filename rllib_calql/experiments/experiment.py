@@ -6,38 +6,50 @@ The YAML format is the one of RLlib's former `rllib train file`: `name: {run, en
 from __future__ import annotations
 
 import math
-import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ray import tune
 from ray.rllib.algorithms import registry
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
 from rllib_calql.experiments.best_checkpoint import BestMetric
-from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
-from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
-from rllib_calql.experiments.schedulers import mutations, parse_scheduler
-from rllib_calql.experiments.search_spaces import (
+from rllib_calql.experiments.reading.errors import ExperimentError, did_you_mean, refuse_unknown, reported
+from rllib_calql.experiments.reading.loggers import Logger, parse_loggers
+from rllib_calql.experiments.reading.schedulers import mutations, parse_scheduler
+from rllib_calql.experiments.reading.search_algorithms import SearchAlgorithm, parse_search_alg
+from rllib_calql.experiments.reading.spaces import (
     KeyPath,
     find_spaces,
     foreseeable_choices,
     foreseeable_combinations,
     substitute,
 )
-from rllib_calql.experiments.typed_settings import build_config, settings_by_method
+from rllib_calql.experiments.reading.typed_settings import build_config, settings_by_method
+from rllib_calql.experiments.reading.yaml_files import load_yaml
+from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.registration import register
 from rllib_calql.sources import check_sources
 from rllib_calql.stopping import parse_stop
 from rllib_calql.system.plain_names import refuse_unplain_name
 
-_MAX_DEPTH = 50  # Of collections in collections, in a file.
-_EXPERIMENT_KEYS = ("run", "env", "stop", "config", "num_samples", "scheduler", "max_failures", *SAFETY_KEYS)
+_EXPERIMENT_KEYS = (
+    "run",
+    "env",
+    "stop",
+    "config",
+    "num_samples",
+    "scheduler",
+    "search_alg",
+    "loggers",
+    "max_failures",
+    *SAFETY_KEYS,
+)
 
 
 def num_cpus_of_largest(requests: Iterable[PlacementGroupFactory]) -> int:
@@ -61,6 +73,8 @@ class Experiment:
         stop: Metric path ("/" between levels) -> value at which a trial ends.
         num_samples: Trials per point of the grid.
         scheduler: Tune's scheduler, or None for all trials to the end.
+        search_alg: Who chooses the settings of the trials; None for grids and independent draws.
+        loggers: Where results go besides the run's folder.
         checkpoint_config: `checkpoint_frequency`, `checkpoint_at_end` and `num_to_keep`, where they are given.
         checkpoint_every_s: See `SafetyNet.every_s`.
         keep_best: By what the best checkpoint is chosen; None to keep none.
@@ -74,6 +88,8 @@ class Experiment:
     stop: dict[str, float] = field(default_factory=dict)
     num_samples: int = 1
     scheduler: TrialScheduler | None = None
+    search_alg: SearchAlgorithm | None = None
+    loggers: tuple[Logger, ...] = ()
     checkpoint_config: dict[str, Any] = field(default_factory=dict)
     checkpoint_every_s: float | None = None
     keep_best: BestMetric | None = field(default_factory=BestMetric)
@@ -94,6 +110,14 @@ class Experiment:
     def num_cpus_of_largest_trial(self) -> int:
         """CPUs that the largest trial asks Ray for."""
         return num_cpus_of_largest(self.requests)
+
+    def tune_config(self) -> tune.TuneConfig:
+        """How many trials Tune makes, who chooses them, and who ends them."""
+        return tune.TuneConfig(
+            num_samples=self.num_samples,
+            scheduler=self.scheduler,
+            **({} if self.search_alg is None else self.search_alg.tune_settings()),
+        )
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with the config's seed set."""
@@ -138,68 +162,6 @@ def _with_plain_names(experiments: list[Experiment], path: Path) -> list[Experim
     if len(set(names)) < len(names):
         raise ExperimentError(f"Two experiments in '{path}' have the same name; there are {', '.join(names)}.")
     return experiments
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 floats (PyYAML reads `3e-4` as a string), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            name = str(key_node.value)
-            if name in seen and name != "<<":
-                problem = f"the key '{name}' is there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML tries resolvers in the order of registration, so integers stay integers.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
-
-
-def load_yaml(path: Path) -> Any:
-    """Content of a YAML file.
-
-    Raises:
-        ExperimentError: If it is not valid YAML, has a key twice, or holds what cannot be a setting: whole numbers of
-            more than 64 bits, and collections that are nested too deep or hold themselves.
-    """
-    with reported(f"'{path}' is not valid YAML"):
-        text = path.read_text(encoding="utf-8")
-    return parsed_yaml(text, f"'{path}'")
-
-
-def parsed_yaml(text: str, source: str) -> Any:
-    """What YAML says, and JSON, which is a part of it.
-
-    Args:
-        text: The YAML.
-        source: Where it stands, for messages.
-
-    Raises:
-        ExperimentError: As `load_yaml`.
-    """
-    with reported(f"{source} is not valid YAML"):
-        content = yaml.load(text, Loader=_StrictLoader)
-    with reported(f"{source} cannot be read"):
-        _refuse_boundless(content, _MAX_DEPTH)
-    return content
-
-
-def _refuse_boundless(content: Any, depth: int) -> None:
-    """Refuses what ends in errors of Python wherever it is copied, compared or printed."""
-    if depth == 0:
-        raise ValueError(f"its collections are nested deeper than {_MAX_DEPTH} levels, or hold themselves; drop that.")
-    if isinstance(content, int) and abs(content) >> 64:
-        raise ValueError(f"a whole number has {content.bit_length()} bits, at most 64 can be used; set a smaller one.")
-    if isinstance(content, (dict, list, set)):
-        for inner in (*content, *content.values()) if isinstance(content, dict) else content:
-            _refuse_boundless(inner, depth - 1)
 
 
 def _read_python(path: Path) -> Experiment:
@@ -291,6 +253,8 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
     mutated = config.copy(copy_frozen=False)
     for setting, space in mutations(scheduler).items():
         setattr(mutated, setting, space)
+    search_alg = parse_search_alg(entry.get("search_alg"), config, name, dict(find_spaces(vars(config))))
+    loggers = parse_loggers(entry.get("loggers"), name)
     examples = _examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ())
     return Experiment(
         name=name,
@@ -299,6 +263,8 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
         stop=_stop_of(entry.get("stop"), name, config, examples, scheduler),
         num_samples=num_samples,
         scheduler=scheduler,
+        search_alg=search_alg,
+        loggers=loggers,
         **safety,
         max_failures=max_failures,
         examples=examples,

@@ -23,9 +23,9 @@ from ray.tune.utils import flatten_dict
 
 from rllib_calql.experiments import run_state
 from rllib_calql.experiments.experiment import Experiment
+from rllib_calql.experiments.reading.schedulers import mutations
+from rllib_calql.experiments.reading.spaces import find_spaces
 from rllib_calql.experiments.run_checkpoints import drop_results_made_again, tell_where_it_goes_on
-from rllib_calql.experiments.schedulers import mutations
-from rllib_calql.experiments.search_spaces import find_spaces
 from rllib_calql.progress.budget import is_budget_spent
 
 # How a run is executed and when it ends, not what it computes. Only these settings of the file count at a resume.
@@ -137,7 +137,7 @@ def _write_tuner(experiment: Experiment, storage_path: str, filesystem: pyarrow.
     tune.Tuner(  # Writes it.
         experiment.algorithm,
         param_space=experiment.config.to_dict(),
-        tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
+        tune_config=experiment.tune_config(),
         run_config=tune.RunConfig(name=experiment.name, storage_path=storage_path),
     )
 

@@ -31,7 +31,7 @@ from rllib_calql.experiments.best_checkpoint import (
     read_best,
     write_best,
 )
-from rllib_calql.experiments.errors import ExperimentError, refuse_unknown
+from rllib_calql.experiments.reading.errors import ExperimentError, refuse_unknown
 from rllib_calql.experiments.run_state import remove_checkpoint
 
 logger = logging.getLogger(__name__)

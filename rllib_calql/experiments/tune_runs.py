@@ -82,7 +82,10 @@ def run_experiment(
         name=experiment.name,
         storage_path=storage_path,
         stop=experiment.stop,
-        callbacks=[KeepResumable(), KeepLogs(), safety, progress, interrupt, ResultsTable(), SayWaiting(announce)],
+        callbacks=[
+            *(KeepResumable(), KeepLogs(), safety, progress, interrupt, ResultsTable(), SayWaiting(announce)),
+            *(logger.build() for logger in experiment.loggers),
+        ],
         checkpoint_config=experiment.safety_net.tune_config(),
         failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
         verbose=0,
@@ -93,7 +96,7 @@ def run_experiment(
         tuner = tune.Tuner(
             experiment.algorithm,
             param_space=experiment.config.to_dict(),
-            tune_config=tune.TuneConfig(num_samples=experiment.num_samples, scheduler=experiment.scheduler),
+            tune_config=experiment.tune_config(),
             run_config=run_config,
         )
     with interrupt:
@@ -139,7 +142,9 @@ def _settings_of(experiment: Experiment) -> dict[str, str]:
 def _restored(
     experiment: Experiment, run_config: tune.RunConfig, folder: str, announce: Callable[[str], None]
 ) -> tune.Tuner:
-    tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True)
+    # A search makes new trials of the space, which Tune does not store whole.
+    param_space = None if experiment.search_alg is None else experiment.config.to_dict()
+    tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True, param_space=param_space)
     # Tune restores callbacks, scheduler and stop criteria of the first run. It keeps no state of a scheduler.
     internal: Any = tuner._local_tuner
     internal._run_config = run_config

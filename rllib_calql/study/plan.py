@@ -19,10 +19,11 @@ from typing import Any
 
 from rllib_calql.common import metrics as keys
 from rllib_calql.config import CalQLConfig
-from rllib_calql.experiments.errors import ExperimentError, refuse_unknown
-from rllib_calql.experiments.experiment import Experiment, load_yaml, parse_experiment
-from rllib_calql.experiments.search_spaces import find_spaces
-from rllib_calql.experiments.typed_settings import settings_by_method
+from rllib_calql.experiments.experiment import Experiment, parse_experiment
+from rllib_calql.experiments.reading.errors import ExperimentError, refuse_unknown
+from rllib_calql.experiments.reading.spaces import find_spaces
+from rllib_calql.experiments.reading.typed_settings import settings_by_method
+from rllib_calql.experiments.reading.yaml_files import load_yaml
 from rllib_calql.study.folder import TRIALS_FOLDER
 from rllib_calql.system.plain_names import refuse_unplain_name
 
@@ -208,7 +209,7 @@ def _schedule(experiment: Experiment, how: Mapping[str, int], where: str) -> Sch
         raise ExperimentError(
             f"`stop` of '{where}' says how many env steps a trial makes; drop `max_online_env_steps`."
         )
-    if any(find_spaces(vars(experiment.config))) or experiment.scheduler is not None:
+    if any(find_spaces(vars(experiment.config))) or experiment.scheduler or experiment.search_alg:
         raise ExperimentError(f"'{where}' searches over settings; a study needs values.")
     return Schedule(
         num_env_steps=int(experiment.stop[keys.NUM_ONLINE_ENV_STEPS_LIFETIME]),

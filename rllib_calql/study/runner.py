@@ -15,7 +15,7 @@ from ray import tune
 
 import rllib_calql
 from rllib_calql.algorithm import CalQL
-from rllib_calql.experiments.errors import ExperimentError
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.study.evaluations import Evaluation, write_results
 from rllib_calql.study.folder import TUNE_FOLDER
 from rllib_calql.study.plan import Study, Trial

@@ -13,7 +13,7 @@ from ray.tune.search.sample import Categorical, Float
 
 from rllib_calql import CalQL
 from rllib_calql.experiments.experiment import Experiment, ExperimentError, read_experiments
-from rllib_calql.experiments.typed_settings import settings_by_method
+from rllib_calql.experiments.reading.typed_settings import settings_by_method
 
 
 def write(tmp_path: Path, text: str, name: str = "experiment.yaml") -> Path:

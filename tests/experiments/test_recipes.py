@@ -14,7 +14,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_calql import CalQL
 from rllib_calql.common import metrics as keys
-from rllib_calql.experiments.experiment import load_yaml, read_experiments
+from rllib_calql.experiments.experiment import read_experiments
+from rllib_calql.experiments.reading.yaml_files import load_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "tuned_examples"
 RECIPES = EXAMPLES / "recipes"

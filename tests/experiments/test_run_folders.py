@@ -17,8 +17,8 @@ from run_folder_files import HOLDER, OF_A_RUN, TRIAL, files_in, write
 from rllib_calql.commands import main as cli
 from rllib_calql.commands.main import main
 from rllib_calql.experiments import run_folders
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import read_experiments
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.experiments.run_folders import RunFolder
 from rllib_calql.system.file_lock import held_lock
 from rllib_calql.system.plain_names import refuse_unplain_id, refuse_unplain_name

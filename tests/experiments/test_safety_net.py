@@ -19,8 +19,8 @@ from ray.tune.result import SHOULD_CHECKPOINT
 
 from rllib_calql.experiments import run_state
 from rllib_calql.experiments.best_checkpoint import BEST_FILE, BestMetric, read_best
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import read_experiments
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.experiments.run_checkpoints import choose_checkpoint, drop_results_made_again, tell_where_it_goes_on
 from rllib_calql.experiments.safety_net import SafetyNet, SafetyNetCallback
 from rllib_calql.experiments.tune_callbacks import KeepLogs

@@ -17,8 +17,8 @@ from tiny import line_config
 from rllib_calql import CalQL
 from rllib_calql.common import metrics as keys
 from rllib_calql.datasets import record
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import Experiment, read_experiments
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.experiments.tune_runs import run_experiment
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -16,8 +16,8 @@ from tiny import line_config
 from rllib_calql import CalQL
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.returns import RewardSettings, possible_returns, returns_of_episodes
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import parse_experiment
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.learning.divergence import OUT_OF_RANGE, DivergenceWatch
 from rllib_calql.progress.display import Display
 from rllib_calql.progress.tune_display import ProgressCallback

@@ -17,8 +17,8 @@ from ray.rllib.policy.policy import PolicySpec
 from tiny import LineEnv
 
 from rllib_calql import CalQL, CalQLConfig
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import read_experiments
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.settings.refused import DEPRECATED_REMEDIES, KEYWORDS, UNUSED_SETTINGS, deprecated_settings
 
 

@@ -10,7 +10,7 @@ import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 
 from rllib_calql import CalQLConfig
-from rllib_calql.experiments.typed_settings import settings_by_method
+from rllib_calql.experiments.reading.typed_settings import settings_by_method
 from rllib_calql.settings.shown_defaults import with_shown_defaults
 
 METHODS = sorted(settings_by_method(CalQLConfig))

@@ -63,8 +63,13 @@ def _anchor_of(section: str) -> str:
 
 @pytest.fixture
 def _data_of_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `reference_values.py` writes for its study: that it is there is looked for, not what it holds."""
-    (tmp_path / "pointmaze_umaze_demos_references.npz").touch()
+    """What scripts write for their studies: that it is there is looked for, not what it holds.
+
+    The environment of one study stands in its script.
+    """
+    for name in ("pointmaze_umaze_demos_references", "demonstrations_noisy", "medium_noisy", "sticky_noisy"):
+        (tmp_path / f"{name}.npz").touch()
+    monkeypatch.syspath_prepend(ROOT / "tuned_examples" / "studies")
     monkeypatch.chdir(tmp_path)
 
 

@@ -21,8 +21,8 @@ from tiny import TINY_NETWORKS, write_line_data
 
 from rllib_calql.checkpoints.integrity import write_manifest
 from rllib_calql.commands.main import main
-from rllib_calql.experiments.errors import ExperimentError
 from rllib_calql.experiments.experiment import num_cpus_of_largest
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.study import trial as trials
 from rllib_calql.study.evaluations import Evaluation, read_results, write_results
 from rllib_calql.study.plan import Study, read_study

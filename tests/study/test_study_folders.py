@@ -21,7 +21,7 @@ from test_study import all_rows, rows_of, study_file, study_of
 
 from rllib_calql.commands import study as study_cli
 from rllib_calql.commands.main import main
-from rllib_calql.experiments.errors import ExperimentError
+from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.study.evaluations import write_results
 from rllib_calql.study.report import write_report
 

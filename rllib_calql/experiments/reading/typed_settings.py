@@ -15,8 +15,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.utils.from_config import NotProvided
 from ray.tune.search.sample import Categorical
 
-from rllib_calql.experiments.errors import ExperimentError, did_you_mean, reported
-from rllib_calql.experiments.search_spaces import contents, find_spaces, is_space, parse_spaces
+from rllib_calql.experiments.reading.errors import ExperimentError, did_you_mean, reported
+from rllib_calql.experiments.reading.spaces import contents, find_spaces, is_space, parse_spaces
 from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
 
-from rllib_calql.experiments.errors import ExperimentError, reported
+from rllib_calql.experiments.reading.errors import ExperimentError, reported
 
 KeyPath = tuple[Any, ...]
 _MAX_COMBINATIONS = 64  # A check takes about 20 ms.

@@ -19,8 +19,8 @@ from ray.tune.schedulers import (
 from rllib_calql.checkpoints.manifest import SETTINGS_KEPT
 from rllib_calql.common.evaluations import flaw_of_judging
 from rllib_calql.config import CalQLConfig
-from rllib_calql.experiments.errors import ExperimentError, did_you_mean, refuse_unknown, reported
-from rllib_calql.experiments.search_spaces import is_space, parse_spaces
+from rllib_calql.experiments.reading.errors import ExperimentError, did_you_mean, refuse_unknown, reported
+from rllib_calql.experiments.reading.spaces import is_space, parse_spaces
 
 DEFAULT_METRIC = "evaluation/env_runners/episode_return_mean"
 _MUTATIONS = "hyperparam_mutations"

@@ -1,0 +1,1 @@
+"""How an experiment file searches: spaces of settings, schedulers, and search algorithms."""
