@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,14 @@ def _npz(data: PolicyData) -> bytes:
     return packed(data.metadata, data.arrays)
 
 
-WRITERS: dict[str, Callable[[PolicyData], bytes]] = {".npz": _npz}
+def _onnx(data: PolicyData) -> bytes:
+    from rllib_calql.export.onnx_model import onnx_model
+
+    return onnx_model(data)
+
+
+WRITERS: dict[str, Callable[[PolicyData], bytes]] = {".npz": _npz, ".onnx": _onnx}
+_PACKAGES = {".onnx": "onnx"}  # Which not every installation has.
 
 
 def export_policy(
@@ -37,7 +45,7 @@ def export_policy(
 
     Args:
         checkpoint: Folder, URI or Ray Train `Checkpoint`.
-        output: The file; its ending says the format, `.npz`.
+        output: The file; its ending says the format, `.npz` or `.onnx`.
         force: Whether a file that is there already is replaced.
         filesystem: PyArrow file system of `checkpoint`; by default what the URI says.
         scores: Of evaluations, for the metadata, besides those that the checkpoint holds.
@@ -67,6 +75,7 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
     Raises:
         FileExistsError: If it is there and `force` is False.
         FileNotFoundError: If its folder is not there.
+        ImportError: If a package that the format needs is missing, with the command that installs it.
         ValueError: If its ending is unknown, or if it is a folder.
     """
     file = Path(output).expanduser().absolute()
@@ -78,6 +87,11 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
         raise FileNotFoundError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
     if file.exists() and not force:
         raise FileExistsError(f"'{output}' is there already; choose another name, or replace it with `--force`.")
+    package = _PACKAGES.get(file.suffix.lower())
+    if package is not None and find_spec(package) is None:
+        raise ImportError(
+            f'Writing {file.suffix} needs the `{package}` package: pip install "rllib-calql[export]"; .npz needs none.'
+        )
     return file
 
 

@@ -1,12 +1,13 @@
-"""The file of a policy, `.npz`: arrays and one text of metadata, sealed by a checksum over every byte.
+"""The file of a policy: arrays, or a model, and one text of metadata, sealed by a checksum over every byte.
 
-It is an archive as `numpy.savez` writes it, so `numpy.load` lists what is in it:
+A `.npz` is an archive as `numpy.savez` writes it, so `numpy.load` lists what is in it:
 
 * `metadata`: JSON in UTF-8, as bytes (uint8). Its `format` is the number of the version.
 * Every other entry: one array of a network, see `network.array_shapes`.
 
 The comment of the archive, its last bytes, is the SHA-256 of all bytes before it. The checksum is against damage;
-nothing in the file is ever executed, whoever made it.
+nothing in the file is ever executed, whoever made it. In a `.onnx` the metadata are an entry of the model's, and the
+checksum is another one, `sha256`, in the last bytes of the file.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from rllib_calql.policy.spaces import Array, ObservationSpace
 
 FORMAT = 1
 METADATA = "metadata"
@@ -30,6 +30,10 @@ _SEAL = "sha256:"
 _SEAL_BYTES = len(_SEAL) + 64
 _DATE = (1980, 1, 1, 0, 0, 0)  # The same policy gives the same bytes.
 _DTYPES = ("float32", "uint8")
+ONNX_METADATA = "rllib_calql"  # The entry of a model's metadata.
+ONNX_OUTPUTS = ("action", "mean", "log_std")
+# As Protocol Buffers write it: field 14 of a model, with key and value.
+_ONNX_SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _ZIP = b"PK\x03\x04"
 _UNSEALED = (
     "is cut off, damaged, or no policy file: it does not end with the checksum of its content. Export the policy "
@@ -64,6 +68,36 @@ def sealed(content: bytes) -> bytes:
 def is_sealed(content: bytes) -> bool:
     """Whether the last bytes are the checksum of all others."""
     return content == sealed(content[:-_SEAL_BYTES])
+
+
+def sealed_onnx(content: bytes) -> bytes:
+    """A model that is followed by its checksum, which is one more entry of its metadata."""
+    return content + _ONNX_SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def check_onnx_seal(content: bytes, name: str) -> None:
+    """Refuses a model whose last bytes are not the checksum of all others.
+
+    Raises:
+        ValueError: If it is no policy file, or a damaged one.
+    """
+    if content != sealed_onnx(content[: -len(_ONNX_SEAL) - 64]):
+        raise ValueError(f"{name} {_UNSEALED}.")
+
+
+def onnx_inputs(space: ObservationSpace) -> list[str]:
+    """The name of each leaf's input: its path, with a prefix where that is taken; `observation` of one without parts.
+
+    Raises:
+        ValueError: If two leaves have the same path.
+    """
+    paths = [leaf.path for leaf in space.leaves]
+    if len(set(paths)) < len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"The observation has several parts with the path {twice[0]!r}; use keys without '/'.")
+    if paths == [""]:
+        return ["observation"]
+    return [f"observation/{path}" if path in ONNX_OUTPUTS or path.startswith("/") else path for path in paths]
 
 
 def unpacked(content: bytes, name: str) -> tuple[dict[str, Any], dict[str, Array]]:

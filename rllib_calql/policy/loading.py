@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rllib_calql.policy.file_format import unpacked
 from rllib_calql.policy.network import PolicyNetwork, array_shapes
+from rllib_calql.policy.onnx_session import onnx_policy, opened_model
 from rllib_calql.policy.policy import ActionSpace, Policy
 from rllib_calql.policy.spaces import Array, ObservationSpace
 
-ENDINGS = (".npz",)
+ENDINGS = (".npz", ".onnx")
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
     """The policy that `rllib export` wrote to a file. Whatever is in the file, no code of it is run.
 
     Args:
-        path: Of a `.npz` file, which needs NumPy alone.
+        path: Of a `.npz` file, which needs NumPy alone, or of a `.onnx` file, which needs ONNX Runtime.
 
     Returns:
         A function from observations to actions, see `Policy`.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ImportError: If it is a `.onnx` file and ONNX Runtime is missing, with the command that installs it.
         ValueError: If it is no policy file, a damaged one, or one of a newer version.
     """
     file = Path(path).expanduser()
@@ -42,9 +45,12 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
         raise FileNotFoundError(
             f"There is no policy file {name}; `rllib export CHECKPOINT {file}` writes it."
         ) from None
-    metadata, arrays = unpacked(content, name)
+    if file.suffix.lower() == ".onnx":
+        made = partial(onnx_policy, *opened_model(content, name))
+    else:
+        made = partial(numpy_policy, *unpacked(content, name))
     try:
-        return numpy_policy(metadata, arrays)
+        return made()
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
         raise ValueError(f"{name} is no policy file that this version can use: {_said(err)}.") from err
 

@@ -79,8 +79,8 @@ def test_a_file_is_replaced_only_by_force(checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("policy.pkl", "must end in .npz"),
-        ("policy", "must end in .npz"),
+        ("policy.pkl", "must end in .npz or .onnx"),
+        ("policy", "must end in .npz or .onnx"),
         ("nowhere/policy.npz", "There is no folder"),
     ],
 )

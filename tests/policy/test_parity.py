@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from policies import ACTIONS, CASES, VECTOR, Case, Trained, assert_same_actions, trained
 from scipy import stats
 
-from rllib_calql.policy.file_format import packed, unpacked
-from rllib_calql.policy.loading import numpy_policy
+from rllib_calql import load_policy
+from rllib_calql.export.writing import WRITERS
 from rllib_calql.policy.policy import Policy
 
 NUM_OBSERVATIONS = 1000
+Steps = tuple[list[Any], np.ndarray]  # Raw observations that the environment gave, and actions that it got.
+
+
+class Acted(NamedTuple):
+    """A policy, and steps of an env runner that acts by it."""
+
+    policy: Trained
+    greedy: Steps
+    sampled: Steps
 
 
 @pytest.fixture(scope="module", params=CASES)
-def policy_in_runner(request: pytest.FixtureRequest) -> Any:
+def acted(request: pytest.FixtureRequest) -> Acted:
+    """A policy, and what it does in an env runner."""
     made = trained(CASES[request.param])
-    yield made
+    greedy, sampled = made.acts(NUM_OBSERVATIONS), made.acts(NUM_OBSERVATIONS, noise=np.random.default_rng(3))
     made.runner.stop()
+    return Acted(made, greedy, sampled)
 
 
-def policy_of(made: Trained) -> Policy:
-    return numpy_policy(*unpacked(packed(made.data.metadata, made.data.arrays), "the file"))
+@pytest.fixture(params=[".npz", ".onnx"])
+def ending(request: pytest.FixtureRequest) -> str:
+    if request.param == ".onnx":
+        pytest.importorskip("onnx", reason='pip install ".[test]"')
+        pytest.importorskip("onnxruntime", reason='pip install ".[test]"')
+    return str(request.param)
+
+
+def policy_of(made: Trained, folder: Path, ending: str = ".npz") -> Policy:
+    file = folder / f"policy{ending}"
+    file.write_bytes(WRITERS[ending](made.data))
+    return load_policy(file)
 
 
 def stacked(space: Any, observations: list[Any]) -> Any:
@@ -37,22 +59,53 @@ def stacked(space: Any, observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def test_greedy_actions_are_those_of_env_runners(policy_in_runner: Trained) -> None:
-    observations, expected = policy_in_runner.acts(NUM_OBSERVATIONS)
-    policy = policy_of(policy_in_runner)
-    found = np.stack([policy(observation) for observation in observations])
-    assert_same_actions(found, expected, policy_in_runner.case.actions)
-    batch = policy.compute_actions(stacked(policy_in_runner.case.observations, observations))
-    assert_same_actions(batch, expected, policy_in_runner.case.actions)
-    free = policy_in_runner.case.actions.low < policy_in_runner.case.actions.high
+def test_greedy_actions_are_those_of_env_runners(acted: Acted, ending: str, tmp_path: Path) -> None:
+    observations, expected = acted.greedy
+    policy, case = policy_of(acted.policy, tmp_path, ending), acted.policy.case
+    batch = policy.compute_actions(stacked(case.observations, observations))
+    assert_same_actions(batch, expected, case.actions)
+    single = np.stack([policy(observation) for observation in observations[::10]])
+    assert_same_actions(single, expected[::10], case.actions)
+    free = case.actions.low < case.actions.high
     assert (expected.std(axis=0)[free] > 0.0).all()  # The observations matter.
 
 
-def test_sampled_actions_are_those_of_env_runners_for_the_same_noise(policy_in_runner: Trained) -> None:
-    observations, expected = policy_in_runner.acts(NUM_OBSERVATIONS, noise=np.random.default_rng(3))
-    policy, rng = policy_of(policy_in_runner), np.random.default_rng(3)
-    found = np.stack([policy(observation, explore=True, rng=rng) for observation in observations])
-    assert_same_actions(found, expected, policy_in_runner.case.actions)
+def test_sampled_actions_are_those_of_env_runners_for_the_same_noise(acted: Acted, ending: str, tmp_path: Path) -> None:
+    observations, expected = acted.sampled
+    policy, case = policy_of(acted.policy, tmp_path, ending), acted.policy.case
+    batch = stacked(case.observations, observations)
+    found = policy.compute_actions(batch, explore=True, rng=np.random.default_rng(3))
+    assert_same_actions(found, expected, case.actions)
+    rng = np.random.default_rng(3)
+    single = np.stack([policy(observation, explore=True, rng=rng) for observation in observations[:50]])
+    assert_same_actions(single, expected[:50], case.actions)
+
+
+def test_a_model_gives_actions_without_this_package(acted: Acted) -> None:
+    pytest.importorskip("onnx", reason='pip install ".[test]"')
+    onnxruntime = pytest.importorskip("onnxruntime", reason='pip install ".[test]"')
+    session = onnxruntime.InferenceSession(WRITERS[".onnx"](acted.policy.data), providers=["CPUExecutionProvider"])
+    observations, expected = acted.greedy
+    batch = stacked(acted.policy.case.observations, observations)
+    parts = dict(leaves(batch)) if isinstance(batch, (dict, tuple)) else {"observation": batch}
+    feeds = {("observation/action" if path == "action" else path): part for path, part in parts.items()}
+    action, mean, log_std = session.run(["action", "mean", "log_std"], feeds)
+    space = acted.policy.case.actions
+    assert_same_actions(action, expected, space)
+    # `mean` and `log_std` are those of the formula in the documents.
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    greedy = low + (np.tanh(mean.astype(np.float64)) + 1.0) * (high - low) / 2.0
+    assert_same_actions(greedy.astype(space.dtype), expected, space)
+    assert ((log_std >= -20.0) & (log_std <= 2.0)).all()
+
+
+def leaves(batch: Any, path: str = "") -> Any:
+    """Path and array of every part."""
+    if isinstance(batch, (dict, tuple)):
+        for key, part in batch.items() if isinstance(batch, dict) else enumerate(batch):
+            yield from leaves(part, f"{path}/{key}" if path else str(key))
+    else:
+        yield path, batch
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +115,7 @@ def small() -> Trained:
     return made
 
 
-def test_samples_are_a_squashed_gaussian(small: Trained) -> None:
+def test_samples_are_a_squashed_gaussian(small: Trained, tmp_path: Path) -> None:
     # In float64 by the formula of the paper: tanh(mean + std * noise), std = exp(multiplier * output + offset).
     arrays = {name: array.astype(np.float64) for name, array in small.data.arrays.items()}
     observation = np.linspace(-1.0, 1.0, 5).astype(np.float32)
@@ -72,7 +125,7 @@ def test_samples_are_a_squashed_gaussian(small: Trained) -> None:
     mean, raw = np.split(arrays["head.weight"] @ hidden + arrays["head.bias"], 2)
     std = np.exp(np.clip(arrays["log_std_multiplier"] * raw + arrays["log_std_offset"], -20.0, 2.0))
     batch = np.repeat(observation[None], 4000, axis=0)
-    sampled = policy_of(small).compute_actions(batch, explore=True, rng=np.random.default_rng(0))
+    sampled = policy_of(small, tmp_path).compute_actions(batch, explore=True, rng=np.random.default_rng(0))
     standard = (np.arctanh(sampled.astype(np.float64)) - mean) / std
     for dimension in range(3):
         inside = standard[:, dimension][np.abs(sampled[:, dimension]) < 1.0]
@@ -80,8 +133,8 @@ def test_samples_are_a_squashed_gaussian(small: Trained) -> None:
     assert abs(np.corrcoef(standard[:, 0], standard[:, 1])[0, 1]) < 0.05
 
 
-def test_a_generator_gives_the_same_sample_again_and_others_give_another(small: Trained) -> None:
-    policy, observation = policy_of(small), np.ones(5, np.float32)
+def test_a_generator_gives_the_same_sample_again_and_others_give_another(small: Trained, tmp_path: Path) -> None:
+    policy, observation = policy_of(small, tmp_path), np.ones(5, np.float32)
     one, same, other = (policy(observation, explore=True, rng=np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
@@ -90,11 +143,11 @@ def test_a_generator_gives_the_same_sample_again_and_others_give_another(small: 
     assert ACTIONS.contains(one)
 
 
-def test_an_observation_is_not_changed(small: Trained) -> None:
+def test_an_observation_is_not_changed(small: Trained, tmp_path: Path) -> None:
     observation = np.ones(5, np.float32)
-    policy_of(small)(observation)
+    policy_of(small, tmp_path)(observation)
     np.testing.assert_array_equal(observation, np.ones(5, np.float32))
 
 
-def test_a_batch_of_none_gives_no_action(small: Trained) -> None:
-    assert policy_of(small).compute_actions(np.zeros((0, 5), np.float32)).shape == (0, 3)
+def test_a_batch_of_none_gives_no_action(small: Trained, tmp_path: Path) -> None:
+    assert policy_of(small, tmp_path).compute_actions(np.zeros((0, 5), np.float32)).shape == (0, 3)
