@@ -79,6 +79,11 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
         ValueError: If its ending is unknown, or if it is a folder.
     """
     file = Path(output).expanduser().absolute()
+    if file.suffix.lower() in (".pt", ".pt2", ".pth"):
+        raise ValueError(
+            f"'{output}': policies are not written as programs of torch, because `torch.export.load` unpickles, which "
+            "can run code, and TorchScript is deprecated; take .onnx, or .npz."
+        )
     if file.suffix.lower() not in WRITERS:
         raise ValueError(f"The file must end in {' or '.join(WRITERS)}, which says its format, got '{output}'.")
     if file.is_dir():

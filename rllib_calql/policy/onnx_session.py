@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rllib_calql.policy.file_format import ONNX_METADATA, check_onnx_seal, onnx_inputs, parsed_metadata
+from rllib_calql.policy.file_format import ONNX_METADATA, ONNX_OUTPUTS, check_onnx_seal, onnx_inputs, parsed_metadata
 from rllib_calql.policy.policy import ActionSpace, Policy
 from rllib_calql.policy.spaces import Array, ObservationSpace
 
@@ -42,7 +42,7 @@ def opened_model(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def onnx_policy(session: Any, metadata: Mapping[str, Any]) -> Policy:
-    """The policy in a session; what comes behind its Gaussian is as in other policies.
+    """The policy in a session; samples are made of its Gaussian as in other policies.
 
     Raises:
         ValueError: If session and metadata do not belong together.
@@ -52,16 +52,21 @@ def onnx_policy(session: Any, metadata: Mapping[str, Any]) -> Policy:
     names = onnx_inputs(observation_space)
     if (found := [one.name for one in session.get_inputs()]) != names:
         raise ValueError(f"the model has the inputs {found}, its observation space {names}")
-    if not {"mean", "log_std"} <= {one.name for one in session.get_outputs()}:
-        raise ValueError("the model has no outputs `mean` and `log_std`")
+    if missing := sorted(set(ONNX_OUTPUTS) - {one.name for one in session.get_outputs()}):
+        raise ValueError(f"the model lacks the outputs {missing}")
     free = None if len(action_space.free) == metadata["action_space"]["shape"][0] else action_space.free
 
-    def outputs(leaves: list[Array], explore: bool) -> tuple[Array, Array | None]:
+    def run(leaves: list[Array], *wanted: str) -> list[Array]:
         feeds = {name: np.ascontiguousarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        found = session.run(["mean", "log_std"] if explore else ["mean"], feeds)
-        mean, log_std = (*found, None)[:2]
-        if free is None:
-            return mean, log_std
-        return mean[:, free], None if log_std is None else log_std[:, free]
+        return list(session.run(wanted, feeds))
 
-    return Policy(metadata, observation_space=observation_space, action_space=action_space, outputs=outputs)
+    def outputs(leaves: list[Array], explore: bool) -> tuple[Array, Array | None]:
+        mean, log_std = run(leaves, "mean", "log_std")
+        return (mean, log_std) if free is None else (mean[:, free], log_std[:, free])
+
+    def greedy(leaves: list[Array]) -> Array:
+        return run(leaves, "action")[0]
+
+    return Policy(
+        metadata, observation_space=observation_space, action_space=action_space, outputs=outputs, greedy=greedy
+    )

@@ -62,6 +62,7 @@ class Policy:
         observation_space: That of the metadata.
         action_space: That of the metadata.
         outputs: The network.
+        greedy: From checked leaves to greedy actions of the environment, where that is known without `outputs`.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Policy:
         observation_space: ObservationSpace,
         action_space: ActionSpace,
         outputs: Outputs,
+        greedy: Callable[[list[Array]], Array] | None = None,
     ) -> None:
         self._metadata = metadata
         self._observations = observation_space
         self._actions = action_space
         self._outputs = outputs
+        self._greedy = greedy
         self._generator: np.random.Generator | None = None
 
     @property
@@ -134,6 +137,8 @@ class Policy:
             raise TypeError(
                 f"`rng` must be a NumPy generator, `numpy.random.default_rng(seed)`, got {type(rng).__name__}."
             )
+        if self._greedy is not None and not explore:
+            return self._greedy(leaves)
         mean, log_std = self._outputs(leaves, explore)
         if log_std is None:
             return self._actions.from_module(np.tanh(mean))

@@ -81,6 +81,7 @@ def test_a_file_is_replaced_only_by_force(checkpoint: Path, tmp_path: Path) -> N
     [
         ("policy.pkl", "must end in .npz or .onnx"),
         ("policy", "must end in .npz or .onnx"),
+        ("policy.pt", "`torch.export.load` unpickles, which can run code, and TorchScript is deprecated; take .onnx"),
         ("nowhere/policy.npz", "There is no folder"),
     ],
 )
