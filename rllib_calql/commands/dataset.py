@@ -98,7 +98,8 @@ def inspect(
 ) -> None:
     """Report what data hold and what looks wrong.
 
-    INPUT is a file, a folder, a URI, or minari:<dataset id>; the report covers all inputs together. A picture shows
+    INPUT is a file, a folder, a URI, a column map (.yaml), or minari:<dataset id>; the report covers all inputs
+    together. Parquet, HDF5, NumPy, CSV, LeRobot, robomimic, d3rlpy and Stable-Baselines3 are known. A picture shows
     the distributions of returns and episode lengths. With --env the report says whether the data fit the spaces of
     the environment, which is made for it. Nothing in data is run, wherever they come from.
     """
@@ -133,7 +134,8 @@ def convert(inputs: tuple[str, ...], output: str, overwrite: bool, options: Read
     """Write data in another format.
 
     Every INPUT is a file, a folder, a URI, or minari:<dataset id>; together they become one data set. OUTPUT is
-    minari:<dataset id>, a file *.parquet, *.hdf5 or *.npz, or a folder for Parquet files.
+    minari:<dataset id>, lerobot:<folder>, robomimic:<file>.hdf5, a file *.parquet, *.hdf5 or *.npz, or a folder for
+    Parquet files.
     """
     from rllib_calql.datasets.writers.conversion import convert as convert_dataset
 

@@ -38,7 +38,7 @@ _D4RL_NAMES = {
     Columns.TRUNCATEDS: "timeouts",
 }
 # The oldest layout of HDF5 whose headers and indices carry checksums, as `fletcher32` does for the numbers.
-_HDF5_VERSIONS = ("v110", "v110")
+HDF5_VERSIONS = ("v110", "v110")
 _PART_BYTES = 512 * 2**20
 _CHUNK_BYTES = 2**20
 _COPY_BYTES = 2**20
@@ -68,7 +68,7 @@ class DatasetMetadata:
     algorithm_name: str = ""
 
 
-def _rows(block: EpisodeBlock) -> Rows:
+def rows_of(block: EpisodeBlock) -> Rows:
     """Every column with one entry per row."""
     last_rows = np.cumsum(block.lengths) - 1
 
@@ -104,7 +104,7 @@ def leaves(name: str, values: Nested) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _d4rl_leaves(block: EpisodeBlock) -> Iterator[tuple[str, NDArray[Any]]]:
-    for name, values in _rows(block).items():
+    for name, values in rows_of(block).items():
         yield from leaves(_D4RL_NAMES.get(name, name), values)
 
 
@@ -114,12 +114,14 @@ def write_hdf5(blocks: Iterator[EpisodeBlock], path: Path, metadata: DatasetMeta
         import h5py
     except ImportError as err:
         raise ImportError('Writing HDF5 files needs the `h5py` package: pip install "rllib-calql[hdf5]"') from err
-    with h5py.File(path, "w", libver=_HDF5_VERSIONS) as file:
+    with h5py.File(path, "w", libver=HDF5_VERSIONS) as file:
         for name, score in zip(REFERENCE_SCORES, metadata.reference_scores or (), strict=False):
             file.attrs[name] = score
         for block in blocks:
             columns = list(_d4rl_leaves(block))
-            _reserve(file, path, sum(array.nbytes for _, array in columns), len(columns))
+            num_bytes = sum(array.nbytes for _, array in columns)
+            # Last chunks that are not full, and the index of chunks.
+            reserve(file, path, num_bytes + (2 * len(columns) + 2) * _CHUNK_BYTES)
             for name, array in columns:
                 _append(file, name, array)
             file.flush()
@@ -128,16 +130,15 @@ def write_hdf5(blocks: Iterator[EpisodeBlock], path: Path, metadata: DatasetMeta
     return ()
 
 
-def _reserve(file: Any, path: Path, num_bytes: int, num_columns: int) -> None:
-    """Makes sure that there is room for the columns before HDF5 begins to write them.
+def reserve(file: Any, path: Path, num_bytes: int) -> None:
+    """Makes sure that there is room for so many bytes more before HDF5 begins to write them.
 
     HDF5 does not survive a disk that fills while it writes: the file cannot be closed, and the process crashes at some
     later use of the library.
     """
-    overhead = (2 * num_columns + 2) * _CHUNK_BYTES  # Last chunks that are not full, and the index of chunks.
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.id.get_filesize() + num_bytes + overhead)
+            os.posix_fallocate(opened.fileno(), 0, file.id.get_filesize() + num_bytes)
 
 
 def _append(file: Any, name: str, array: NDArray[Any]) -> None:
@@ -263,17 +264,19 @@ def _table(block: EpisodeBlock) -> Any:
     columns = {
         Columns.EPS_ID: pa.array(np.repeat(np.asarray(block.ids, dtype=object), block.lengths), pa.string()),
         Columns.T: pa.array(np.arange(block.num_rows) - np.repeat(starts, block.lengths)),
-        **{name: _arrow(values) for name, values in _rows(block).items()},
+        **{name: arrow_column(values) for name, values in rows_of(block).items()},
     }
     return pa.table(columns)
 
 
-def _arrow(values: Nested) -> Any:
+def arrow_column(values: Nested) -> Any:
     """A column: numbers as they are, further axes as fixed-size lists, dicts and tuples as structs."""
     if isinstance(values, tuple):
         values = {str(i): value for i, value in enumerate(values)}
     if isinstance(values, dict):
-        return pa.StructArray.from_arrays([_arrow(value) for value in values.values()], [str(key) for key in values])
+        return pa.StructArray.from_arrays(
+            [arrow_column(value) for value in values.values()], [str(key) for key in values]
+        )
     native = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
     array = pa.array(native.reshape(-1))
     for size in reversed(native.shape[1:]):

@@ -20,7 +20,7 @@ from rllib_calql.datasets.episodes import minari_storage
 from rllib_calql.datasets.episodes.columns import ALIASES
 from rllib_calql.datasets.episodes.reader import EpisodeBlock
 from rllib_calql.datasets.readers.minari import SCHEME
-from rllib_calql.datasets.writers import file_formats
+from rllib_calql.datasets.writers import file_formats, robot_formats
 from rllib_calql.datasets.writers.file_formats import DatasetMetadata, leaves, size_of
 from rllib_calql.datasets.writers.staging import staged
 
@@ -34,6 +34,7 @@ _WRITERS = {
     ".h5": file_formats.write_hdf5,
     ".npz": file_formats.write_npz,
 }
+_LEROBOT, _ROBOMIMIC = "lerobot:", "robomimic:"
 _Write = Callable[[Iterator[EpisodeBlock], Path, DatasetMetadata], tuple[str, ...]]
 
 
@@ -74,8 +75,8 @@ def write_blocks(
     Args:
         blocks: Whole episodes. Nothing is taken before the target is known to be free, and a few blocks at a time are
             held in memory.
-        to: `minari:<dataset id>`; a file `*.parquet`, `*.hdf5`, `*.h5` or `*.npz`; or, with a slash at the end or no
-            extension, a folder of Parquet files.
+        to: `minari:<dataset id>`; `lerobot:<folder>`; `robomimic:<file>.hdf5`; a file `*.parquet`, `*.hdf5`, `*.h5` or
+            `*.npz`; or, with a slash at the end or no extension, a folder of Parquet files.
         metadata: What is stored beside the rows where the format has a place for it.
         overwrite: Whether what stands at the target is replaced.
 
@@ -110,18 +111,38 @@ def _destination(to: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Pat
         return path, minari_storage.dataset_path(""), partial(file_formats.write_minari, dataset_id=dataset_id)
     if "://" in name:
         raise ValueError(f"`to` {name!r}: only local paths and `{SCHEME}<dataset id>` can be written.")
+    if name.startswith((_LEROBOT, _ROBOMIMIC)):
+        return _robot_destination(name, overwrite)
     path = Path(name).expanduser()
     if name.endswith("/") or not path.suffix:
         _refuse_foreign_folder(path, _holds_only_parquet, "holds something else than Parquet files", overwrite)
         return path, path.parent, file_formats.write_parquet_folder
     if path.suffix.lower() not in _WRITERS:
         raise ValueError(
-            f"`to` must be `{SCHEME}<dataset id>`, a file {', '.join(f'`*{suffix}`' for suffix in _WRITERS)}, or a "
-            f"folder of Parquet files (with a slash at the end), got {name!r}."
+            f"`to` must be `{SCHEME}<dataset id>`, `{_LEROBOT}<folder>`, `{_ROBOMIMIC}<file>.hdf5`, a file "
+            f"{', '.join(f'`*{suffix}`' for suffix in _WRITERS)}, or a folder of Parquet files (with a slash at the "
+            f"end), got {name!r}."
         )
     if path.is_dir():
         raise FileExistsError(f"'{path}' is a folder; choose another target.")
     return path, path.parent, _WRITERS[path.suffix.lower()]
+
+
+def _robot_destination(name: str, overwrite: bool) -> tuple[Path, Path, _Write]:
+    scheme, _, rest = name.partition(":")
+    path = Path(rest).expanduser()
+    if scheme == "lerobot":
+        if not path.name or path.suffix.lower() in _WRITERS:
+            raise ValueError(f"`to` must name a folder behind `{_LEROBOT}`, got {name!r}.")
+        _refuse_foreign_folder(path, _is_lerobot, "is no LeRobot data set", overwrite)
+        return path, path.parent, robot_formats.write_lerobot
+    if path.suffix.lower() not in (".hdf5", ".h5") or path.is_dir():
+        raise ValueError(f"`to` must name a file `*.hdf5` or `*.h5` behind `{_ROBOMIMIC}`, got {name!r}.")
+    return path, path.parent, robot_formats.write_robomimic
+
+
+def _is_lerobot(folder: Path) -> bool:
+    return (folder / "meta" / "info.json").is_file()
 
 
 def _refuse_foreign_folder(target: Path, is_ours: Callable[[Path], bool], what: str, overwrite: bool) -> None:

@@ -371,16 +371,17 @@ def ray_dataset(episodes: list[Any], _: Path) -> Any:
 
 def written_here(target: str) -> Callable[[list[Any], Path], str]:
     def write(_: list[Any], folder: Path) -> str:
-        to = target if target.startswith("minari:") else f"{folder}/{target}"
+        scheme, _, name = target.rpartition(":")
+        to = target if scheme == "minari" else f"{scheme}{':' if scheme else ''}{folder}/{name}"
         convert(MAZE, to, overwrite=True)
-        return to
+        return to if scheme == "minari" else f"{folder}/{name}"
 
     write.__name__ = f"written here as {target}"
     return write
 
 
 FORMATS = [
-    *map(written_here, ("rows.parquet", "data.hdf5", "data.npz", "minari:formats/converted-v0")),
+    *map(written_here, ("rows.parquet", "data.hdf5", "data.npz", "minari:formats/converted-v0", "robomimic:a.h5")),
     parquet_file,
     parquet_parts_that_cut_episodes,
     parquet_in_any_order,
@@ -467,10 +468,23 @@ def parquet_without_next_observations(episodes: list[Any], folder: Path) -> Path
     return folder
 
 
-WITHOUT_NEXT_OBSERVATIONS = [hdf5_without_next_observations, parquet_without_next_observations, d3rlpy, lerobot]
+def written_here_as_lerobot(_: list[Any], folder: Path) -> str:
+    convert(MAZE, f"lerobot:{folder}/maze")
+    return f"{folder}/maze"
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot"])
+WITHOUT_NEXT_OBSERVATIONS = [
+    hdf5_without_next_observations,
+    parquet_without_next_observations,
+    d3rlpy,
+    lerobot,
+    written_here_as_lerobot,
+]
+
+
+@pytest.mark.parametrize(
+    "write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot", "LeRobot here"]
+)
 def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_repeated(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:
@@ -484,7 +498,9 @@ def test_without_next_observations_only_those_after_the_ends_differ_if_they_are_
     assert data.report.remarks == {REPEATED: len(episodes)}
 
 
-@pytest.mark.parametrize("write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot"])
+@pytest.mark.parametrize(
+    "write", WITHOUT_NEXT_OBSERVATIONS, ids=["HDF5", "Parquet", "d3rlpy", "LeRobot", "LeRobot here"]
+)
 def test_without_next_observations_the_last_steps_before_time_outs_are_missing_if_they_are_dropped(
     tmp_path: Path, episodes: list[Any], write: Callable[[list[Any], Path], Path]
 ) -> None:
