@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import robot_files
 from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -240,6 +241,20 @@ def write_recorded_episodes(path: Path) -> None:
     pq.write_table(pa.table({"item": pa.array(items, pa.binary())}), path)
 
 
+def of_robots(write: Callable[[Path, Table], Any]) -> Callable[[Path], None]:
+    """A writer of the valid rows in a format of `robot_files`."""
+
+    def write_file(path: Path) -> None:
+        rows = {name: values for name, values in valid_rows().items() if name != Columns.T}
+        if path.suffix == ".csv":
+            (path.parent / "columns.yaml").write_text(json.dumps(robot_files.csv_map(rows)))
+        if path.suffix == ".npz":  # One environment, whose episodes follow each other.
+            rows[Columns.EPS_ID] = np.zeros_like(rows[Columns.EPS_ID])
+        write(path, rows)
+
+    return write_file
+
+
 MINARI = "fuzz/rows-v0"
 CHECKSUMMED = {  # Files all of whose columns are protected by checksums, and what writes them.
     "rows.parquet": write_here,
@@ -247,7 +262,13 @@ CHECKSUMMED = {  # Files all of whose columns are protected by checksums, and wh
     "stored.npz": write_here,
     "compressed.npz": write_npz_compressed,
 }
-UNCHECKED = {"000001_000000-0.parquet": write_recorded_rows, "000002_000000-0.parquet": write_recorded_episodes}
+UNCHECKED = {
+    "000001_000000-0.parquet": write_recorded_rows,
+    "000002_000000-0.parquet": write_recorded_episodes,
+    "log.csv": of_robots(robot_files.write_csv),
+    "demos.hdf5": of_robots(robot_files.write_robomimic),
+    "buffer.npz": of_robots(robot_files.write_stable_baselines3),
+}
 OF_MINARI = ("metadata.json", "main_data.hdf5")  # The former describes the columns, and must not change them either.
 
 
