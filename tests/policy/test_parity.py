@@ -14,7 +14,6 @@ from rllib_calql import load_policy
 from rllib_calql.export.writing import WRITERS
 from rllib_calql.policy.policy import Policy
 
-NUM_OBSERVATIONS = 1000
 Steps = tuple[list[Any], np.ndarray]  # Raw observations that the environment gave, and actions that it got.
 
 
@@ -30,7 +29,8 @@ class Acted(NamedTuple):
 def acted(request: pytest.FixtureRequest) -> Acted:
     """A policy, and what it does in an env runner."""
     made = trained(CASES[request.param])
-    greedy, sampled = made.acts(NUM_OBSERVATIONS), made.acts(NUM_OBSERVATIONS, noise=np.random.default_rng(3))
+    number = made.case.num_observations
+    greedy, sampled = made.acts(number), made.acts(number, noise=np.random.default_rng(3))
     made.runner.stop()
     return Acted(made, greedy, sampled)
 

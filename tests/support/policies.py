@@ -49,24 +49,31 @@ class Case:
     networks: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     trained_in_bf16: bool = False
+    num_observations: int = 1000  # That it is tried on.
 
 
+FEW = 200
 CASES = {
     "box": Case(VECTOR),
     "box of float64": Case(Box(-2.0, 2.0, (4,), np.float64), FLOAT64_ACTIONS),
     "dict": Case(DICT),
     "tuple": Case(TUPLE),
-    "discrete": Case(gym.spaces.Discrete(6, start=2)),
-    "multi-discrete": Case(gym.spaces.MultiDiscrete(np.array([[2, 3], [4, 2]]))),
-    "multi-binary": Case(gym.spaces.MultiBinary(7)),
+    "discrete": Case(gym.spaces.Discrete(6, start=2), num_observations=FEW),
+    "multi-discrete": Case(gym.spaces.MultiDiscrete(np.array([[2, 3], [4, 2]])), num_observations=FEW),
+    "multi-binary": Case(gym.spaces.MultiBinary(7), num_observations=FEW),
     "image": Case(IMAGE, networks=SMALL_IMAGES),
     "asymmetric bounds, one of them fixed": Case(VECTOR, ASYMMETRIC),
     "normalised": Case(VECTOR, settings={"normalize_observations": True}),
-    "normalised without a clip": Case(DICT, settings={"normalize_observations": True, "observation_clip": np.inf}),
+    "normalised without a clip": Case(
+        DICT, settings={"normalize_observations": True, "observation_clip": np.inf}, num_observations=FEW
+    ),
     "layer norm": Case(VECTOR, networks={"layer_norm": True}),
     "trained in bf16": Case(VECTOR, networks={"layer_norm": "critic"}, trained_in_bf16=True),
-    "image trained in bf16": Case(IMAGE, networks=SMALL_IMAGES, trained_in_bf16=True),
-    **{name: Case(VECTOR, networks={"activation": name}) for name in ("tanh", "elu", "gelu", "silu", "leaky_relu")},
+    "image trained in bf16": Case(IMAGE, networks=SMALL_IMAGES, trained_in_bf16=True, num_observations=FEW),
+    **{
+        name: Case(VECTOR, networks={"activation": name}, num_observations=FEW)
+        for name in ("tanh", "elu", "gelu", "silu", "leaky_relu")
+    },
 }
 
 
