@@ -182,7 +182,7 @@ def as_truths(name: str, texts: NDArray[Any], where: Any) -> NDArray[np.bool_]:
 
 def example_map(names: Sequence[str]) -> str:
     """A map of these columns to begin with, as text of one line."""
-    kinds: Mapping[str, str] = {"rewards": r"rew", "actions": r"^(a|u|act|cmd|action|control)", "t": r"^(t|time)\b"}
+    kinds: Mapping[str, str] = {"rewards": r"rew|^r$", "actions": r"^(a|u|act|cmd|action|control)", "t": r"^(t|time)\b"}
     found: dict[str, list[str]] = {kind: [] for kind in (*kinds, "obs")}
     for name in names:
         kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, name.lower())), "obs")
