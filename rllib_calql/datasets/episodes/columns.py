@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """RLlib's name -> other names of the same column: those of D4RL, Gymnasium, Minari and LeRobot."""
 
-NAMES = frozenset(name for column, others in ALIASES.items() for name in (column, *others))
+EXECUTED_ACTIONS = ("executed_actions", "executed_action")
+"""Names of the column of what a system did in place of the actions that it was asked for; it is learned from."""
+
+IS_INTERVENTION = "is_intervention"
+"""The column that is 1 in steps whose action a person chose."""
+
+NAMES = frozenset(name for column, others in ALIASES.items() for name in (column, *others)).union(EXECUTED_ACTIONS)
 """All names that mean a column of transitions, and so no further column."""
 
 MASKS = "masks"
@@ -45,6 +51,9 @@ def find_columns(present: Collection[str], where: str) -> dict[str, str]:
         present: Names in the file.
         where: The file, for the message.
 
+    Returns:
+        RLlib's name -> name in the file. Actions are those that were executed, if the file has them.
+
     Raises:
         ValueError: If one column occurs under two names.
     """
@@ -57,7 +66,28 @@ def find_columns(present: Collection[str], where: str) -> dict[str, str]:
             )
         if names:
             found[canonical] = names[0]
+    executed = [name for name in EXECUTED_ACTIONS if name in present]
+    if len(executed) > 1:
+        raise ValueError(f"{where} has the columns `{executed[0]}` and `{executed[1]}`, which mean the same; keep one.")
+    if executed and Columns.ACTIONS in found:
+        found[Columns.ACTIONS] = executed[0]
     return found
+
+
+def is_not_executed(name: str, found: Mapping[str, str]) -> bool:
+    """Whether a column holds the actions that were asked for, where those that were executed are read in their place.
+
+    Args:
+        name: In the file.
+        found: As `find_columns` gives it.
+    """
+    is_asked_for = name in (Columns.ACTIONS, *ALIASES[Columns.ACTIONS])
+    return is_asked_for and found.get(Columns.ACTIONS) in EXECUTED_ACTIONS
+
+
+def replaced_by(found: Mapping[str, str]) -> str:
+    """Why the actions that were asked for are not read, for the list of ignored columns."""
+    return f"`{found[Columns.ACTIONS]}` is read in its place"
 
 
 def require_columns(found: Collection[str], needed: Iterable[str], present: Collection[str], where: str) -> None:

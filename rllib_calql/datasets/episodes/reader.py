@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
+
 Nested: TypeAlias = Any
 """An array, or dicts and tuples of arrays; every array has one row per time step."""
 
@@ -78,7 +80,7 @@ class ReadOptions:
 
     def wants(self, column: str) -> bool:
         """Whether a further column of numbers is to be read."""
-        return self.columns is None or column in self.columns
+        return self.columns is None or column in self.columns or column == IS_INTERVENTION  # Reports count it.
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rllib_calql.common.returns import failure_tolerance
 from rllib_calql.common.spaces import WIDEST
+from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
 from rllib_calql.datasets.episodes.reader import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader
 from rllib_calql.datasets.report.arrays import ArrayCollector
 from rllib_calql.datasets.report.comparison import bounds_of
@@ -72,6 +73,7 @@ class ReportBuilder:
         self._constants = array("d")  # The reward of episodes of two or more equal rewards, NaN for all others.
         self._num_terminated = 0
         self._num_failed = 0
+        self._num_interventions: int | None = None
         self._reward_range = (math.inf, -math.inf)
         self._magnitudes = Magnitudes()
         self._observations, self._actions = (
@@ -100,6 +102,8 @@ class ReportBuilder:
         self._reward_range = (min(low, float(lowest.min())), max(high, float(highest.max())))
         self._magnitudes.add(rewards)
         self._num_terminated += int(np.count_nonzero(block.terminateds))
+        if (interventions := block.extra_model_outputs.get(IS_INTERVENTION)) is not None:
+            self._num_interventions = (self._num_interventions or 0) + int(np.count_nonzero(interventions))
         if self._failure_reward is not None:
             # All rewards are near a number exactly if the lowest and the highest are.
             tolerance = failure_tolerance(np.asarray(block.rewards).dtype) * abs(self._failure_reward)
@@ -145,6 +149,9 @@ class ReportBuilder:
             share_outlying_rewards=share_outlying,
             constant_reward=lowest if lowest == highest else None,
             failure_reward=self._failure_reward,
+            share_interventions=(
+                None if self._num_interventions is None else self._num_interventions / int(lengths.sum())
+            ),
             share_failed=None if self._failure_reward is None else self._num_failed / num_episodes,
             normalized_scores=_normalized_scores(self._infos, return_distribution),
             observations=self._observations.build(),

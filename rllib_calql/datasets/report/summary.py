@@ -97,6 +97,7 @@ class DatasetReport:
         share_outlying_rewards: Share of the rewards over `OUTLIER_FACTOR` times that, in [0, 1].
         constant_reward: The reward of every step if they are all equal, else None.
         failure_reward: As given; None if no failure rule applies.
+        share_interventions: Share of the steps in which a person chose the action, in [0, 1]; None if no input says it.
         share_failed: Share of the episodes whose every reward is `failure_reward`; None without it.
         normalized_scores: Least, mean and largest return on the scale of `EvaluationHistory.normalized_score` (0 is
             the lower reference, 100 the upper one); None unless all inputs record the same reference scores.
@@ -124,6 +125,7 @@ class DatasetReport:
     share_outlying_rewards: float
     constant_reward: float | None
     failure_reward: float | None
+    share_interventions: float | None
     share_failed: float | None
     normalized_scores: tuple[float, float, float] | None
     observations: tuple[ArrayInfo, ...]
@@ -159,6 +161,8 @@ class DatasetReport:
         ]
         if self.share_failed is not None:
             parts.append(f"{format_share(self.share_failed)} failed")
+        if self.share_interventions:
+            parts.append(f"{format_share(self.share_interventions)} interventions")
         if self.share_outlying_rewards:
             parts.append(f"{format_share(self.share_outlying_rewards)} of the rewards over {OUTLIER_FACTOR:,} x usual")
         if self.held_out is not None:
@@ -207,6 +211,8 @@ class DatasetReport:
             ("transitions", f"{self.num_transitions:,}{self._held_out_of(1)}"),
             ("ended", "terminated {}, truncated {}; without an end in the data {}".format(*shares)),
         ]
+        if self.share_interventions is not None:
+            counts.append(("interventions", f"a person acted in {format_share(self.share_interventions)} of the steps"))
         rewards = [
             ("reward", _interval(*self.reward_range)),
             (

@@ -17,6 +17,8 @@ from rllib_calql.datasets.episodes.columns import (
     bad_valids,
     check_valids,
     find_columns,
+    is_not_executed,
+    replaced_by,
     require_columns,
     times_for_steps,
 )
@@ -82,14 +84,19 @@ def find_row_columns(schema: Any, options: ReadOptions, where: str) -> RowColumn
     extras = [
         field.name
         for field in others
-        if field.name not in _BOOKKEEPING and is_numeric(field.type) and options.wants(field.name)
+        if field.name not in _BOOKKEEPING
+        and not is_not_executed(field.name, known)
+        and is_numeric(field.type)
+        and options.wants(field.name)
     ]
-    ignored = [
-        field.name if is_numeric(field.type) else f"{field.name} ({describe_type(field.type)})"
-        for field in others
-        if field.name not in extras
-    ]
+    ignored = [_said_of_ignored(field, known) for field in others if field.name not in extras]
     return RowColumns(known, tuple(extras), tuple(ignored))
+
+
+def _said_of_ignored(field: Any, known: dict[str, str]) -> str:
+    if is_not_executed(field.name, known):
+        return f"{field.name} ({replaced_by(known)})"
+    return field.name if is_numeric(field.type) else f"{field.name} ({describe_type(field.type)})"
 
 
 def _flags_of_ogbench(schema: Any, where: str) -> dict[str, str]:

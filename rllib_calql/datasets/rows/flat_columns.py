@@ -22,6 +22,8 @@ from rllib_calql.datasets.episodes.columns import (
     bad_valids,
     check_valids,
     find_columns,
+    is_not_executed,
+    replaced_by,
     require_columns,
     times_for_steps,
 )
@@ -102,7 +104,11 @@ def columns_of(arrays: Mapping[str, ArrayHeader], options: ReadOptions, where: s
             raise bad_valids(f"has shape {arrays[VALIDS].shape} in {where}, which has {num_rows} rows")
         check_valids(arrays, where)
         stored[VALIDS] = VALIDS
-    extras, ignored = _further_columns(arrays, paths, {*found.values(), *stored}, num_rows, options)
+    not_executed = next((top for top in paths if is_not_executed(top, found)), None)
+    used = {*found.values(), *stored} | ({not_executed} if not_executed is not None else set())
+    extras, ignored = _further_columns(arrays, paths, used, num_rows, options)
+    if not_executed is not None:
+        ignored = (*ignored, f"{not_executed} ({replaced_by(found)})")
     columns = FlatColumns(
         stored={**stored, **{name: name for name in extras}},
         headers={

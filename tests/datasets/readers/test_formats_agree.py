@@ -25,7 +25,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.compression import pack
 
-from rllib_calql import CalQLConfig
+from rllib_calql import CalQLConfig, EpisodeLog
 from rllib_calql.common.returns import RewardSettings
 from rllib_calql.datasets import convert, generate
 from rllib_calql.datasets.episodes.reader import DROPPED_STEPS, REPEATED
@@ -369,6 +369,25 @@ def ray_dataset(episodes: list[Any], _: Path) -> Any:
     return ray.data.from_arrow(table_of(rows_of(episodes)))
 
 
+def episode_log(episodes: list[Any], folder: Path) -> Path:
+    """As a control loop logs them: the system did something else than it was asked for."""
+    with EpisodeLog(folder / "log") as log:
+        for episode in episodes:
+            states = [{key: episode.observations[key][t] for key in KEYS} for t in range(len(episode.rewards) + 1)]
+            log.reset(states[0])
+            for t, executed in enumerate(episode.actions):
+                ends = bool(episode.terminations[t]), bool(episode.truncations[t])
+                log.step(executed * 0.5, float(episode.rewards[t]), *ends, states[t + 1], executed_action=executed)
+    return folder / "log"
+
+
+def executed_actions_in_parquet(episodes: list[Any], folder: Path) -> Path:
+    rows = rows_of(episodes)
+    rows |= {"executed_actions": rows["actions"], "actions": rows["actions"] * np.float32(0.5)}
+    pq.write_table(table_of(rows), folder / "rows.parquet")
+    return folder
+
+
 def written_here(target: str) -> Callable[[list[Any], Path], str]:
     def write(_: list[Any], folder: Path) -> str:
         scheme, _, name = target.rpartition(":")
@@ -403,6 +422,8 @@ FORMATS = [
     recorded_episodes,
     single_agent_episodes,
     chunks_of_episodes,
+    episode_log,
+    executed_actions_in_parquet,
 ]
 
 

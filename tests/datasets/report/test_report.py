@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,19 @@ def notes_of(report: DatasetReport, about: str) -> list[str]:
 
 # 3 episodes: returns 3, -2, -3; lengths 2, 2, 3.
 THREE: list[Episode] = [([1.0, 2.0], True), ([-1.0, -1.0], False), ([-1.0, -1.0, -1.0], False)]
+
+
+def test_interventions_are_counted_where_an_input_says_them() -> None:
+    actions = np.zeros((7, 1), np.float32)
+    assert report_on(block(THREE, actions)).share_interventions is None
+    marked = replace(block(THREE, actions), extra_model_outputs={"is_intervention": np.array([1, 0, 0, 0, 1, 1, 0])})
+    report = report_on(marked, block(THREE, actions))
+    assert report.share_interventions == 3 / 14
+    assert re.search(r"interventions +a person acted in 21.43 % of the steps", str(report))
+    assert "21.43 % interventions" in report.headline
+    none = report_on(replace(marked, extra_model_outputs={"is_intervention": np.zeros(7)}))
+    assert "a person acted in 0 % of the steps" in " ".join(str(none).split())
+    assert "interventions" not in none.headline
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------

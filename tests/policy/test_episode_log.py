@@ -1,0 +1,185 @@
+"""`EpisodeLog`: files that the readers of data read as what was logged, whole or absent whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rllib_calql import EpisodeLog
+from rllib_calql.datasets import open_input
+from rllib_calql.datasets.episodes.reader import EpisodeBlock
+from rllib_calql.policy import episode_log
+
+
+def blocks_in(folder: Path) -> list[EpisodeBlock]:
+    (reader,) = open_input(str(folder))
+    return list(reader.blocks())
+
+
+def leaf(nested: Any, *keys: Any) -> np.ndarray:
+    for key in keys:
+        nested = nested[key]
+    return np.asarray(nested)
+
+
+def test_what_was_logged_is_what_the_readers_of_data_read(tmp_path: Path) -> None:
+    log = EpisodeLog(tmp_path / "episodes")
+    rng = np.random.default_rng(0)
+    asked, done_instead, rewards, observations = [], [], [], []
+    for ends in ((False, False, True), (False, False)):  # A success after three steps, a cut after two.
+        obs = {"arm": rng.normal(size=2).astype(np.float32), "grip": (np.uint8(7), 0.5)}
+        observations.append(obs["arm"].copy())
+        assert log.reset(obs) is None
+        for place, is_end in enumerate(ends):
+            action = rng.normal(size=1)
+            obs["arm"] = rng.normal(size=2).astype(np.float32)
+            executed = None if place else action / 2
+            is_cut = len(ends) == 2 and place == 1
+            file = log.step(action, place - 1, is_end, is_cut, obs, executed, is_intervention=place == 0)
+            assert (file is not None) == (is_end or is_cut)
+            asked.append(action.copy())
+            done_instead.append(action.copy() if executed is None else executed)
+            rewards.append(place - 1)
+            observations.append(obs["arm"].copy())
+            action[:] = np.nan  # The loop may use its arrays again.
+            obs["arm"] = obs["arm"].copy()
+    assert (log.num_episodes, log.num_steps) == (2, 5)
+
+    (reader,) = open_input(str(log.folder))
+    (block,) = blocks_in(log.folder)
+    assert block.lengths.tolist() == [3, 2]
+    assert block.terminateds.tolist() == [True, False]
+    np.testing.assert_array_equal(np.asarray(block.actions), np.stack(done_instead))
+    np.testing.assert_array_equal(np.asarray(block.rewards), rewards)
+    arm = leaf(block.observations, "arm")
+    assert (arm.dtype, leaf(block.observations, "grip", 0).dtype) == (np.float32, np.uint8)
+    np.testing.assert_array_equal(arm, np.stack([observations[place] for place in (0, 1, 2, 4, 5)]))
+    after = leaf(block.final_observations, "arm")
+    np.testing.assert_array_equal(after, np.stack([observations[place] for place in (3, 6)]))
+    np.testing.assert_array_equal(block.extra_model_outputs["is_intervention"], [1, 0, 0, 1, 0])
+    assert "actions (`executed_actions` is read in its place)" in reader.info.ignored_columns
+    with np.load(sorted(log.folder.iterdir())[0]) as stored:
+        np.testing.assert_array_equal(stored["actions"], np.stack(asked[:3]))
+
+
+def test_an_episode_under_way_ends_as_one_that_was_cut_at_a_reset_and_at_the_end_of_the_log(tmp_path: Path) -> None:
+    with EpisodeLog(tmp_path) as log:
+        log.reset([0.0])
+        assert log.reset([1.0]) is None  # Nothing had been done.
+        log.step([0.5], 1.0, False, False, [2.0])
+        assert log.reset([3.0]) is not None
+        log.step([0.5], 1.0, False, False, [4.0])
+        log.step([0.5], 1.0, False, False, [5.0])
+    (block,) = blocks_in(tmp_path)
+    assert (block.lengths.tolist(), block.terminateds.tolist()) == ([1, 2], [False, False])
+    with pytest.raises(RuntimeError, match="call `reset` with its first observation"):
+        log.step([0.5], 1.0, False, False, [2.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"obs": [0.0, 1.0]}, ValueError, r"`obs` has shape \(2,\), the one before it had \(1,\)"),
+        ({"obs": {"a": [0.0]}}, ValueError, r"`obs` has the parts 'a', those before it had 'observations'"),
+        ({"obs": [np.nan]}, ValueError, r"`obs` holds nan at \[0\]; a log takes finite numbers only"),
+        ({"obs": [None]}, TypeError, r"`obs` holds object; a log takes numbers"),
+        ({"obs": ["a"]}, TypeError, r"`obs` holds <U1"),
+        ({"obs": {"a/b": 1.0}}, ValueError, r"has the key 'a/b'; keys are texts without '/'"),
+        ({"action": [0.5, 0.5]}, ValueError, r"`action` has shape \(2,\)"),
+        ({"action": np.array([1], np.int64)}, None, ""),  # A whole number is a number.
+        ({"action": [1e300]}, ValueError, r"`action` holds inf at \[0\]"),  # As float32, as those before it.
+        ({"action": 0.5j}, TypeError, r"`action` holds complex128"),
+        ({"executed_action": [np.inf]}, ValueError, r"`action` holds inf"),
+        ({"executed_action": [[0.5]]}, ValueError, r"`action` has shape \(1, 1\)"),
+        ({"reward": np.nan}, ValueError, r"`reward` holds nan"),
+        ({"reward": "much"}, ValueError, r"could not convert"),
+        ({"terminated": "yes"}, TypeError, r"`terminated` must be True or False, got 'yes'"),
+        ({"is_intervention": 2}, TypeError, r"`is_intervention` must be True or False, got 2"),
+        ({"terminated": 1}, None, ""),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_and_the_episode_goes_on_without_it(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception] | None, message: str
+) -> None:
+    log = EpisodeLog(tmp_path)
+    step: dict[str, Any] = {"action": np.array([0.5], np.float32), "reward": 0, "terminated": False, "truncated": False}
+    step |= {"obs": [1.0]}
+    log.reset([0.0])
+    log.step(**step)
+    if error is None:
+        log.step(**step | change)
+    else:
+        with pytest.raises(error, match=message):
+            log.step(**step | change)
+    log.close()
+    (block,) = blocks_in(tmp_path)
+    assert block.lengths.tolist() == [1 if error else 2]
+
+
+def test_an_episode_that_could_not_be_written_is_kept_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = EpisodeLog(tmp_path)
+    log.reset([0.0])
+    with monkeypatch.context() as patched:
+        patched.setattr(episode_log.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.step([0.5], 1.0, True, False, [1.0])
+    assert list(tmp_path.iterdir()) == []
+    log.close()
+    (block,) = blocks_in(tmp_path)
+    assert block.terminateds.tolist() == [True]
+
+
+def test_what_a_power_cut_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, new = tmp_path / ".episode-a.npz.partial", tmp_path / ".episode-b.npz.partial"
+    for path in (old, new):
+        path.write_bytes(b"PK")
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    EpisodeLog(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+LOOP = """
+import sys
+for name in ("ray", "torch", "gymnasium", "scipy", "pyarrow"):
+    sys.modules[name] = None
+import numpy as np
+from rllib_calql import EpisodeLog
+log = EpisodeLog(sys.argv[1])
+number = 0
+while True:
+    log.reset(np.full(2000, number))
+    for step in range(4):
+        log.step(np.zeros(1), number, step == 3, False, np.full(2000, number))
+    number += 1
+    print(number, flush=True)  # After the file is on the disk.
+"""
+
+
+def test_a_killed_loop_without_ray_leaves_whole_episodes_and_each_that_it_had_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", LOOP, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        time.sleep(rng.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        written = 1 + process.stdout.read().count("\n")
+        process.wait(timeout=10)
+        rewards = [reward for block in blocks_in(folder) for reward in np.asarray(block.rewards).tolist()]
+        number = len(rewards) // 4
+        assert rewards == [float(episode) for episode in range(number) for _ in range(4)]
+        assert number in (written, written + 1)  # One may be there that was not told yet.
