@@ -1,4 +1,4 @@
-"""`tuned_examples/recipes`: other algorithms on the tasks of the examples."""
+"""`tuned_examples/recipes`: other algorithms on the tasks of the examples, and the same in the studies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_calql import CalQL
 from rllib_calql.common import metrics as keys
 from rllib_calql.experiments.experiment import read_experiments
 from rllib_calql.experiments.reading.yaml_files import load_yaml
+from rllib_calql.study.plan import Trial, read_study
 
 EXAMPLES = Path(__file__).parents[2] / "tuned_examples"
 RECIPES = EXAMPLES / "recipes"
 TASKS = ("pointmaze_umaze", "pointmaze_medium")
-ALGORITHMS = ("rlpd", "wsrl", "sac_with_data", "sac", "bc", "bc_then_sac")
+TASKS_OF_STUDIES = ("pointmaze_umaze",)  # Whose study runs the recipes.
+# By the last part of the file's name, what the studies call them.
+ALGORITHMS = {
+    "rlpd": "RLPD",
+    "wsrl": "WSRL",
+    "sac_with_data": "SAC with the data",
+    "sac": "SAC alone",
+    "bc": "BC",
+    "bc_then_sac": "BC then SAC",
+}
 # Sizes are cut for the test; nothing else is touched.
 _SHORTER = [
     (r" offline_updates: [1-9]\d+", " offline_updates: 4"),
@@ -70,6 +81,30 @@ def test_a_recipe_has_environment_data_rewards_gamma_and_sizes_of_its_task(task:
     assert ours.get("offline_updates", 0) in (0, theirs["offline_updates"])
     (experiment,) = read_experiments(_file(task, name))
     experiment.config.validate()
+
+
+def _learning(config: AlgorithmConfig) -> dict[str, Any]:
+    """What decides how a config learns, and not how it is executed or evaluated."""
+    other = ("num_env_runners", "num_cpus_for_main_process", "sample_async", "seed", "evaluation_interval")
+    return {key: value for key, value in config.to_dict().items() if key not in other}
+
+
+@pytest.fixture(scope="module")
+def trials() -> dict[tuple[str, str], Trial]:
+    """Those of the studies, by study and algorithm, one seed of each."""
+    found = {}
+    for study in TASKS_OF_STUDIES:
+        for trial in read_study(EXAMPLES / "studies" / f"{study}.yaml").trials:
+            found[study, trial.algorithm] = trial
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS_OF_STUDIES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_study_of_the_task_runs_the_recipe(task: str, name: str, trials: dict[tuple[str, str], Trial]) -> None:
+    (experiment,) = read_experiments(_file(task, name))
+    ours, theirs = _learning(experiment.config), _learning(trials[task, ALGORITHMS[name]].config)
+    assert {key: (value, theirs[key]) for key, value in ours.items() if theirs[key] != value} == {}
 
 
 def test_a_source_is_named_with_its_commit_and_the_lines() -> None:

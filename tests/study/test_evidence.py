@@ -57,6 +57,15 @@ def test_the_table_of_the_readme_is_that_of_the_document() -> None:
         assert numbers.split(" | ") == [cal_ql[final], cql[final], cal_ql[regret], cql[regret]], anchor
 
 
+def test_the_numbers_of_other_algorithms_in_the_readme_are_those_of_the_document() -> None:
+    table = _tables(SECTIONS["pointmaze_umaze"])
+    column = [cell.strip() for cell in table[0].split("|")].index("final score (mean)")
+    final = {cells[1].strip(): cells[column].strip() for cells in (line.split("|") for line in table[2:])}
+    said = " ".join(README.read_text().split())
+    assert f"WSRL ends at {final['WSRL']}, cloning at {final['BC']}, RLPD at {final['RLPD']}, SAC at 0.00, with" in said
+    assert final["SAC alone"] == final["SAC with the data"] == "0.00 [0.00, 0.00]"
+
+
 def _anchor_of(section: str) -> str:
     return section.split("\n")[0].lower().replace(",", "").replace(" ", "-")
 
