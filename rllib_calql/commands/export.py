@@ -9,7 +9,6 @@ import click
 
 from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
 from rllib_calql.commands.setup import UsageError, prepare, root_cause
-from rllib_calql.export.writing import checked_output
 
 
 @click.command(epilog="Example: rllib export ~/ray_results/pointmaze-umaze policy.npz --best")
@@ -29,6 +28,8 @@ def export(checkpoint: str, output: Path, best: bool, force: bool, verbose: bool
         checkpoint = str(Path(checkpoint).expanduser())
         if not Path(checkpoint).exists():
             raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
+    from rllib_calql.export.writing import checked_output
+
     try:
         checked_output(output, force=force)
     except (OSError, ValueError, ImportError) as error:

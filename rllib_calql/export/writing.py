@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rllib_calql.checkpoints.reading import read_of_one_save
 from rllib_calql.policy.file_format import packed
+from rllib_calql.policy.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rllib_calql.export.reading import PolicyData
@@ -98,17 +97,3 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
             f'Writing {file.suffix} needs the `{package}` package: pip install "rllib-calql[export]"; .npz needs none.'
         )
     return file
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whatever interrupts it."""
-    staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with staged.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staged.replace(file)
-    finally:
-        with suppress(OSError):
-            staged.unlink()

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rllib_calql.policy.whole_files import PARTIAL_ENDING, write_whole
+
 Array = npt.NDArray[Any]
 
-PREFIX = "episode-"
-_PARTIAL_ENDING = ".partial"  # Of hidden files, which no reader of folders looks at.
+_PREFIX = "episode-"
 _ABANDONED_AFTER_S = 3600.0  # Writing takes less than a second. Only a power cut leaves one that grows old.
 _OBS, _NEXT_OBS, _ACTIONS, _EXECUTED = "observations", "next_observations", "actions", "executed_actions"
 
@@ -190,7 +191,7 @@ class EpisodeLog:
         save: Any = np.savez  # Stubs take the names of arrays for its options.
         save(content, **columns)
         now = datetime.fromtimestamp(time.time(), timezone.utc)
-        file = self.folder / f"{PREFIX}{now:%Y%m%dT%H%M%S}.{now.microsecond:06d}Z-{secrets.token_hex(4)}.npz"
+        file = self.folder / f"{_PREFIX}{now:%Y%m%dT%H%M%S}.{now.microsecond:06d}Z-{secrets.token_hex(4)}.npz"
         write_whole(file, content.getvalue())
         self.num_episodes += 1
         self.num_steps += len(self._steps)
@@ -198,33 +199,10 @@ class EpisodeLog:
         return file
 
     def _remove_abandoned(self) -> None:
-        for path in self.folder.glob(f".{PREFIX}*{_PARTIAL_ENDING}"):
+        for path in self.folder.glob(f".{_PREFIX}*{PARTIAL_ENDING}"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
                     path.unlink()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears at once and whole, and outlives a power cut once this returns.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}{_PARTIAL_ENDING}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # The new name is in the folder.
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Array]]:

@@ -16,7 +16,7 @@ import pytest
 from rllib_calql import EpisodeLog
 from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes.reader import EpisodeBlock
-from rllib_calql.policy import episode_log
+from rllib_calql.policy import whole_files
 
 
 def blocks_in(folder: Path) -> list[EpisodeBlock]:
@@ -133,7 +133,7 @@ def test_an_episode_that_could_not_be_written_is_kept_and_written_later(
     log = EpisodeLog(tmp_path)
     log.reset([0.0])
     with monkeypatch.context() as patched:
-        patched.setattr(episode_log.os, "fsync", full)
+        patched.setattr(whole_files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             log.step([0.5], 1.0, True, False, [1.0])
     assert list(tmp_path.iterdir()) == []

@@ -200,11 +200,11 @@ def test_a_missing_file_is_refused_with_what_resembles_it(tmp_path: Path, update
 def test_an_empty_folder_and_another_format_are_refused(tmp_path: Path, updates: list[int]) -> None:
     (tmp_path / "folder").mkdir()
     assert_refused(offline_config(tmp_path / "folder").build, updates, r"folder' is empty: there is no `\*\.parquet`")
-    (tmp_path / "rows.csv").write_text("obs,actions\n1,2\n")
+    (tmp_path / "rows.txt").write_text("obs,actions\n1,2\n")
     assert_refused(
-        offline_config(tmp_path / "rows.csv").build,
+        offline_config(tmp_path / "rows.txt").build,
         updates,
-        r"rows\.csv' is of no format that can be read; `input_` takes `minari:<dataset id>`, Parquet, HDF5",
+        r"rows\.txt' is of no format that can be read; `input_` takes `minari:<dataset id>`, Parquet, HDF5",
     )
 
 

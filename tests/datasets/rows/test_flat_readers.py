@@ -595,11 +595,10 @@ def test_files_that_disagree_are_refused(tmp_path: Path, format_: str, change: A
     ("columns", "message"),
     [
         ({"episode_0/observations": [1], "episode_1/observations": [1]}, "Minari's own layout.*`minari:<dataset id>`"),
-        ({"data/demo_0/obs/eef": [1], "data/demo_0/actions": [1]}, "robomimic's layout; concatenate"),
         ({"a/observations": [1], "b/observations": [1]}, "columns in 2 groups .*one data set per file"),
         ({"x": [1]}, "has no column `obs`, `actions`, `rewards`, `terminateds`; its columns are `x`"),
     ],
-    ids=["minari", "robomimic", "two groups", "something else"],
+    ids=["minari", "two groups", "something else"],
 )
 def test_other_layouts_of_hdf5_are_refused_with_the_remedy(tmp_path: Path, columns: Columns, message: str) -> None:
     with pytest.raises(ValueError, match=message):

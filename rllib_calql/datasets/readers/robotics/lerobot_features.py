@@ -54,8 +54,11 @@ class LeRobotInfo:
 
 
 def info_file(name: str, filesystem: Any = None) -> DataFile | None:
-    """The `meta/info.json` in a folder; None if it is no LeRobot data set."""
-    return file_in(f"{name.rstrip('/')}/meta", "info.json", filesystem)
+    """The `meta/info.json` in a folder; None if it is no LeRobot data set, or if nothing can be reached there."""
+    try:
+        return file_in(f"{name.rstrip('/')}/meta", "info.json", filesystem)
+    except (ValueError, FileNotFoundError):  # Whoever looks for the data themselves tells it by the user's own name.
+        return None
 
 
 def read_info(file: DataFile, column_map: ColumnMap | None) -> LeRobotInfo:
