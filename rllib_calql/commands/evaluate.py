@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
-from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
-from rllib_calql.commands.setup import UsageError, prepare, root_cause
+from rllib_calql.checkpoints.reading import read_of_one_save
+from rllib_calql.commands.checkpoint_choice import best_option, chosen_checkpoint, existing, say_choice
+from rllib_calql.commands.import_path import use_folder_of
+from rllib_calql.commands.setup import UsageError, prepare
 
 if TYPE_CHECKING:
     from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
@@ -57,7 +57,7 @@ def _other_env(name: str | None, config: str | None, verbose: bool) -> OtherEnv:
 
 @click.command()
 @click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
-@click.option("--best", is_flag=True, help="Of a run or a trial, take the best checkpoint; without it, the newest.")
+@best_option
 @click.option("--episodes", type=click.IntRange(min=1), default=10, show_default=True, help="Episodes to run.")
 @click.option("--seed", type=int, help="Seed of the environment.")
 @env_options
@@ -69,34 +69,15 @@ def evaluate(checkpoint: str, best: bool, episodes: int, seed: int | None, env: 
     taken. --env names an environment for a policy that was trained on data alone, or another one with the same spaces.
     A checkpoint is code: evaluate only one that you would run as a program. Data files are not.
     """
-    if "://" not in checkpoint:
-        checkpoint = str(Path(checkpoint).expanduser())
-        if not Path(checkpoint).exists():
-            raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
-    use_folder_of()
-    prepare(verbose)
+    location = existing(checkpoint)
+    with chosen_checkpoint(location, best=best, doing="Evaluating", verbose=verbose) as chosen:
+        from rllib_calql.evaluation.checkpoint_episodes import run_episodes
 
-    from rllib_calql.evaluation.checkpoint_episodes import run_episodes
-    from rllib_calql.experiments.run_checkpoints import choose_checkpoint
-
-    try:
-        chosen = choose_checkpoint(checkpoint, best=best)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
-    try:
         judged = _judged_by_held_out(chosen.path, chosen.filesystem) if env is None else None
         if judged is None:
             run = run_episodes(chosen.path, chosen.filesystem, num_episodes=episodes, seed=seed, env=env)
             normalized = _normalized_score(run.config, run.returns)
-    except Exception as error:
-        if verbose:
-            raise
-        hint = f" {remedy}" if isinstance(error, ImportError) else ""
-        raise click.ClickException(f"Evaluating '{chosen.path}' failed: {root_cause(error)}{hint}") from error
-    if chosen.reason:
-        click.echo(f"checkpoint        {chosen.path}")
-        click.echo(f"                  {chosen.reason}")
+    say_choice(chosen)
     if judged is not None:
         click.echo("There is no environment (`--env` names one); the policy is judged by held-out episodes.", err=True)
         for name, value in judged.items():

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
-from rllib_calql.commands.setup import UsageError, prepare, root_cause
+from rllib_calql.commands.checkpoint_choice import best_option, chosen_checkpoint, existing, say_choice
+from rllib_calql.commands.setup import UsageError
 
 
 @click.command(epilog="Example: rllib export ~/ray_results/pointmaze-umaze policy.npz --best")
 @click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--best", is_flag=True, help="Of a run or a trial, take the best checkpoint; without it, the newest.")
+@best_option
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is there.")
 @click.option("-v", "--verbose", is_flag=True, help="Show RLlib's logs.")
 def export(checkpoint: str, output: Path, best: bool, force: bool, verbose: bool) -> None:
@@ -24,39 +24,17 @@ def export(checkpoint: str, output: Path, best: bool, force: bool, verbose: bool
     the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is taken. A checkpoint is
     code: export only one that you would run as a program. OUTPUT is not code.
     """
-    if "://" not in checkpoint:
-        checkpoint = str(Path(checkpoint).expanduser())
-        if not Path(checkpoint).exists():
-            raise UsageError(f"'{checkpoint}' does not exist; give the folder of a run, of a trial or of a checkpoint.")
-    from rllib_calql.export.writing import checked_output
+    location = existing(checkpoint)
+    from rllib_calql.export.writing import checked_output, export_policy
 
     try:
         checked_output(output, force=force)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
-    use_folder_of()
-    prepare(verbose)
-
-    from rllib_calql.checkpoints.reading import CheckpointFiles
-    from rllib_calql.experiments.run_checkpoints import choose_checkpoint
-    from rllib_calql.export.writing import export_policy
-
-    try:
-        chosen = choose_checkpoint(checkpoint, best=best)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
-    try:
+    with chosen_checkpoint(location, best=best, doing="Exporting", verbose=verbose) as chosen:
         scores = _scores(chosen.filesystem, chosen.path)
         export_policy(chosen.path, output, force=force, filesystem=chosen.filesystem, scores=scores)
-    except Exception as error:
-        if verbose:
-            raise
-        hint = f" {remedy}" if isinstance(error, ImportError) else ""
-        raise click.ClickException(f"Exporting '{chosen.path}' failed: {root_cause(error)}{hint}") from error
-    if chosen.reason:
-        click.echo(f"checkpoint        {chosen.path}")
-        click.echo(f"                  {chosen.reason}")
+    say_choice(chosen)
     for name, score in scores.items():
         click.echo(f"{name:<17} {score:.4g}")
     click.echo(f"policy            {output} ({output.stat().st_size:,} bytes)")
