@@ -20,9 +20,9 @@ from rllib_calql.commands.setup import UsageError
 def export(checkpoint: str, output: Path, best: bool, force: bool, verbose: bool) -> None:
     """Write the policy of RUN_OR_CHECKPOINT to OUTPUT, for `rllib_calql.load_policy`.
 
-    The ending of OUTPUT says the format: .npz needs NumPy alone to run, .onnx ONNX Runtime alone. RUN_OR_CHECKPOINT is
-    the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is taken. A checkpoint is
-    code: export only one that you would run as a program. OUTPUT is not code.
+    The ending of OUTPUT says the format: .npz needs NumPy alone to run, .onnx ONNX Runtime alone, .pt torch alone.
+    RUN_OR_CHECKPOINT is the folder or the URI of a checkpoint, or of a run or a trial, whose newest checkpoint is
+    taken. A checkpoint is code: export only one that you would run as a program. OUTPUT is not code for `load_policy`.
     """
     location = existing(checkpoint)
     from rllib_calql.export.writing import checked_output, export_policy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rllib_calql.policy.file_format import FORMAT, ONNX_METADATA, onnx_inputs, sealed_onnx
+from rllib_calql.policy.file_format import FORMAT, ONNX_METADATA, observation_names, sealed_onnx
 from rllib_calql.policy.network import LOG_STD_BOUNDS
 from rllib_calql.policy.policy import ActionSpace
 from rllib_calql.policy.spaces import Leaf, ObservationSpace
@@ -67,7 +67,7 @@ def onnx_model(data: PolicyData) -> bytes:
     action_space = data.metadata["action_space"]
     settings = data.metadata["network"]
     graph = _Graph()
-    names = onnx_inputs(observation_space)
+    names = observation_names(observation_space)
     if settings["image"] is not None:
         seen = _image_features(graph, names[0], settings["image"], data.arrays)
     else:
@@ -115,9 +115,7 @@ def _row(graph: _Graph, leaf: Leaf, name: str) -> str:
             return numbers
         return graph.add("Reshape", numbers, graph.constant([0, leaf.size], np.int64))  # 0 is the size that is there.
     columns = graph.add("Reshape", name, graph.constant([0, len(leaf.sizes)], np.int64))
-    # One-hot: each integer is compared with all values that it can have.
-    number_of = np.repeat(np.arange(len(leaf.sizes)), leaf.sizes)
-    values = np.concatenate([np.arange(size) + start for size, start in zip(leaf.sizes, leaf.starts, strict=True)])
+    number_of, values = leaf.one_hot_columns()
     repeated = graph.add("Gather", columns, graph.constant(number_of, np.int64), axis=1)
     return graph.cast(graph.add("Equal", repeated, graph.constant(values, np.int64)), np.float32)
 

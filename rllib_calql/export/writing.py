@@ -26,7 +26,13 @@ def _onnx(data: PolicyData) -> bytes:
     return onnx_model(data)
 
 
-WRITERS: dict[str, Callable[[PolicyData], bytes]] = {".npz": _npz, ".onnx": _onnx}
+def _pt(data: PolicyData) -> bytes:
+    from rllib_calql.export.torch_program import torch_program
+
+    return torch_program(data)
+
+
+WRITERS: dict[str, Callable[[PolicyData], bytes]] = {".npz": _npz, ".onnx": _onnx, ".pt": _pt}
 _PACKAGES = {".onnx": "onnx"}  # Which not every installation has.
 
 
@@ -44,7 +50,7 @@ def export_policy(
 
     Args:
         checkpoint: Folder, URI or Ray Train `Checkpoint`.
-        output: The file; its ending says the format, `.npz` or `.onnx`.
+        output: The file; its ending says the format, `.npz`, `.onnx` or `.pt`.
         force: Whether a file that is there already is replaced.
         filesystem: PyArrow file system of `checkpoint`; by default what the URI says.
         scores: Of evaluations, for the metadata, besides those that the checkpoint holds.
@@ -78,13 +84,8 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
         ValueError: If its ending is unknown, or if it is a folder.
     """
     file = Path(output).expanduser().absolute()
-    if file.suffix.lower() in (".pt", ".pt2", ".pth"):
-        raise ValueError(
-            f"'{output}': policies are not written as programs of torch, because `torch.export.load` unpickles, which "
-            "can run code, and TorchScript is deprecated; take .onnx, or .npz."
-        )
     if file.suffix.lower() not in WRITERS:
-        raise ValueError(f"The file must end in {' or '.join(WRITERS)}, which says its format, got '{output}'.")
+        raise ValueError(f"The file must end in .npz, .onnx or .pt, which says its format, got '{output}'.")
     if file.is_dir():
         raise ValueError(f"'{output}' is a folder; name a file in it, such as '{file / 'policy.npz'}'.")
     if not file.parent.is_dir():

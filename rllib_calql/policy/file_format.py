@@ -7,7 +7,8 @@ A `.npz` is an archive as `numpy.savez` writes it, so `numpy.load` lists what is
 
 The comment of the archive, its last bytes, is the SHA-256 of all bytes before it. The checksum is against damage;
 nothing in the file is ever executed, whoever made it. In a `.onnx` the metadata are an entry of the model's, and the
-checksum is another one, `sha256`, in the last bytes of the file.
+checksum is another one, `sha256`, in the last bytes of the file. A `.pt` is an archive of `torch.export` that is sealed
+in the same way and has one more entry, a whole `.npz`, which is all that this package reads.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ _SEAL_BYTES = len(_SEAL) + 64
 _DATE = (1980, 1, 1, 0, 0, 0)  # The same policy gives the same bytes.
 _DTYPES = ("float32", "uint8")
 ONNX_METADATA = "rllib_calql"  # The entry of a model's metadata.
-ONNX_OUTPUTS = ("action", "mean", "log_std")
+OUTPUTS = ("action", "mean", "log_std")  # Of models.
+_NPZ_ENTRY = "/rllib_calql.npz"  # Of a `.pt`, below its only folder.
 # As Protocol Buffers write it: field 14 of a model, with key and value.
 _ONNX_SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _ZIP = b"PK\x03\x04"
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, OverflowError)
 _UNSEALED = (
     "is cut off, damaged, or no policy file: it does not end with the checksum of its content. Export the policy "
     "again, or copy the file anew"
@@ -70,6 +73,37 @@ def is_sealed(content: bytes) -> bool:
     return content == sealed(content[:-_SEAL_BYTES])
 
 
+def with_policy(program: bytes, npz: bytes) -> bytes:
+    """An archive of `torch.export` that holds a policy's `.npz` as well, sealed."""
+    stream = io.BytesIO(program)
+    with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        archive.writestr(zipfile.ZipInfo(folder + _NPZ_ENTRY, _DATE), npz)
+        archive.comment = b" " * _SEAL_BYTES
+    return sealed(stream.getvalue()[:-_SEAL_BYTES])
+
+
+def policy_within(content: bytes, name: str) -> bytes:
+    """The `.npz` in a `.pt`; nothing else of it is read, so nothing is unpickled.
+
+    Args:
+        content: Of the file.
+        name: What messages call it.
+
+    Raises:
+        ValueError: If it is no policy file, or a damaged one.
+    """
+    _check_archive(content, name)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [info for info in archive.infolist() if info.filename.endswith(_NPZ_ENTRY)]
+            if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
+                raise KeyError("it has no policy beside the program")
+            return archive.read(entries[0])
+    except _ARCHIVE_ERRORS as err:
+        raise _foreign(name, err) from err
+
+
 def sealed_onnx(content: bytes) -> bytes:
     """A model that is followed by its checksum, which is one more entry of its metadata."""
     return content + _ONNX_SEAL + hashlib.sha256(content).hexdigest().encode()
@@ -85,8 +119,8 @@ def check_onnx_seal(content: bytes, name: str) -> None:
         raise ValueError(f"{name} {_UNSEALED}.")
 
 
-def onnx_inputs(space: ObservationSpace) -> list[str]:
-    """The name of each leaf's input: its path, with a prefix where that is taken; `observation` of one without parts.
+def observation_names(space: ObservationSpace) -> list[str]:
+    """The name of each leaf in models: its path, with a prefix where that is taken; `observation` of one without parts.
 
     Raises:
         ValueError: If two leaves have the same path.
@@ -97,7 +131,7 @@ def onnx_inputs(space: ObservationSpace) -> list[str]:
         raise ValueError(f"The observation has several parts with the path {twice[0]!r}; use keys without '/'.")
     if paths == [""]:
         return ["observation"]
-    return [f"observation/{path}" if path in ONNX_OUTPUTS or path.startswith("/") else path for path in paths]
+    return [f"observation/{path}" if path in OUTPUTS or path.startswith("/") else path for path in paths]
 
 
 def unpacked(content: bytes, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -110,18 +144,27 @@ def unpacked(content: bytes, name: str) -> tuple[dict[str, Any], dict[str, Array
     Raises:
         ValueError: If it is no policy file, a damaged one, or one of a newer version.
     """
+    _check_archive(content, name)
+    try:
+        arrays = _arrays(content)
+        metadata = parsed_metadata(arrays.pop(METADATA).tobytes(), name)
+    except _ARCHIVE_ERRORS as err:
+        raise _foreign(name, err) from err
+    return metadata, arrays
+
+
+def _check_archive(content: bytes, name: str) -> None:
+    """Refuses what is no whole, sealed archive."""
     if not content:
         raise ValueError(f"{name} is empty; export the policy again.")
     if not content.startswith(_ZIP[: len(content)]):
         raise ValueError(f"{name} is no policy file; `rllib export CHECKPOINT policy.npz` writes one.")
     if not is_sealed(content):
         raise ValueError(f"{name} {_UNSEALED}.")
-    try:
-        arrays = _arrays(content)
-        metadata = parsed_metadata(arrays.pop(METADATA).tobytes(), name)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, OverflowError) as err:
-        raise ValueError(f"{name} is no policy file of this package ({err}); export the policy again.") from err
-    return metadata, arrays
+
+
+def _foreign(name: str, err: Exception) -> ValueError:
+    return ValueError(f"{name} is no policy file of this package ({err}); export the policy again.")
 
 
 def parsed_metadata(text: bytes | str, name: str) -> dict[str, Any]:

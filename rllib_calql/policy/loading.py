@@ -8,20 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rllib_calql.policy.file_format import unpacked
+from rllib_calql.policy.file_format import policy_within, unpacked
 from rllib_calql.policy.network import PolicyNetwork, array_shapes
 from rllib_calql.policy.onnx_session import onnx_policy, opened_model
 from rllib_calql.policy.policy import ActionSpace, Policy
 from rllib_calql.policy.spaces import Array, ObservationSpace
 
-ENDINGS = (".npz", ".onnx")
+_ENDINGS = (".npz", ".onnx", ".pt")
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
     """The policy that `rllib export` wrote to a file. Whatever is in the file, no code of it is run.
 
     Args:
-        path: Of a `.npz` file, which needs NumPy alone, or of a `.onnx` file, which needs ONNX Runtime.
+        path: Of a `.npz` file or a `.pt` file, which need NumPy alone, or of a `.onnx` file, which needs ONNX Runtime.
 
     Returns:
         A function from observations to actions, see `Policy`.
@@ -37,8 +37,10 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
         raise ValueError(
             f"{name} is a folder; if it is a checkpoint, `rllib export {file} policy.npz` writes its policy."
         )
-    if file.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{name} must end in {' or '.join(ENDINGS)}, as the files that `rllib export` writes.")
+    if file.suffix.lower() not in _ENDINGS:
+        raise ValueError(
+            f"{name} must end in {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, as the files that `rllib export` writes."
+        )
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -48,6 +50,8 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     if file.suffix.lower() == ".onnx":
         made = partial(onnx_policy, *opened_model(content, name))
     else:
+        if file.suffix.lower() == ".pt":
+            content = policy_within(content, name)
         made = partial(numpy_policy, *unpacked(content, name))
     try:
         return made()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rllib_calql.policy.file_format import ONNX_METADATA, ONNX_OUTPUTS, check_onnx_seal, onnx_inputs, parsed_metadata
+from rllib_calql.policy.file_format import ONNX_METADATA, OUTPUTS, check_onnx_seal, observation_names, parsed_metadata
 from rllib_calql.policy.policy import ActionSpace, Policy
 from rllib_calql.policy.spaces import Array, ObservationSpace
 
@@ -49,10 +49,10 @@ def onnx_policy(session: Any, metadata: Mapping[str, Any]) -> Policy:
     """
     observation_space = ObservationSpace(metadata["observation_space"])
     action_space = ActionSpace(metadata["action_space"])
-    names = onnx_inputs(observation_space)
+    names = observation_names(observation_space)
     if (found := [one.name for one in session.get_inputs()]) != names:
         raise ValueError(f"the model has the inputs {found}, its observation space {names}")
-    if missing := sorted(set(ONNX_OUTPUTS) - {one.name for one in session.get_outputs()}):
+    if missing := sorted(set(OUTPUTS) - {one.name for one in session.get_outputs()}):
         raise ValueError(f"the model lacks the outputs {missing}")
     free = None if len(action_space.free) == metadata["action_space"]["shape"][0] else action_space.free
 

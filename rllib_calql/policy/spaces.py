@@ -73,6 +73,15 @@ class Leaf:
         """How many numbers it becomes."""
         return sum(self.sizes) if self.sizes else math.prod(self.shape)
 
+    def one_hot_columns(self) -> tuple[Array, Array]:
+        """For each column of the one-hot form, which integer of the part it is of and which value it stands for.
+
+        Both of shape (size,), int64; for parts with `sizes`.
+        """
+        integers = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        values = [np.arange(size) + start for size, start in zip(self.sizes, self.starts, strict=True)]
+        return integers, np.concatenate(values)
+
     @property
     def told(self) -> str:
         """The kind, as messages say it."""

@@ -79,9 +79,8 @@ def test_a_file_is_replaced_only_by_force(checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("policy.pkl", "must end in .npz or .onnx"),
-        ("policy", "must end in .npz or .onnx"),
-        ("policy.pt", "`torch.export.load` unpickles, which can run code, and TorchScript is deprecated; take .onnx"),
+        ("policy.pkl", "must end in .npz, .onnx or .pt"),
+        ("policy", "must end in .npz, .onnx or .pt"),
         ("nowhere/policy.npz", "There is no folder"),
     ],
 )

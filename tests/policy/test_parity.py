@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from policies import ACTIONS, CASES, VECTOR, Case, Trained, assert_same_actions, trained
 from scipy import stats
 
@@ -85,18 +88,41 @@ def test_a_model_gives_actions_without_this_package(acted: Acted) -> None:
     pytest.importorskip("onnx", reason='pip install ".[test]"')
     onnxruntime = pytest.importorskip("onnxruntime", reason='pip install ".[test]"')
     session = onnxruntime.InferenceSession(WRITERS[".onnx"](acted.policy.data), providers=["CPUExecutionProvider"])
-    observations, expected = acted.greedy
-    batch = stacked(acted.policy.case.observations, observations)
-    parts = dict(leaves(batch)) if isinstance(batch, (dict, tuple)) else {"observation": batch}
-    feeds = {("observation/action" if path == "action" else path): part for path, part in parts.items()}
-    action, mean, log_std = session.run(["action", "mean", "log_std"], feeds)
+    assert_acts_as_env_runners(acted, lambda parts: dict(zip(OUTPUTS, session.run(OUTPUTS, parts), strict=True)))
+
+
+def test_a_program_gives_actions_without_this_package(acted: Acted) -> None:
+    # `load_policy` reads the same bytes of a `.pt` as of a `.npz`, see test_torch_program.py.
+    program = torch.export.load(io.BytesIO(WRITERS[".pt"](acted.policy.data))).module()
+
+    def outputs(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = program({name: torch.from_numpy(part) for name, part in parts.items()})
+        return {name: values.numpy() for name, values in found.items()}
+
+    assert_acts_as_env_runners(acted, outputs)
+
+
+OUTPUTS = ["action", "mean", "log_std"]
+
+
+def assert_acts_as_env_runners(acted: Acted, outputs: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    """`action` is the greedy one; `mean` and `log_std` give the sampled ones by the formula of the documents."""
     space = acted.policy.case.actions
-    assert_same_actions(action, expected, space)
-    # `mean` and `log_std` are those of the formula in the documents.
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    greedy = low + (np.tanh(mean.astype(np.float64)) + 1.0) * (high - low) / 2.0
-    assert_same_actions(greedy.astype(space.dtype), expected, space)
-    assert ((log_std >= -20.0) & (log_std <= 2.0)).all()
+    for (observations, expected), explore in ((acted.greedy, False), (acted.sampled, True)):
+        batch = stacked(acted.policy.case.observations, observations)
+        parts = dict(leaves(batch)) if isinstance(batch, (dict, tuple)) else {"observation": batch}
+        found = outputs({("observation/action" if path == "action" else path): part for path, part in parts.items()})
+        mean, log_std = (found[name].astype(np.float64) for name in ("mean", "log_std"))
+        assert ((log_std >= -20.0) & (log_std <= 2.0)).all()
+        noise = np.zeros(expected.shape)
+        if explore:
+            free = np.flatnonzero(low < high)
+            noise[:, free] = np.random.default_rng(3).standard_normal((len(expected), len(free)), np.float32)
+        else:
+            assert_same_actions(found["action"], expected, space)
+        actions = low + (np.tanh(mean + np.exp(log_std) * noise) + 1.0) * (high - low) / 2.0
+        assert_same_actions(actions.astype(space.dtype), expected, space)
 
 
 def leaves(batch: Any, path: str = "") -> Any:
