@@ -1,7 +1,8 @@
 """Cal-QL for Ray RLlib: pre-train on logs, then fine-tune online without the collapse at the switch.
 
 Importing the package registers the algorithm name "CalQL" with Ray Tune. It stays light: Ray, RLlib and torch are
-loaded when `CalQL` or `CalQLConfig` is first used. `load_policy` and `EpisodeLog` need none of them, NumPy is enough.
+loaded when `CalQL` or `CalQLConfig` is first used. `load_policy` and `EpisodeLog` need none of them, NumPy is enough;
+`PolicyClient` needs `msgpack` as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rllib_calql.collection.budget import BudgetSpentError
     from rllib_calql.config import CalQLConfig
     from rllib_calql.export.writing import export_policy
+    from rllib_calql.policy.client import PolicyClient
     from rllib_calql.policy.episode_log import EpisodeLog
     from rllib_calql.policy.loading import load_policy
     from rllib_calql.policy.policy import Policy
@@ -26,6 +28,7 @@ __all__ = [
     "CalQLConfig",
     "EpisodeLog",
     "Policy",
+    "PolicyClient",
     "__version__",
     "export_policy",
     "load_policy",
@@ -38,6 +41,7 @@ _MODULES = {
     "CalQLConfig": "rllib_calql.config",
     "EpisodeLog": "rllib_calql.policy.episode_log",
     "Policy": "rllib_calql.policy.policy",
+    "PolicyClient": "rllib_calql.policy.client",
     "export_policy": "rllib_calql.export.writing",
     "load_policy": "rllib_calql.policy.loading",
 }

@@ -26,6 +26,7 @@ from ray.rllib.utils.metrics import EVALUATION_RESULTS
 from rllib_calql.checkpoints.pretrained import check_pretrained
 from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
 from rllib_calql.collection.env_errors import start_failures_told, told
+from rllib_calql.collection.external.runner import with_client_runners
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
@@ -33,7 +34,7 @@ from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.config import CalQLConfig
 from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import offer, provide
-from rllib_calql.evaluation.evaluating import completed_evaluation, say_evaluating
+from rllib_calql.evaluation.evaluating import completed_evaluation, evaluating_group, say_evaluating
 from rllib_calql.evaluation.held_out import with_held_out
 from rllib_calql.parts import Parts, Spaces, build_parts
 from rllib_calql.registration import register
@@ -109,12 +110,11 @@ class CalQL(CQL):
         if self._storage is not None:  # A trial of Ray Tune.
             activity.speak_as(self._storage.trial_dir_name)
         activity.say(f"building (networks on {'gpu' if config.num_gpus_per_learner else 'cpu'})")
-        if config.env is None and not config.is_offline:
+        if not config.is_online and not config.is_offline:
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
         if self._storage is None:  # Ray Tune restores a trial only after this, and then it needs no `pretrained`.
             check_pretrained(config.pretrained)
-        if config.env is None:
-            config = with_spaces_of_data(config)
+        config = with_client_runners(with_spaces_of_data(config))
         _refuse_places_that_are_not_there(config)
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
         # in Python would be in each of them; they stay with the algorithm alone.
@@ -209,8 +209,7 @@ class CalQL(CQL):
             RuntimeError: Without both, or if the environment fails again and again.
         """
         evaluated: dict[str, Any] = {}
-        if self.env_runner_group is not None:
-            group = self.eval_env_runner_group or self.env_runner_group
+        if (group := evaluating_group(self)) is not None:
             self._parts.updater.set_weights_on(group)
             say_evaluating(self.config, is_remote=bool(group.num_remote_env_runners()))
             with told("Evaluating") if not group.num_remote_env_runners() else nullcontext():

@@ -226,8 +226,16 @@ class CalQLConfig(CalQLSettings):
 
     @property
     def is_online(self) -> bool:
-        """Whether there is an environment. Without one, RLlib must build no env runners."""
-        return self.env is not None
+        """Whether there is an environment, here or of clients. Without one, RLlib must build no env runners."""
+        return self.env is not None or self.has_clients
+
+    @override(AlgorithmConfig)
+    def get_evaluation_config_object(self) -> Any:
+        """RLlib's. Evaluations are made in the environment, not by clients."""
+        config = super().get_evaluation_config_object()
+        if isinstance(config, CalQLConfig) and self.has_clients:
+            config.env_runner_cls = None
+        return config
 
     def build(self, env: Any = None, use_copy: bool = True) -> CalQL:
         """Builds the algorithm; the same as `build_algo`, without RLlib's deprecation notice.

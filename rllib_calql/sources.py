@@ -8,6 +8,7 @@ from typing import Any
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_calql.checkpoints.pretrained import check_pretrained
+from rllib_calql.collection.external.runner import read_token
 from rllib_calql.config import CalQLConfig
 from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import offer
@@ -23,7 +24,7 @@ def check_sources(configs: Iterable[AlgorithmConfig]) -> None:
         ValueError: If an environment is not registered, or data are of no format that can be read.
         ImportError: If a module cannot be imported, or a package is missing.
         TypeError: If something is no environment.
-        FileNotFoundError: If data are not there.
+        FileNotFoundError: If data are not there, or the token of clients.
     """
     seen: list[tuple[Any, ...]] = []
     for config in configs:
@@ -35,6 +36,8 @@ def check_sources(configs: Iterable[AlgorithmConfig]) -> None:
                 resolve_env(env, setting)
                 offer(env)
                 seen.append((setting, env))
+        if isinstance(config, CalQLConfig) and config.has_clients:
+            read_token(config.external_token_file)
         if isinstance(config, CalQLConfig) and config.is_offline:
             source = ("`input_`", config.input_, config.read_options)
             if source not in seen:

@@ -58,7 +58,7 @@ _OWN_TOP_LEVEL = (
     f"{keys.STORE}/{keys.OFFLINE_RETURN_MEAN}",
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.DIP, keys.REGRET)),
     *_REGIME,
-    *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE)),
+    *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE, keys.NUM_CLIENTS)),
     f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
     *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)),
 )
@@ -233,6 +233,8 @@ def why_absent(metric: str, config: AlgorithmConfig) -> str | None:
     of_runners = (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, keys.LEARNER_BUSY_SHARE)
     if metric in [f"{keys.COLLECTION}/{key}" for key in of_runners] and not config.num_env_runners:
         return "there are no remote env runners; set `num_env_runners`"
+    if metric == f"{keys.COLLECTION}/{keys.NUM_CLIENTS}" and not config.has_clients:
+        return "episodes do not come from clients; set `external_port`"
     if metric == f"{keys.COLLECTION}/{keys.LEARNER_BUSY_SHARE}" and not config.sample_async:
         return "collecting and updating take turns; set `sample_async: true`"
     if name != metric and name not in {*metric_names(num_critics=config.num_critics), *_OF_LEARNER}:
@@ -368,7 +370,12 @@ def _is_growing(metric: str) -> bool:
 
 def _check_end(stop: Mapping[str, float], name: str, config: AlgorithmConfig, scheduler: TrialScheduler | None) -> None:
     """Refuses an experiment that would interact with its environment for ever, and does not say so."""
-    if config.env is None or _ends_by_scheduler(scheduler) or getattr(config, "max_online_env_steps", None) is not None:
+    has_environment = config.env is not None or getattr(config, "external_port", None) is not None
+    if (
+        not has_environment
+        or _ends_by_scheduler(scheduler)
+        or getattr(config, "max_online_env_steps", None) is not None
+    ):
         return
     if any(_is_growing(metric) and _is_reached_in_time(metric, value, config) for metric, value in stop.items()):
         return

@@ -33,6 +33,7 @@ WINGS = (
     ("store", "settings", "export"),
     ("learning",),
     ("collection",),
+    ("collection.external",),
     ("evaluation.fqe",),
     ("evaluation",),
     ("",),  # The package itself: `CalQL`, `CalQLConfig` and what puts them together.

@@ -30,7 +30,8 @@ def run(code: str, timeout_s: float = 120.0) -> str:
 
 def test_the_package_exports_its_names() -> None:
     of_training = ["BudgetSpentError", "CalQL", "CalQLConfig", "__version__", "register"]
-    assert sorted(rllib_calql.__all__) == sorted([*of_training, "EpisodeLog", "Policy", "export_policy", "load_policy"])
+    of_policies = ["EpisodeLog", "Policy", "PolicyClient", "export_policy", "load_policy"]
+    assert sorted(rllib_calql.__all__) == sorted([*of_training, *of_policies])
     assert dir(rllib_calql) == sorted(rllib_calql.__all__)
     assert all(hasattr(rllib_calql, name) for name in rllib_calql.__all__)
 

@@ -274,7 +274,9 @@ def _section(name: str, heading: str) -> str:
     return (ROOT / name).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("method", ["training", "offline_data", "fine_tuning", "evaluation", "rl_module"])
+@pytest.mark.parametrize(
+    "method", ["training", "offline_data", "fine_tuning", "external_clients", "evaluation", "rl_module"]
+)
 def test_the_tables_of_settings_list_every_setting_with_its_default(method: str) -> None:
     config = CalQLConfig()
     if method == "rl_module":

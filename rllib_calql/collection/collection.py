@@ -13,6 +13,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, ENV_RUNNER_SAMPLING_TIME
 
 from rllib_calql.collection.budget import BudgetSpentError, EnvStepBudget
 from rllib_calql.collection.callbacks import ENV_STEPS
+from rllib_calql.collection.clients import ClientEpisodes
 from rllib_calql.collection.collector import SECONDS_PER_REQUEST, Collector
 from rllib_calql.collection.env_errors import told
 from rllib_calql.collection.requests import EpisodeJoiner, collect, collect_or_tell
@@ -28,6 +29,7 @@ from rllib_calql.system import activity
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
+_SECONDS_OF_CLIENTS = 30.0  # That an iteration waits for clients at most.
 _UPDATE_SHARE_OF_REQUEST = 0.4  # Longer updates in between left env runners idle up to a fifth of the time.
 
 
@@ -72,6 +74,7 @@ class EpisodeCollection:
         self._num_failures_before = 0
         self._generation = 0
         self._joiner = EpisodeJoiner()
+        self._clients = ClientEpisodes() if config.has_clients else None
         self._collector: Collector | None = None
         if env_runner_group is not None and config.num_env_runners:
             self._collector = Collector(
@@ -97,10 +100,14 @@ class EpisodeCollection:
         if self._collector is not None and self._config.sample_async:
             self._collect_and_update(self._collector, updater)
             return
-        if not self._budget.is_spent:
+        begin, is_waiting = time.perf_counter(), not self._budget.is_spent
+        while is_waiting:
             with self._metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                 episodes, metrics = self._collect_round()
             self._take_in(episodes, metrics)
+            is_waiting = (
+                not episodes and self._clients is not None and time.perf_counter() - begin < _SECONDS_OF_CLIENTS
+            )
         if self._budget.is_spent:
             self._take_in(self._cut(), [])
         if num_updates := self._num_updates_due(updater):
@@ -146,6 +153,8 @@ class EpisodeCollection:
                 collected = collect(self._group.local_env_runner, **arguments)
         finally:
             self._budget.settle(granted, taken)
+        if self._clients is not None:
+            self._clients.receipt, self._clients.num_connected = collected.receipt, collected.num_clients
         return self._joiner.add(collected.pieces), [collected.metrics]
 
     def _env_steps_of_a_request(self) -> float:
@@ -174,6 +183,8 @@ class EpisodeCollection:
         while not self.is_complete(updater):
             if lifetime.num_online_episodes - num_begun >= self._num_envs and not budget.is_spent:
                 break
+            if self._clients is not None and time.perf_counter() - begin > _SECONDS_OF_CLIENTS:
+                break  # Nobody may be connected, and whoever asks for checkpoints or an end is to be heard.
             round_env_steps = self._env_steps_of_a_round()
             staleness = self._config.max_staleness_env_steps
             limit = round_env_steps if staleness is None else float(staleness)
@@ -205,9 +216,12 @@ class EpisodeCollection:
 
     def _say_collecting(self, num_env_steps: int = 0) -> None:
         expected = self._env_steps_of_a_round()
+        if self._clients is not None and self._collector is not None:
+            self._clients.num_connected = self._collector.num_clients
+        from_whom = "" if self._clients is None else f" from {self._clients.told}"
         of = "" if math.isinf(expected) else f" of ~{expected:,.0f}"
         activity.say(
-            f"collecting: {{done}}{of} env steps",
+            f"collecting: {{done}}{of} env steps{from_whom}",
             unit=ENV_STEPS,
             done=num_env_steps,
             counter=keys.NUM_ONLINE_ENV_STEPS_LIFETIME,
@@ -222,7 +236,9 @@ class EpisodeCollection:
     def _request(self, num_env_steps: int | None) -> dict[str, Any]:
         """Arguments of `collect`."""
         has_policy = self._config.pretrained or self._lifetime.num_updates > 0
+        notes = {} if self._clients is None else {"notes": self._clients.notes(self._lifetime.num_updates)}
         return {
+            **notes,
             "seed": self._store.draw_seed(),
             "num_env_steps": num_env_steps,
             "random_actions": not has_policy and self._lifetime.is_warming_up,
@@ -239,6 +255,8 @@ class EpisodeCollection:
     def _take_in(self, episodes: list[SingleAgentEpisode], metrics: list[dict[str, Any]]) -> None:
         if metrics:
             self._metrics.aggregate(metrics, key=ENV_RUNNER_RESULTS)
+        if self._clients is not None:
+            episodes = self._clients.new(episodes)
         self._success_key.include(episodes)
         self._keeper.keep(episodes)
 
@@ -265,22 +283,27 @@ class EpisodeCollection:
     # --- Results and checkpoints -------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any]:
-        """What a result says of remote env runners; nothing without any."""
+        """What a result says of remote env runners and of clients; nothing without any."""
+        of_clients = {} if self._clients is None else {keys.NUM_CLIENTS: self._clients.num_connected}
         if self._collector is None:
-            return {}
+            return of_clients
         return {
+            **of_clients,
             keys.NUM_HEALTHY_ENV_RUNNERS: self._collector.num_healthy,
             keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self.num_failures,
         }
 
     def get_state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self.num_failures, **self._budget.get_state()}
+        of_clients = {} if self._clients is None else self._clients.get_state()
+        return {keys.NUM_ENV_RUNNER_FAILURES_LIFETIME: self.num_failures, **self._budget.get_state(), **of_clients}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint; empty in one of an earlier version."""
         self._num_failures_before = state.get(keys.NUM_ENV_RUNNER_FAILURES_LIFETIME, 0)
         self._budget.set_state(state)
+        if self._clients is not None:
+            self._clients.set_state(state)
         if self._collector is not None:
             self._collector.forget_failures()  # They belong to the run that is left.
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -44,6 +45,8 @@ class _Runner:
         num_failures: How often it failed since its last finished episode.
         num_env_steps: Env steps of its next asynchronous request.
         granted: Env steps that the requests under way might make.
+        receipt: Of what it has sent last, if its environments are clients, which are told by it.
+        num_clients: These clients, when it answered last.
     """
 
     num_outstanding: int = 0
@@ -53,6 +56,8 @@ class _Runner:
     num_failures: int = 0
     num_env_steps: int = 1
     granted: float = 0.0
+    receipt: tuple[str, int] | None = None
+    num_clients: int = 0
 
 
 class Collector:
@@ -92,6 +97,11 @@ class Collector:
     def num_healthy(self) -> int:
         """Env runners that are not lost."""
         return sum(not runner.is_lost for runner in self._runners.values())
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that were connected to the runners when these answered last."""
+        return sum(runner.num_clients for runner in self._runners.values())
 
     @property
     def num_failures(self) -> int:
@@ -136,8 +146,9 @@ class Collector:
                 granted = self._budget.grant(size + self._num_envs - 1 if max_granted is None else max_granted)
                 if not granted:
                     return
+                task: Callable[..., Any] = make_task(size, granted)
                 sent = self._group.foreach_env_runner_async(
-                    make_task(size, granted),
+                    task if runner.receipt is None else partial(task, receipt=runner.receipt),
                     tag=self._tag,
                     healthy_only=False,
                     remote_worker_ids=[index],
@@ -244,6 +255,8 @@ class Collector:
                 self._settle(self._runners[index], value.granted, value.taken)
             if result.ok and isinstance(value, Collected):
                 self._note_result(index)
+                self._runners[index].receipt = value.receipt
+                self._runners[index].num_clients = value.num_clients
                 activity.count(ENV_STEPS, value.num_env_steps)
                 arrived.append((index, value))
                 continue
@@ -302,6 +315,7 @@ class Collector:
         runner.num_outstanding = 0
         self._settle_lost(runner)
         runner.num_env_steps = self._num_envs
+        runner.receipt, runner.num_clients = None, 0
         now = time.monotonic()
         if self.num_healthy == 0 and self._all_lost_since is None:
             self._all_lost_since = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
 from rllib_calql.collection.budget import EnvStepMeter, GrantSpentError
+from rllib_calql.collection.clients import RunNotes
 from rllib_calql.collection.env_errors import described
 from rllib_calql.learning.weights import Weights
 
@@ -33,6 +34,8 @@ class Collected:
         seconds: Time they took.
         granted: Env steps that it might have made.
         taken: Env steps that the environments have taken, also those of which nothing is left.
+        receipt: What a runner with clients has to be told once this has been taken; None of others.
+        num_clients: Clients that are connected to it.
     """
 
     pieces: list[SingleAgentEpisode]
@@ -41,6 +44,8 @@ class Collected:
     seconds: float
     granted: float = math.inf
     taken: int = 0
+    receipt: tuple[str, int] | None = None
+    num_clients: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def collect(
     random_actions: bool,
     weights: Weights | None = None,
     generation: int = 0,
+    notes: RunNotes | None = None,
     max_env_steps: float = math.inf,
     on_taken: Callable[[int], None] = lambda _: None,
 ) -> Collected:
@@ -84,12 +90,15 @@ def collect(
         weights: Weights to take first unless the runner has them; None keeps the runner's.
         generation: Where it grows, all sub-environments begin anew: their unfinished episodes are of no use after a
             restore.
+        notes: For a runner whose environments are clients.
         max_env_steps: Env steps that may be taken at most, over all sub-environments. A whole episode is cut there.
         on_taken: Called with the env steps taken, also if something is raised.
 
     Returns:
         Episodes or pieces, and the runner's metrics.
     """
+    if notes is not None:
+        runner.take_notes(notes)
     if weights is not None and getattr(runner, "_calql_weights_version", None) != weights.version:
         # Without a sequence number runners always take the weights, also older ones out of a checkpoint.
         runner.set_state(ray.get(weights.reference))
@@ -120,17 +129,36 @@ def collect(
         on_taken(meter.num_env_steps)
     seconds = time.perf_counter() - begin
     num_made = sum(len(piece) for piece in pieces)
-    return Collected(pieces, runner.get_metrics(), num_made, seconds, max_env_steps, meter.num_env_steps)
+    return Collected(
+        pieces,
+        runner.get_metrics(),
+        num_made,
+        seconds,
+        max_env_steps,
+        meter.num_env_steps,
+        receipt=getattr(runner, "receipt", None),
+        num_clients=getattr(runner, "num_clients", 0),
+    )
 
 
-def collect_or_tell(runner: Any, **arguments: Any) -> Collected | Failure:
+def collect_or_tell(
+    runner: Any, *, notes: RunNotes | None = None, receipt: tuple[str, int] | None = None, **arguments: Any
+) -> Collected | Failure:
     """The same as `collect` for a remote runner: what goes wrong is returned.
 
     RLlib would end the runner's process, and its cause would be in that process's log alone.
+
+    Args:
+        runner: RLlib's `SingleAgentEnvRunner`.
+        notes: For a runner whose environments are clients.
+        receipt: The last of this runner's.
+        **arguments: Of `collect`.
     """
+    if notes is not None:
+        notes = replace(notes, receipt=receipt)
     taken: list[int] = []
     try:
-        return collect(runner, **arguments, on_taken=taken.append)
+        return collect(runner, notes=notes, **arguments, on_taken=taken.append)
     except Exception as error:
         return Failure(described(error), arguments.get("max_env_steps", math.inf), sum(taken))
 

@@ -111,6 +111,8 @@ def _judged_by_held_out(checkpoint: str, filesystem: Any) -> dict[str, float] | 
             "nothing to evaluate by. Name an environment with `--env`."
         )
     config.learners(num_learners=0, num_gpus_per_learner=0)
+    config.external_clients(external_port=None, external_host="127.0.0.1", external_token_file=None)
+    config.env_runner_cls = None
     algorithm = config.algo_class.from_checkpoint(checkpoint, filesystem, config=config)
     try:
         judged: dict[str, float] = algorithm.evaluate()[keys.HELD_OUT]

@@ -44,6 +44,7 @@ NUM_ENV_STEPS_BEHIND = "num_env_steps_behind"  # Env steps stored whose updates 
 LEARNER_BUSY_SHARE = "learner_busy_share"  # Share of the iteration's time that went into updates (`sample_async`).
 NUM_DISCARDED_EPISODES_LIFETIME = "num_discarded_episodes_lifetime"  # Episodes with NaN or infinity, not stored.
 NUM_HEALTHY_ENV_RUNNERS = "num_healthy_env_runners"  # Remote env runners that are not lost.
+NUM_CLIENTS = "num_clients"  # Clients that are connected; only with `external_port`.
 NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How often one died, hung or raised.
 
 # Below "evaluation/fqe" (with `offline_evaluation_type="fqe"`), in discounted environment rewards

@@ -24,6 +24,22 @@ from rllib_calql.system import activity
 _SECONDS_FOR_RESTART = 60.0  # Of the env runners of evaluations.
 
 
+def evaluating_group(algorithm: Any) -> Any:
+    """The env runners that make the episodes of an evaluation; None without an environment for it.
+
+    Raises:
+        RuntimeError: If only clients have environments, and no episodes are held out.
+    """
+    if not algorithm.config.has_clients:
+        return algorithm.eval_env_runner_group or algorithm.env_runner_group
+    if algorithm.eval_env_runner_group is None and not algorithm.config.validation_fraction:
+        raise RuntimeError(
+            "Clients (`external_port`) are not evaluated. Set `.environment(env=...)` and `evaluation_interval` for "
+            "evaluations in an environment here, or hold episodes out by `.offline_data(validation_fraction=0.1)`."
+        )
+    return algorithm.eval_env_runner_group
+
+
 def say_evaluating(config: Any, *, is_remote: bool) -> None:
     """Says what an evaluation does; episodes of an env runner in this process are counted as they end.
 

@@ -130,7 +130,7 @@ def with_held_out(
     """Adds to an evaluation what held-out episodes say.
 
     Args:
-        results: Of the evaluation by episodes; empty without an environment.
+        results: Of the evaluation by episodes; empty without an environment for it.
         held_out: Judges; None if nothing is held out.
         algorithm: Whose callbacks are told of an evaluation that has no episodes. RLlib tells them of others.
         training: An iteration that goes on at the same time; it is waited for, since the learners are at work.
@@ -147,7 +147,7 @@ def with_held_out(
         return results
     if training is not None:
         wait([training])
-    if algorithm.env_runner_group is not None:
+    if results:
         return {**results, keys.HELD_OUT: held_out.evaluate()}
     call_back(algorithm, "on_evaluate_start")
     results = {**results, keys.HELD_OUT: held_out.evaluate()}

@@ -34,6 +34,7 @@ EXECUTION_SETTINGS = frozenset(
         *("num_env_runners", "num_envs_per_env_runner", "num_cpus_per_env_runner", "num_gpus_per_env_runner"),
         *("custom_resources_per_env_runner", "gym_env_vectorize_mode", "max_requests_in_flight_per_env_runner"),
         *("sample_async", "max_staleness_env_steps", "sample_timeout_s", "max_online_env_steps"),
+        *("external_port", "external_host", "external_token_file"),
         *("num_learners", "num_cpus_per_learner", "num_gpus_per_learner", "local_gpu_idx"),
         *("num_cpus_for_main_process", "placement_strategy", "log_level"),
         *("evaluation_num_env_runners", "evaluation_parallel_to_training", "evaluation_sample_timeout_s"),

@@ -129,7 +129,7 @@ def policy_data(
             "convolutions": [[int(number) for number in layer] for layer in model["conv_filters"]],
             "features": int(model["image_features"]),
         }
-    action_space = _described_actions(module.action_space)
+    action_space = described_actions(module.action_space)
     num_actions = len(ActionSpace(action_space).free)
     num_numbers = sum(leaf.size for leaf in ObservationSpace(observation_space).leaves)
     arrays = _arrays_of(module, settings)
@@ -164,7 +164,8 @@ def _refuse_connectors(config: Any) -> None:
             )
 
 
-def _described_actions(space: gym.Space[Any]) -> dict[str, Any]:
+def described_actions(space: gym.Space[Any]) -> dict[str, Any]:
+    """An action space as policy files describe it."""
     bounds = {name: [float(bound) for bound in getattr(space, name)] for name in ("low", "high")}
     return {"kind": "Box", "shape": list(space.shape or ()), "dtype": str(space.dtype), **bounds}
 

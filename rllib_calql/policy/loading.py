@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,26 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
             f"There is no policy file {name}; `rllib export CHECKPOINT {file}` writes it."
         ) from None
     if file.suffix.lower() == ".onnx":
-        made = partial(onnx_policy, *opened_model(content, name))
-    else:
-        if file.suffix.lower() == ".pt":
-            content = policy_within(content, name)
-        made = partial(numpy_policy, *unpacked(content, name))
+        return _made(partial(onnx_policy, *opened_model(content, name)), name)
+    return policy_of(policy_within(content, name) if file.suffix.lower() == ".pt" else content, name)
+
+
+def policy_of(content: bytes, name: str) -> Policy:
+    """The policy in the content of a `.npz` file.
+
+    Args:
+        content: Of the file.
+        name: What messages call it.
+
+    Raises:
+        ValueError: If it is no policy file, a damaged one, or one of a newer version.
+    """
+    return _made(partial(numpy_policy, *unpacked(content, name)), name)
+
+
+def _made(make: Callable[[], Policy], name: str) -> Policy:
     try:
-        return made()
+        return make()
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
         raise ValueError(f"{name} is no policy file that this version can use: {_said(err)}.") from err
 

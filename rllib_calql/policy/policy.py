@@ -41,6 +41,33 @@ class ActionSpace:
         self.free: npt.NDArray[np.int64] = np.flatnonzero(self._low < self._high)
         self._has_fixed = len(self.free) < len(self._low)
 
+    def checked(self, action: Any, name: str, *, is_bounded: bool) -> Array:
+        """An action of the environment, shape (A,), a copy in the environment's type.
+
+        Args:
+            action: What is to be one.
+            name: What messages call it.
+            is_bounded: Whether it has to stand within the bounds, but for a rounding.
+
+        Raises:
+            ValueError: If its shape is another one, or a number is no action.
+        """
+        try:
+            array = np.array(action, self._low.dtype)
+        except (ValueError, TypeError) as err:
+            raise ValueError(f"`{name}` must be an array of {self._low.shape} numbers, got {action!r}.") from err
+        if array.shape != self._low.shape:
+            raise ValueError(f"`{name}` must have the shape {self._low.shape}, got {array.shape}.")
+        if not np.isfinite(array).all():
+            raise ValueError(f"`{name}` is {array.tolist()}; all numbers must be finite.")
+        slack = 1e-5 * np.maximum(self._span, np.maximum(np.abs(self._low), np.abs(self._high)))
+        if is_bounded and not ((array >= self._low - slack) & (array <= self._high + slack)).all():
+            raise ValueError(
+                f"`{name}` is {array.tolist()}, outside of the bounds {self._low.tolist()} to {self._high.tolist()}; "
+                "it is what was asked for, in the environment's units. What was done instead is `executed_action`."
+            )
+        return array
+
     def from_module(self, actions: Array) -> Array:
         """Environment actions (B, A) of actions in [-1, 1], shape (B, number of free dimensions), in its type."""
         if self._has_fixed:
@@ -132,6 +159,24 @@ class Policy:
         """
         return self._act(self._observations.checked(observations, is_batch=True), explore, rng)
 
+    def compute_random_action(self, rng: np.random.Generator | None = None) -> Array:
+        """An action drawn uniformly within the bounds, as in a warm-up before there is anything to act by.
+
+        Args:
+            rng: As for `compute_action`.
+
+        Returns:
+            An action in the environment's units and type, shape (A,).
+        """
+        drawn = self._generator_or(rng).uniform(-1.0, 1.0, (1, len(self._actions.free)))
+        action: Array = self._actions.from_module(drawn.astype(np.float32))[0]
+        return action
+
+    def _generator_or(self, rng: np.random.Generator | None) -> np.random.Generator:
+        if rng is None:
+            rng = self._generator = self._generator or np.random.default_rng()
+        return rng
+
     def _act(self, leaves: list[Array], explore: bool, rng: np.random.Generator | None) -> Array:
         if rng is not None and not isinstance(rng, np.random.Generator):
             raise TypeError(
@@ -142,7 +187,5 @@ class Policy:
         mean, log_std = self._outputs(leaves, explore)
         if log_std is None:
             return self._actions.from_module(np.tanh(mean))
-        if rng is None:
-            rng = self._generator = self._generator or np.random.default_rng()
-        noise = rng.standard_normal(mean.shape, np.float32)
+        noise = self._generator_or(rng).standard_normal(mean.shape, np.float32)
         return self._actions.from_module(np.tanh(mean + np.exp(log_std) * noise))

@@ -15,7 +15,8 @@ from ray.rllib.algorithms.cql.cql import CQLConfig
 from ray.rllib.utils.annotations import override
 
 from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
-from rllib_calql.settings.data_settings import DataSettings, PathLike
+from rllib_calql.settings.data_settings import PathLike
+from rllib_calql.settings.external_clients import ClientSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Schedulable = float | Sequence[Sequence[float]]  # A number, or [[online env steps, value], ...].
 
 
-class CalQLSettings(DataSettings):
+class CalQLSettings(ClientSettings):
     """Holds the settings; `CalQLConfig` adds what they mean for RLlib."""
 
     def __init__(self, algo_class: type | None = None) -> None:

@@ -16,6 +16,7 @@ from rllib_calql.common.spaces import check_action_space, check_observation_spac
 from rllib_calql.common.success import SUCCESS_RULES
 from rllib_calql.networks.model_settings import check_model_config, check_module_spec, check_names
 from rllib_calql.networks.precision import PRECISIONS
+from rllib_calql.settings.external_clients import check_clients
 from rllib_calql.settings.input_settings import filesystem_of
 from rllib_calql.settings.offline_evaluation import check_offline_evaluation
 from rllib_calql.settings.online_checks import check_online_side
@@ -85,6 +86,7 @@ def validate_config(config: CalQLConfig, parent_validate: Callable[[], None]) ->
     _check_data(config)
     check_model_config(config.model_config)
     _check_collection(config)
+    check_clients(config, defaults)
     _check_budget(config)
     _check_phases(config)
     _check_success(config)
@@ -338,7 +340,7 @@ def _check_phases(config: CalQLConfig) -> None:
             "`env_to_module_connector` would change online observations only, the offline data do not pass through it; "
             "put the change into the environment and the data."
         )
-    if config.env is None and config.is_offline:
+    if config.env is None and config.is_offline and not config.has_clients:
         if updates == 0:
             raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
         if not config.in_evaluation:

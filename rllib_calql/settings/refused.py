@@ -227,7 +227,8 @@ def check_unused(config: CalQLConfig, defaults: CalQLConfig) -> None:
 
 def _settings_of_training(defaults: CalQLConfig) -> frozenset[str]:
     """Names that only matter where updates are made, or where data are read."""
-    methods = (type(defaults).training, type(defaults).offline_data, type(defaults).fine_tuning)
+    cls = type(defaults)
+    methods = (cls.training, cls.offline_data, cls.fine_tuning, cls.external_clients)
     named = {name for method in methods for name in inspect.signature(method).parameters}
     return frozenset((named | _INHERITED_OF_TRAINING) & vars(defaults).keys()) - _OWN_OF_USE_IN_EVALUATION
 

@@ -278,11 +278,13 @@ def _load_elsewhere(
 
 
 def with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:
-    """Completes a config without an environment: its spaces are those set, else those of the data's metadata.
+    """Completes a config with data and without an environment: its spaces are those set, else those of the metadata.
 
     Raises:
         ValueError: If neither states them.
     """
+    if config.env is not None or not config.is_offline:
+        return config
     if config.observation_space is not None and config.action_space is not None:
         return config
     data = CalQLOfflineData(config)

@@ -89,6 +89,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "validation_fraction": 0.0,
         "validation_seed": 0,
     },
+    "external_clients": {
+        "external_port": None,
+        "external_host": "127.0.0.1",
+        "external_token_file": None,
+    },
     "fine_tuning": {
         "offline_updates": None,
         "updates_per_iteration": 1000,
@@ -262,6 +267,8 @@ def test_every_setting_of_the_design_is_tried() -> None:
     of_references = ("reference_value", "reference_updates", "reference_fit", "reference_online")
     of_calibration = ("calibration_quantile", "calibration_form", "bound_uniform_actions")
     tried_elsewhere = {("training", name) for name in (*of_references, *of_calibration)}
+    # Clients exclude settings of environments; see `test_external_clients.py`.
+    tried_elsewhere |= {("external_clients", name) for name in DEFAULTS["external_clients"]}
     tried = {(method, name) for method, name, _ in flat(OTHER_VALUES)}
     assert {(method, name) for method, name, _ in flat(DEFAULTS)} - tried_elsewhere <= tried
 

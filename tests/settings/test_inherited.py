@@ -26,6 +26,7 @@ from tiny import TINY_NETWORKS, LineEnv
 
 import rllib_calql.settings.calql_settings
 import rllib_calql.settings.data_settings
+import rllib_calql.settings.external_clients
 from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.learning.learner import CalQLTorchLearner
 from rllib_calql.settings.calql_settings import CalQLSettings
@@ -43,9 +44,10 @@ TESTS = Path(__file__).parents[1]
 
 
 def own_settings() -> set[str]:
-    """What `CalQLSettings` and `DataSettings` set themselves."""
+    """What `CalQLSettings` and what it is derived from set themselves."""
     names: set[str] = set()
-    for module in (rllib_calql.settings.calql_settings, rllib_calql.settings.data_settings):
+    wing = rllib_calql.settings
+    for module in (wing.calql_settings, wing.data_settings, wing.external_clients):
         (kind,) = (node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef))
         (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
         attributes = (node for node in ast.walk(init) if isinstance(node, ast.Attribute))
@@ -74,7 +76,7 @@ def test_every_attribute_of_a_config_is_in_exactly_one_list() -> None:
 
 
 def test_every_setting_of_ours_is_an_argument_of_a_method() -> None:
-    names = ("training", "offline_data", "fine_tuning", "evaluation", "rl_module")
+    names = ("training", "offline_data", "fine_tuning", "external_clients", "evaluation", "rl_module")
     methods = [getattr(CalQLConfig, name) for name in names]
     keywords = {
         name for method in (*methods, AlgorithmConfig.training) for name in inspect.signature(method).parameters
