@@ -286,17 +286,22 @@ class Connection:
 
     def _next_piece(self) -> dict[str, Any] | None:
         with self.changed:
-            outbox, known = self.outbox, self.known
-            for id_, episode in outbox.episodes.items():
-                num_sent, is_end_sent = outbox.sent.get(id_, (0, False))
-                if is_end_sent or known.run is None or (known.is_full and num_sent == 0):
-                    continue
-                num_new = episode.num_steps - num_sent
-                if not episode.is_ended and (self._piece_steps is None or num_new < self._piece_steps):
-                    continue
-                piece = episode.piece(num_sent)
-                outbox.sent[id_] = (num_sent + piece["rewards"]["shape"][0], piece["is_last"])
-                return piece
+            found = self._next_steps()
+        # Without the lock, which a control loop would wait for. What an episode has, it keeps.
+        return None if found is None else found[0].piece(*found[1:])
+
+    def _next_steps(self) -> tuple[EpisodeOfClient, int, int, bool] | None:
+        """An episode with steps to send, the first of them, the one behind the last, and whether it ends there."""
+        outbox, known = self.outbox, self.known
+        for id_, episode in outbox.episodes.items():
+            start, is_end_sent = outbox.sent.get(id_, (0, False))
+            if is_end_sent or known.run is None or (known.is_full and start == 0):
+                continue
+            if episode.is_ended or (self._piece_steps is not None and episode.num_steps - start >= self._piece_steps):
+                stop = episode.end_of_piece(start)
+                is_last = episode.is_ended and stop == episode.num_steps
+                outbox.sent[id_] = (stop, is_last)
+                return episode, start, stop, is_last
         return None
 
     def _take(self, message: Mapping[str, Any]) -> None:

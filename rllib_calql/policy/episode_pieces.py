@@ -140,11 +140,19 @@ class EpisodeOfClient:
         self._terminated = terminated
         self._seconds = time.monotonic() - self._begin
 
-    def piece(self, start: int) -> dict[str, Any]:
-        """The message of the steps from `start` on, or as many of them as fit into one."""
-        stop = min(self.num_steps, start + max(1, _MAX_PIECE_BYTES // self._bytes_per_step))
+    def end_of_piece(self, start: int) -> int:
+        """The number behind the last step that fits into a message with those from `start` on."""
+        return min(self.num_steps, start + max(1, _MAX_PIECE_BYTES // self._bytes_per_step))
+
+    def piece(self, start: int, stop: int, is_last: bool) -> dict[str, Any]:
+        """The message of some steps.
+
+        Args:
+            start: Number of the first one.
+            stop: Number behind the last one.
+            is_last: Whether the episode ends there.
+        """
         steps = slice(start, stop)
-        is_last = self.is_ended and stop == self.num_steps
         observations = [np.concatenate(leaves) for leaves in zip(*self._observations[start : stop + 1], strict=True)]
         actions = np.stack(self._actions[steps])
         executed = self._executed[steps]

@@ -29,11 +29,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def policy_file(seed: int, observations: gym.Space[Any] = OBSERVATIONS) -> bytes:
+def policy_file(seed: int, observations: gym.Space[Any] = OBSERVATIONS, actions: gym.spaces.Box = ACTIONS) -> bytes:
     """The content of a policy file."""
     settings = {"normalize": False, "clip": None, "hiddens": [4], "layer_norm": False, "activation": "relu"}
     settings["image"] = None
-    spaces = {"observation_space": described_space(observations), "action_space": described_actions(ACTIONS)}
+    spaces = {"observation_space": described_space(observations), "action_space": described_actions(actions)}
     num_numbers = sum(leaf.size for leaf in ObservationSpace(spaces["observation_space"]).leaves)
     shapes = array_shapes(settings, num_numbers=num_numbers, num_actions=len(ActionSpace(spaces["action_space"]).free))
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -286,7 +287,7 @@ def test_the_oldest_episodes_are_dropped_where_too_many_wait(stack: ExitStack) -
     until(lambda: not client.is_connected)
     for start in range(20):
         play(client, 10, start=float(start))
-    kept = [episode.piece(0) for episode in client._connection.outbox.episodes.values()]
+    kept = list(client._connection.outbox.episodes)
     assert client.num_dropped == 20 - len(kept) > 0
     assert client.num_waiting == len(kept)
     again, _ = started(stack, port=int(address.split(":")[1]))
@@ -455,6 +456,14 @@ def test_wrong_arguments_of_a_client_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         PolicyClient(**{"address": "127.0.0.1:5555", **arguments})
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with pytest.raises(
+        ImportError, match=r'needs the `msgpack` package: .* or "rllib-calql\[client\]"'
+    ):
+        PolicyClient("127.0.0.1:5555")
 
 
 def test_a_closed_client_says_so(stack: ExitStack) -> None:
