@@ -332,6 +332,7 @@ class Connection:
             outbox.received.update(id_ for id_ in wire.texts(message, "received") if id_ in outbox.episodes)
             for id_ in wire.texts(message, "later"):
                 outbox.sent.pop(id_, None)
+                outbox.received.discard(id_)
             for id_ in wire.texts(message, "stored"):
                 if outbox.episodes.pop(id_, None) is not None:
                     outbox.num_stored += 1

@@ -202,6 +202,16 @@ class Mailbox:
                 self._stored.popitem(last=False)
             self.changed.notify_all()
 
+    def take_back(self) -> None:
+        """Has clients send again what was handed over and not confirmed: nobody has taken it, as after a restore."""
+        with self.changed:
+            for id_ in self._handed:
+                news = self._news.get(self._sender.pop(id_, -1))
+                if news is not None:
+                    news.later.append(id_)
+                    self._answer(news)
+            self._handed.clear()
+
     def _message(self, news: News) -> dict[str, Any]:
         state = self._state
         received, later, stored = (_taken(ids) for ids in (news.received, news.later, news.stored))

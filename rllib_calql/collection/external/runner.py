@@ -141,6 +141,9 @@ class ExternalEnvRunner(SingleAgentEnvRunner):
         """
         if self._server is None:
             raise ValueError("The local env runner has no clients; those of the remote ones collect.")
+        if self._needs_initial_reset:  # What was not confirmed until now has been given up.
+            self._server.mailbox.take_back()
+            self._needs_initial_reset = False
         self._publish(is_random=random_actions or self.module.explores_randomly)
         wait = _SECONDS_OF_A_REQUEST if num_timesteps is not None else SECONDS_OF_A_ROUND
         with self.metrics.log_time(SAMPLE_TIMER):

@@ -240,6 +240,20 @@ def test_an_episode_whose_acknowledgement_is_lost_is_handed_over_once(stack: Exi
     assert client.num_waiting == 0
 
 
+def test_an_episode_that_nobody_has_taken_is_sent_again(stack: ExitStack) -> None:
+    server, address = started(stack)
+    client = connected(stack, address)
+    play(client, 3)
+    (first,) = collect(server)
+    server.mailbox.take_back()
+    (again,) = collect(server)
+    assert again.id_ == first.id_
+    confirm(server)
+    server.mailbox.take_back()
+    assert collect(server, timeout_s=0.2) == []
+    assert client.flush(10.0)
+
+
 def test_episodes_outlive_a_restart_of_the_run(stack: ExitStack) -> None:
     server, address = started(stack)
     client = connected(stack, address)
