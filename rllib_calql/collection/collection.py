@@ -195,6 +195,8 @@ class EpisodeCollection:
                         collect_or_tell, **self._request(num_env_steps), max_env_steps=granted
                     ),
                     max_env_steps=max(limit, round_env_steps),
+                    # Clients take their steps unasked, so that a request that is lost has taken none.
+                    max_granted=None if self._clients is None else math.inf,
                 )
             self._take_in(*collector.fetch())
             if budget.is_spent:
@@ -256,7 +258,9 @@ class EpisodeCollection:
         if metrics:
             self._metrics.aggregate(metrics, key=ENV_RUNNER_RESULTS)
         if self._clients is not None:
-            episodes = self._clients.new(episodes)
+            new = self._clients.new(episodes)
+            self._lifetime.count_env_steps_taken(sum(map(len, new)) - sum(map(len, episodes)))
+            episodes = new
         self._success_key.include(episodes)
         self._keeper.keep(episodes)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import secrets
-import select
+import selectors
 import socket
 import threading
 import time
@@ -154,9 +155,11 @@ class Connection:
                 if was_connected:
                     logger.warning("The connection to %s is lost (%s); trying again.", self.address, err)
                     delay = _FIRST_DELAY_S if time.monotonic() - begin > delay else delay
+            except Exception as err:  # Whoever waits is to hear of it.
+                logger.exception("The thread of the client has failed.")
+                self._note(is_connected=False, refusal=f"The thread of the client has failed: {err!r}")
+                return
             if not self._is_closed:
-                with suppress(OSError):
-                    select.select([self._woken], [], [], 0)
                 self._pause(delay * random.uniform(0.5, 1.0))
                 delay = min(2.0 * delay, _LAST_DELAY_S)
 
@@ -179,7 +182,10 @@ class Connection:
             MessageError: If the run does not follow the protocol.
             RefusedError: If it will not be another time.
         """
-        with socket.create_connection(self._place, _SECONDS_TO_CONNECT) as connection:
+        with (
+            socket.create_connection(self._place, _SECONDS_TO_CONNECT) as connection,
+            selectors.DefaultSelector() as selector,
+        ):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(_SECONDS_TO_CONNECT)
             channel = wire.Channel(connection)
@@ -191,7 +197,7 @@ class Connection:
                 self.known.is_connected = True
                 self.known.is_wanted = False
                 self.changed.notify_all()
-            self._exchange(connection, channel)
+            self._exchange(connection, channel, selector)
 
     def _greet(self, channel: wire.Channel) -> None:
         hello = channel.receive()
@@ -226,6 +232,7 @@ class Connection:
                 "client": self._client,
             }
         )
+        channel.max_bytes = wire.MAX_WELCOME_BYTES
         welcome = channel.receive()
         if welcome["type"] == "refused":
             raise RefusedError(f"The training run at {self.address} refuses: {str(welcome.get('reason'))[:500]}")
@@ -235,11 +242,11 @@ class Connection:
         self._take_spaces(welcome)
 
     def _take_spaces(self, welcome: Mapping[str, Any]) -> None:
-        observations, actions = (wire.field(welcome, f"{kind}_space", dict) for kind in ("observation", "action"))
         before = self.known.spaces
         try:
-            spaces = Spaces(observations, actions)
-        except (ValueError, KeyError, TypeError) as err:
+            told = json.loads(wire.field(welcome, "spaces", bytes))
+            spaces = Spaces(told["observation_space"], told["action_space"])
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
             raise RefusedError(f"The spaces of the run at {self.address} are not known here ({err}).") from err
         if before is not None and before.description != spaces.description:
             raise RefusedError(
@@ -250,15 +257,17 @@ class Connection:
             self.known.spaces = before or spaces
             self.known.max_steps = wire.field(welcome, "max_episode_env_steps", int)
 
-    def _exchange(self, connection: socket.socket, channel: wire.Channel) -> None:
+    def _exchange(self, connection: socket.socket, channel: wire.Channel, selector: selectors.BaseSelector) -> None:
         last_heard = last_said = time.monotonic()
         asked_at, asked_for = float("-inf"), None
+        selector.register(connection, selectors.EVENT_READ)
+        selector.register(self._woken, selectors.EVENT_READ)
         while not self._is_closed:
             message = self._next_piece()
             if message is not None:
                 channel.send(message)
                 last_said = time.monotonic()
-            readable, _, _ = select.select([connection, self._woken], [], [], 0.0 if message else 0.5)
+            readable = [key.fileobj for key, _ in selector.select(0.0 if message else 0.5)]
             now = time.monotonic()
             if self._woken in readable:
                 with suppress(OSError):

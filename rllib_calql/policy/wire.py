@@ -23,6 +23,7 @@ from rllib_calql.policy.spaces import Array
 PROTOCOL = 1
 DEFAULT_PORT = 5555
 MAX_HELLO_BYTES = 8 * 2**10  # Before the other side has shown that it knows the token.
+MAX_WELCOME_BYTES = 2**20  # It tells spaces.
 MAX_CLIENT_BYTES = 64 * 2**20
 MAX_SERVER_BYTES = 512 * 2**20  # Policies that see images.
 NONCE_BYTES = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import socket
@@ -41,6 +42,7 @@ class ClientServer:
 
     Raises:
         OSError: If nothing can listen there, with the setting to change.
+        ValueError: If the spaces have too many parts to be told.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class ClientServer:
     ) -> None:
         self._token = token
         self._spaces = spaces
-        self._descriptions = dict(descriptions)
+        self._descriptions = json.dumps(dict(descriptions)).encode()
+        if len(self._descriptions) > wire.MAX_WELCOME_BYTES // 2:
+            raise ValueError("The spaces have too many parts to be told to clients (`external_port`).")
         self._package = package
         self.mailbox = Mailbox(spaces)
         self._num_accepted = 0
@@ -150,7 +154,7 @@ class ClientServer:
             {
                 "type": "welcome",
                 "proof": wire.proof_of(self._token, "server", nonces),
-                **self._descriptions,
+                "spaces": self._descriptions,
                 "max_episode_env_steps": self._spaces.max_env_steps,
             }
         )

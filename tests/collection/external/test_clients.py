@@ -474,9 +474,7 @@ def test_wrong_arguments_of_a_client_are_refused(
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(
-        ImportError, match=r'needs the `msgpack` package: .* or "rllib-calql\[client\]"'
-    ):
+    with pytest.raises(ImportError, match=r'needs the `msgpack` package: .* or "rllib-calql\[client\]"'):
         PolicyClient("127.0.0.1:5555")
 
 

@@ -224,6 +224,7 @@ def test_a_resumed_run_is_the_same_for_clients_and_stores_nothing_twice(stack: E
         again.step()
     until(lambda: client.num_stored == 3)
     assert again.lifetime.num_online_episodes == 1
+    assert again.lifetime.num_online_env_steps_taken == again.lifetime.num_online_env_steps == 2
     assert again.collection.get_state()["clients_episodes"][:2] == ids
     assert len(again.collection.get_state()["clients_episodes"]) == 3
 
