@@ -26,6 +26,7 @@ _OF_ENVIRONMENTS = {
     "gym_env_vectorize_mode": "clients have the environments",
     "restart_failed_sub_environments": "clients have the environments",
     "create_env_on_local_worker": "clients have the environments",
+    "episode_lookback_horizon": "episodes of clients come whole",
     "max_online_env_steps": (
         "env steps are taken by the clients, whom the run cannot hold; end it by `num_online_env_steps_lifetime` in "
         "`stop`, and bound the steps in the clients"

@@ -93,6 +93,10 @@ REFUSED: dict[str, tuple[Callable[[CalQLConfig], Any], str]] = {
         lambda c: c.env_runners(create_env_on_local_worker=True),
         "`create_env_on_local_worker` is set, and so is",
     ),
+    "a look back": (
+        lambda c: c.env_runners(episode_lookback_horizon=3),
+        "`episode_lookback_horizon` is set, and so is `external_port`: episodes of clients come whole",
+    ),
     "a connector": (
         lambda c: c.env_runners(env_to_module_connector=lambda *_: []),
         "`env_to_module_connector` is set, and so is `external_port`: clients get the policy as a file",
