@@ -261,6 +261,7 @@ def test_every_documented_metric_can_stop_a_run() -> None:
     config.training(reference_value="learned", calibration_form="penalty", bound_uniform_actions=True)
     config.offline_data(normalize_observations=True, validation_fraction=0.1)
     config.evaluation(offline_evaluation_interval=1, offline_evaluation_type="fqe")
+    config.external_clients(external_port=5555)
     section, documented = "", []
     for line in METRICS.read_text().splitlines():
         section = line if line.startswith("## ") else section

@@ -19,7 +19,7 @@ from rllib_calql import CalQLConfig
 from rllib_calql.collection.external.runner import ExternalEnvRunner, read_token, with_client_runners
 from rllib_calql.networks.rl_module import CalQLTorchRLModule
 from rllib_calql.sources import check_sources
-from rllib_calql.stopping import parse_stop
+from rllib_calql.stopping import parse_stop, why_absent
 
 BOX = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 
@@ -225,6 +225,12 @@ def test_the_config_holds_the_path_of_the_token_alone(tmp_path: Path) -> None:
     assert read_token(made.external_token_file) == "the token of sixteen letters"
     assert "sixteen" not in str(made.to_dict())
     assert read_token(None) is None
+
+
+def test_a_run_without_clients_has_no_number_of_them_to_end_at() -> None:
+    assert why_absent("collection/num_clients", config()) is None
+    told = why_absent("collection/num_clients", CalQLConfig().environment("Pendulum-v1"))
+    assert told == "episodes do not come from clients; set `external_port`"
 
 
 def test_an_experiment_with_clients_needs_an_end() -> None:

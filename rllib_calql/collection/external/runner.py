@@ -64,6 +64,7 @@ class ExternalEnvRunner(SingleAgentEnvRunner):
         }
         super().__init__(config=config, **{**kwargs, "spaces": spaces})
         self.num_envs = 0
+        self._needs_initial_reset: bool = True
         self._incarnation = uuid.uuid4().hex  # Receipts of a process that is lost mean nothing to the next one.
         self._notes = RunNotes(run="")
         self._is_policy_new = True
