@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,11 @@ class ClientSettings(DataSettings):
         Returns:
             This config.
         """
-        if external_token_file is not NotProvided and external_token_file is not None:
-            external_token_file = str(external_token_file)
+        if isinstance(external_token_file, (str, os.PathLike)) and external_token_file:
+            external_token_file = os.fspath(external_token_file)
+            # As with `cache_dir`: Tune runs each trial in a folder of its own.
+            is_of_home = external_token_file.startswith("~")
+            external_token_file = external_token_file if is_of_home else os.path.abspath(external_token_file)
         self._set_provided(
             external_port=external_port, external_host=external_host, external_token_file=external_token_file
         )

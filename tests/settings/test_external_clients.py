@@ -57,13 +57,17 @@ REFUSED: dict[str, tuple[Callable[[CalQLConfig], Any], str]] = {
         r"`external_host` is 'robot\.local', which others can reach",
     ),
     "token": (lambda c: c.external_clients(external_token_file=""), "`external_token_file` must be None or the path"),
+    "token of a number": (
+        lambda c: c.external_clients(external_token_file=3),
+        "`external_token_file` must be None or the path of a file, got 3",
+    ),
     "host without a port": (
         lambda c: c.external_clients(external_port=None, external_host="::1"),
         "`external_host` is '::1', but `external_port` is not set",
     ),
     "token without a port": (
-        lambda c: c.external_clients(external_port=None, external_token_file="token"),
-        "`external_token_file` is 'token', but `external_port` is not set",
+        lambda c: c.external_clients(external_port=None, external_token_file="/token"),
+        "`external_token_file` is '/token', but `external_port` is not set",
     ),
     "runner without a port": (
         lambda c: c.external_clients(external_port=None).env_runners(env_runner_cls=ExternalEnvRunner),
@@ -143,7 +147,7 @@ def test_clients_need_spaces_and_a_port_alone() -> None:
 
 
 def test_the_settings_survive_a_copy() -> None:
-    given = {"external_port": 6000, "external_host": "::1", "external_token_file": "token"}
+    given = {"external_port": 6000, "external_host": "::1", "external_token_file": "/token"}
     for copied in (
         config(**given).copy(copy_frozen=False),
         copy.deepcopy(config(**given)),
@@ -217,6 +221,14 @@ def test_a_token_file_without_a_good_token_is_refused(
         path.write_bytes(content)
     with pytest.raises(error, match=message):
         with_client_runners(config(external_token_file=path))
+
+
+def test_the_path_of_the_token_is_that_of_the_folder_where_it_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config(external_token_file="token").external_token_file == str(tmp_path / "token")
+    assert config(external_token_file="~/token").external_token_file == "~/token"
 
 
 def test_the_config_holds_the_path_of_the_token_alone(tmp_path: Path) -> None:
