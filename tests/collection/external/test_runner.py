@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -235,3 +236,26 @@ def test_a_port_that_is_taken_is_told(stack: ExitStack, monkeypatch: pytest.Monk
     Run(stack, port)
     with pytest.raises(OSError, match=rf"Nothing can listen at 127\.0\.0\.1:{port} .* set another `external_port`"):
         Run(stack, port)
+
+
+def test_env_runners_listen_at_ports_beside_each_other_and_ask_for_the_token(stack: ExitStack, tmp_path: Path) -> None:
+    token = "the token of sixteen letters"
+    (tmp_path / "token").write_text(token)
+    port = free_port()
+    config = CalQLConfig().environment(observation_space=OBSERVATIONS, action_space=ACTIONS)
+    config.rl_module(model_config=TINY_NETWORKS).env_runners(num_env_runners=2)
+    config = with_client_runners(config.external_clients(external_port=port, external_token_file=tmp_path / "token"))
+    local, first, second = (ExternalEnvRunner(config=config, worker_index=index) for index in range(3))
+    for runner in (first, second):
+        stack.callback(runner.stop)
+    with pytest.raises(ValueError, match="The local env runner has no clients"):
+        local.sample(num_timesteps=1)
+    assert local.receipt is None
+    for runner, own_port in ((first, port), (second, port + 1)):
+        with PolicyClient(f"127.0.0.1:{own_port}", token=token) as client:
+            until(lambda client=client: client.is_connected)
+            assert runner.num_clients == 1
+            assert runner.sample(num_timesteps=1) == []
+            until(lambda client=client: client.policy is not None)
+        with PolicyClient(f"127.0.0.1:{own_port}") as client, pytest.raises(ConnectionError, match="needs a token"):
+            client.wait(10.0)
