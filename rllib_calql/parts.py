@@ -157,7 +157,9 @@ def build_parts(
         episode_returns,
         add_returns=add_returns,
         space=spaces.module,
+        action_space=spaces.action,
         episode_limit_env_steps=config.episode_limit_env_steps,
+        env=_called(config.env),
     )
     success_key = SuccessKeyWatch(config.success_key)
     collection = EpisodeCollection(
@@ -247,6 +249,13 @@ def build_parts(
         offline_evaluation=offline_evaluation,
         align=align,
     )
+
+
+def _called(env: Any) -> str:
+    """What messages call an environment; empty without one."""
+    if env is None:
+        return ""
+    return repr(env) if isinstance(env, str) else repr(getattr(env, "__name__", type(env).__name__))
 
 
 def _episodes_of(offline_data: CalQLOfflineData | None) -> Episodes | None:

@@ -55,7 +55,7 @@ def completed_result(
     completed[keys.COLLECTION] = {
         **results.get(keys.COLLECTION, {}),
         keys.NUM_ENV_STEPS_BEHIND: parts.lifetime.num_env_steps_behind,
-        keys.NUM_DISCARDED_EPISODES_LIFETIME: parts.keeper.num_discarded,
+        **parts.keeper.results(),
         **parts.collection.results(),
     }
     completed[keys.STORE] = {

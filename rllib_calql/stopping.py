@@ -59,7 +59,9 @@ _OWN_TOP_LEVEL = (
     *(f"{keys.FINE_TUNING}/{name}" for name in (keys.DIP, keys.REGRET)),
     *_REGIME,
     *(f"{keys.COLLECTION}/{name}" for name in (keys.NUM_ENV_STEPS_BEHIND, keys.LEARNER_BUSY_SHARE, keys.NUM_CLIENTS)),
-    f"{keys.COLLECTION}/{keys.NUM_DISCARDED_EPISODES_LIFETIME}",
+    *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_DISCARDED_EPISODES_LIFETIME, keys.INTERVENTION_SHARE)),
+    f"{keys.COLLECTION}/{keys.NUM_INTERVENTION_ENV_STEPS_LIFETIME}",
+    f"{keys.COLLECTION}/{keys.NUM_REPLACED_ACTIONS_LIFETIME}",
     *(f"{keys.COLLECTION}/{key}" for key in (keys.NUM_HEALTHY_ENV_RUNNERS, keys.NUM_ENV_RUNNER_FAILURES_LIFETIME)),
 )
 _OF_FQE = tuple(

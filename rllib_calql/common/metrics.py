@@ -43,6 +43,11 @@ COLLECTION = "collection"  # Parent key of how collection and updates keep pace.
 NUM_ENV_STEPS_BEHIND = "num_env_steps_behind"  # Env steps stored whose updates are still to be made.
 LEARNER_BUSY_SHARE = "learner_busy_share"  # Share of the iteration's time that went into updates (`sample_async`).
 NUM_DISCARDED_EPISODES_LIFETIME = "num_discarded_episodes_lifetime"  # Episodes with NaN or infinity, not stored.
+NUM_INTERVENTION_ENV_STEPS_LIFETIME = "num_intervention_env_steps_lifetime"  # Those stored that a person acted in.
+NUM_REPLACED_ACTIONS_LIFETIME = (
+    "num_replaced_actions_lifetime"  # Those in which another action was executed than asked.
+)
+INTERVENTION_SHARE = "intervention_share"  # Share of the env steps stored so far that a person acted in.
 NUM_HEALTHY_ENV_RUNNERS = "num_healthy_env_runners"  # Remote env runners that are not lost.
 NUM_CLIENTS = "num_clients"  # Clients that are connected; only with `external_port`.
 NUM_ENV_RUNNER_FAILURES_LIFETIME = "num_env_runner_failures_lifetime"  # How often one died, hung or raised.

@@ -18,10 +18,16 @@ from rllib_calql.common.encoding import flat_size, flatten_observations
 from rllib_calql.common.references import REFERENCE_VALUES
 from rllib_calql.common.returns import possible_returns
 from rllib_calql.common.spaces import fixed_dimensions, leaves_of
+from rllib_calql.datasets.episodes.columns import EXECUTED_ACTIONS
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
 from rllib_calql.store.offline_table import EpisodeColumns
 from rllib_calql.store.returns_connector import AddReturnsToGo
-from rllib_calql.store.transitions import check_module_actions, clipped_actions, to_module_actions
+from rllib_calql.store.transitions import (
+    check_module_actions,
+    clipped_actions,
+    to_module_actions,
+    with_executed,
+)
 
 Array = npt.NDArray[Any]
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -146,14 +152,26 @@ class Conversion:
                 f"{where(0)}: actions are rows of shape {block.actions.shape[1:]}, those of {self.action_space} are "
                 "flat; store them flat, in the order that the environment has."
             )
+        executed = block.extra_model_outputs.get(EXECUTED_ACTIONS[0])
+        if executed is None:
+            return clipped_actions(self._module_actions(reader, actions, where))
+        # What was asked for is of no use where another action was executed, so it may be outside the bounds there.
+        is_executed = ~np.isnan(executed).any(axis=1)
+        asked_for = np.flatnonzero(~is_executed)
+        replaced = np.zeros(actions.shape)
+        replaced[asked_for] = self._module_actions(reader, actions[asked_for], lambda row: where(int(asked_for[row])))
+        return clipped_actions(with_executed(replaced, executed, is_executed, self.action_space, where))
+
+    def _module_actions(self, reader: EpisodeReader, actions: Array, where: Callable[[int], str]) -> Array:
+        """Module actions of what was asked for, both [R, A]."""
         fixed = fixed_dimensions(self.action_space)
         if reader.info.actions == "module":
             # RLlib clips what a policy without bounds proposes only on the way to the environment, after recording.
-            return clipped_actions(np.where(fixed, 0.0, actions) if fixed.any() else actions)
+            return np.where(fixed, 0.0, actions) if fixed.any() else actions
         if self.actions_without_metadata == "module":
             actions = check_module_actions(actions, where)
-            return clipped_actions(np.where(fixed, 0.0, actions) if fixed.any() else actions)
-        return clipped_actions(to_module_actions(actions, self.action_space, where))
+            return np.where(fixed, 0.0, actions) if fixed.any() else actions
+        return to_module_actions(actions, self.action_space, where)
 
     def _check_rewards(self, recorded: Array, rewards: Array, where: Callable[[int], str]) -> None:
         """Refuses training rewards that float32 cannot hold; both [R]."""

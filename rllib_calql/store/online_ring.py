@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.common.target_steps import TargetSteps
+from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
 from rllib_calql.networks.steps import BOOTSTRAP_DISCOUNT, BOOTSTRAP_OBS
 from rllib_calql.store.returns_connector import TAIL_DISCOUNT
 
@@ -40,6 +41,7 @@ class OnlineRing:
         columns: Arrays of at least `size` rows: those of a batch, and with `track_tails` what goes with the tails.
         steps_left: [capacity] Steps that are left in the episode, the row's own included. The rows that follow are
             there as long as the row is, for the oldest are overwritten first.
+        is_intervention: [capacity] Whether a person chose the row's action.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class OnlineRing:
             name: np.empty((0, *shape), dtype=dtypes.get(name, np.float32)) for name, shape in shapes.items()
         }
         self.steps_left = np.empty(0, dtype=np.int32)
+        self.is_intervention = np.empty(0, dtype=bool)
 
     def _grow(self, num_rows: int) -> None:
         for name, column in self.columns.items():
             self.columns[name] = self._grown(column, num_rows)
         self.steps_left = self._grown(self.steps_left, num_rows)
+        self.is_intervention = self._grown(self.is_intervention, num_rows)
 
     def _grown(self, column: Array, num_rows: int) -> Array:
         grown = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
@@ -74,7 +78,7 @@ class OnlineRing:
         return grown
 
     def append(self, rows: RowColumns) -> None:
-        """Adds one episode's rows, columns as in `transitions_from_episode`.
+        """Adds one episode's rows, columns as in `transitions_from_episode`, and `is_intervention` if it is known.
 
         Raises:
             ValueError: If there are more than the ring can hold.
@@ -95,6 +99,7 @@ class OnlineRing:
         for name, column in self.columns.items():
             column[where] = where[-1] if name == _LAST_ROW else rows[name]
         self.steps_left[where] = np.arange(num_rows, 0, -1)
+        self.is_intervention[where] = rows.get(IS_INTERVENTION, False)
         self.position = (self.position + num_rows) % self.limit
         self.size = min(self.size + num_rows, capacity)
         self.num_appended += num_rows
@@ -155,8 +160,13 @@ class OnlineRing:
     def get_state(self) -> dict[str, Any]:
         """Copies of the rows held, and where the next one goes."""
         columns = {name: column[: self.size].copy() for name, column in self.columns.items()}
-        steps_left = self.steps_left[: self.size].copy()
-        return {"columns": columns, "steps_left": steps_left, "position": self.position, "limit": self.limit}
+        return {
+            "columns": columns,
+            "steps_left": self.steps_left[: self.size].copy(),
+            IS_INTERVENTION: self.is_intervention[: self.size].copy(),
+            "position": self.position,
+            "limit": self.limit,
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Replaces all rows by those of the state.
@@ -179,5 +189,6 @@ class OnlineRing:
         self.columns = {name: np.array(column) for name, column in state["columns"].items()}
         # Earlier versions did not keep them. Targets of one step are right for every row.
         self.steps_left = np.array(state.get("steps_left", np.ones(self.size)), dtype=np.int32)
+        self.is_intervention = np.array(state.get(IS_INTERVENTION, np.zeros(self.size)), dtype=bool)
         self.position = state["position"]
         self.num_replaced += 1

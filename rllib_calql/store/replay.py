@@ -142,7 +142,7 @@ class TransitionStore:
         return columns
 
     def add_online(self, rows: RowColumns) -> None:
-        """Adds the rows of one whole online episode, columns as in `transitions_from_episode`.
+        """Adds the rows of one whole online episode, see `OnlineRing.append`.
 
         Raises:
             ValueError: If the episode is longer than the capacity.
@@ -186,6 +186,12 @@ class TransitionStore:
         view = self._online.columns[name][: self._online.size]
         view.flags.writeable = False
         return view
+
+    @property
+    def online_interventions(self) -> npt.NDArray[np.bool_]:
+        """Whether a person chose the action of each online row, shape (num_online,), in storage order."""
+        marks: npt.NDArray[np.bool_] = self._online.is_intervention[: self._online.size].copy()
+        return marks
 
     def num_offline_rows(self, batch_size: int, mixing_ratio: float | str) -> int:
         """Offline rows of every online batch: `round(batch_size * mixing_ratio)`, all online without offline data."""

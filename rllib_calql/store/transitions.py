@@ -20,6 +20,10 @@ Array = npt.NDArray[Any]
 _BOUND_TOLERANCE = 1e-5  # Relative to the width of the bounds: actions recorded in float32 may stand just outside.
 
 
+class NotFiniteError(ValueError):
+    """An episode holds numbers that cannot be stored."""
+
+
 def to_module_actions(actions: Array, space: gym.spaces.Box, where: Callable[[int], str]) -> Array:
     """Maps actions within the bounds of `space` to [-1, 1], the inverse of RLlib's unsquashing.
 
@@ -76,6 +80,48 @@ def _checked(scaled: Array, actions: Array, allowed: str, where: Callable[[int],
             "clip the recorded actions, or set `action_space_of_data` to what they are."
         )
     return scaled
+
+
+def with_executed(
+    actions: Array,
+    executed: Array,
+    is_executed: npt.NDArray[np.bool_],
+    space: gym.spaces.Box,
+    where: Callable[[int], str],
+) -> Array:
+    """Module actions with those in their place that the system executed.
+
+    Args:
+        actions: Module actions, shape (T, A).
+        executed: What was executed, in environment units, shape (T, A).
+        is_executed: Of which steps that is known, shape (T,).
+        space: The environment's action space.
+        where: Says where a row was read, if its action stands outside.
+
+    Returns:
+        Module actions, shape (T, A).
+
+    Raises:
+        ValueError: Naming the row of the first executed action outside the bounds.
+    """
+    rows = np.flatnonzero(is_executed)
+    replaced = np.array(actions, dtype=np.float64)
+    replaced[rows] = to_module_actions(executed[rows], space, lambda row: where(int(rows[row])))
+    return replaced
+
+
+def num_replaced(asked_for: Array, stored: Array, is_executed: npt.NDArray[np.bool_], space: gym.spaces.Box) -> int:
+    """Steps whose stored action is another one than was asked for, by more than a rounding.
+
+    Args:
+        asked_for: Module actions, shape (T, A).
+        stored: Those executed in their place, as they are stored, shape (T, A).
+        is_executed: Of which steps an executed action is known, shape (T,).
+        space: The environment's action space.
+    """
+    free = ~fixed_dimensions(space)
+    difference = np.abs(clipped_actions(asked_for)[:, free] - stored[:, free])
+    return int(np.count_nonzero(is_executed & (difference > 2.0 * _BOUND_TOLERANCE).any(axis=1)))
 
 
 def clipped_actions(actions: Array) -> Array:
@@ -147,7 +193,7 @@ def check_storable(episode: SingleAgentEpisode, observations: Array, rows: dict[
         rule: What training rewards and returns are made by, for the message.
 
     Raises:
-        ValueError: Naming the first such step.
+        NotFiniteError: Naming the first such step.
     """
     rewards = np.asarray(episode.get_rewards(), dtype=np.float64).reshape(-1, 1)
     _check_finite(episode.id_, "the environment returned an observation", observations)
@@ -161,7 +207,7 @@ def _check_finite(episode_id: str, what: str, values: Array) -> None:
     """Refuses values [T, n] that are not finite in float32."""
     bad = np.flatnonzero(~(np.abs(values) <= np.finfo(np.float32).max).all(axis=1))
     if len(bad):
-        raise ValueError(
+        raise NotFiniteError(
             f"Online episode {episode_id}, step {bad[0]}: {what} with NaN or infinity in float32, "
             f"{values[bad[0]].tolist()}; mend it, or let it end the episode before."
         )

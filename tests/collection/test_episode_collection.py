@@ -103,6 +103,7 @@ class Made:
             EpisodeReturns(),
             add_returns=AddReturnsToGo(RewardSettings(gamma=0.99)),
             space=gym.spaces.Box(-1.0, 1.0, (1,)),
+            action_space=gym.spaces.Box(-2.0, 2.0, (1,)),
             episode_limit_env_steps=1_000,
         )
         group = SimpleNamespace(local_env_runner=self.runner)

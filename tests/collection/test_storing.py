@@ -20,6 +20,7 @@ from rllib_calql.store.replay import TransitionStore
 from rllib_calql.store.returns_connector import AddReturnsToGo
 
 GAMMA = 0.5
+ACTIONS = gym.spaces.Box(-2.0, 2.0, (1,))
 
 
 def episode_of(rewards: list[float], *, terminated: bool = True) -> SingleAgentEpisode:
@@ -37,8 +38,8 @@ def episode_of(rewards: list[float], *, terminated: bool = True) -> SingleAgentE
 class Kept:
     """A keeper and what it fills."""
 
-    def __init__(self) -> None:
-        self.store = TransitionStore(obs_dim=1, action_dim=1, online_capacity=100, seed=0)
+    def __init__(self, *, env: str = "", action_space: gym.spaces.Box = ACTIONS, action_dim: int = 1) -> None:
+        self.store = TransitionStore(obs_dim=1, action_dim=action_dim, online_capacity=100, seed=0)
         self.lifetime = Lifetime(offline_updates=0, updates_per_env_step=2.0, warmup_env_steps=0)
         self.divergence = DivergenceWatch(gamma=GAMMA, has_entropy_term=False)
         self.episode_returns = EpisodeReturns([8.0])
@@ -49,6 +50,8 @@ class Kept:
             self.episode_returns,
             add_returns=AddReturnsToGo(RewardSettings(gamma=GAMMA)),
             space=gym.spaces.Box(-100.0, 100.0, (1,)),
+            action_space=action_space,
+            env=env,
             episode_limit_env_steps=1_000,
         )
 

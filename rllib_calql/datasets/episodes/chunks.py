@@ -16,6 +16,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.datasets.episodes.boundaries import RowBlock
 from rllib_calql.datasets.episodes.reader import Nested, ReadOptions
+from rllib_calql.datasets.episodes.step_infos import columns_of_infos, complete_columns
 
 _BLOCK_BYTES = 4 * 2**20
 
@@ -105,10 +106,15 @@ def join_chunks(chunks: Iterable[tuple[SingleAgentEpisode, str]], options: ReadO
             finished[id_] = where
             del unfinished[id_]
             if joined:
-                yield joined
+                yield _with_equal_columns(joined)
         else:
             unfinished[id_] = (episode.t, joined)
-    yield from (joined for _, joined in unfinished.values() if joined)
+    yield from (_with_equal_columns(joined) for _, joined in unfinished.values() if joined)
+
+
+def _with_equal_columns(chunks: list[Chunk]) -> list[Chunk]:
+    complete_columns([(len(chunk.rewards), chunk.extra_model_outputs) for chunk in chunks])
+    return chunks
 
 
 def extra_columns_of(episode: SingleAgentEpisode, options: ReadOptions) -> tuple[dict[str, NDArray[Any]], list[str]]:
@@ -180,15 +186,21 @@ def _chunk_of(episode: SingleAgentEpisode, where: str, options: ReadOptions) -> 
     if not episode.is_numpy and isinstance(rewards, np.ndarray) and rewards.dtype.kind in "iub":
         # Python's 0 and 0.5 are of two types only by accident.
         rewards = rewards.astype(np.float64)
+    actions = _stacked(episode.get_actions(slice(0, num_steps)), Columns.ACTIONS, id_, where)
+    extras = extra_columns_of(episode, options)[0]
+    if isinstance(actions, np.ndarray):
+        extras |= columns_of_infos(
+            episode.get_infos(), num_steps, actions.shape[1:], lambda t: f"Episode {id_!r}, step {t} of {where}"
+        )
     return Chunk(
         id_=id_,
         observations=_stacked(episode.get_observations(slice(0, num_steps + 1)), Columns.OBS, id_, where),
-        actions=_stacked(episode.get_actions(slice(0, num_steps)), Columns.ACTIONS, id_, where),
+        actions=actions,
         rewards=rewards,
         terminateds=ends[0],
         truncateds=ends[1],
         where=lambda step: f"step {step} of {where}",
-        extra_model_outputs=extra_columns_of(episode, options)[0],
+        extra_model_outputs=extras,
     )
 
 
