@@ -116,10 +116,10 @@ class EpisodeOfClient:
         for name, flag in (("terminated", terminated), ("truncated", truncated), ("is_intervention", is_intervention)):
             if not isinstance(flag, (bool, np.bool_, int, np.integer)) or flag not in (0, 1):
                 raise TypeError(f"`{name}` must be True or False, got {flag!r}.")
-        checked = self._spaces.actions.checked(action, "action", is_bounded=True)
+        checked = self._spaces.actions.checked(action, "action")
         executed = None
         if executed_action is not None:
-            executed = self._spaces.actions.checked(executed_action, "executed_action", is_bounded=False)
+            executed = self._spaces.actions.checked(executed_action, "executed_action")
         number = _number(reward)
         if number is None or not math.isfinite(number):
             raise ValueError(f"`reward` must be a finite number, got {reward!r}.")

@@ -41,16 +41,16 @@ class ActionSpace:
         self.free: npt.NDArray[np.int64] = np.flatnonzero(self._low < self._high)
         self._has_fixed = len(self.free) < len(self._low)
 
-    def checked(self, action: Any, name: str, *, is_bounded: bool) -> Array:
+    def checked(self, action: Any, name: str) -> Array:
         """An action of the environment, shape (A,), a copy in the environment's type.
 
         Args:
             action: What is to be one.
             name: What messages call it.
-            is_bounded: Whether it has to stand within the bounds, but for a rounding.
 
         Raises:
-            ValueError: If its shape is another one, or a number is no action.
+            ValueError: If its shape is another one, or a number is no action or beyond the bounds by more than a
+                rounding.
         """
         try:
             array = np.array(action, self._low.dtype)
@@ -61,10 +61,11 @@ class ActionSpace:
         if not np.isfinite(array).all():
             raise ValueError(f"`{name}` is {array.tolist()}; all numbers must be finite.")
         slack = 1e-5 * np.maximum(self._span, np.maximum(np.abs(self._low), np.abs(self._high)))
-        if is_bounded and not ((array >= self._low - slack) & (array <= self._high + slack)).all():
+        if not ((array >= self._low - slack) & (array <= self._high + slack)).all():
             raise ValueError(
                 f"`{name}` is {array.tolist()}, outside of the bounds {self._low.tolist()} to {self._high.tolist()}; "
-                "it is what was asked for, in the environment's units. What was done instead is `executed_action`."
+                "`action` is what was asked for and `executed_action` what was done instead, both in the environment's "
+                "units; clip what was measured beyond the bounds."
             )
         return array
 

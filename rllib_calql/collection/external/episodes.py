@@ -126,6 +126,7 @@ class EpisodeSpaces:
         if message.get("executed") is not None:
             executed = self._actions(message["executed"], "`executed`", num_steps)
             has_executed = _flags(message.get("has_executed"), "`has_executed`", num_steps)
+            self._module_actions(executed[has_executed], episode)
         if not np.isfinite(rewards).all():
             raise RejectedError("it has a reward that is not finite")
         seconds = float(field(message, "seconds", (int, float)))

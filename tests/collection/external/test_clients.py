@@ -429,6 +429,7 @@ def test_a_client_without_a_run_waits_and_says_so(stack: ExitStack) -> None:
         ({"action": [np.nan, 1.0]}, ValueError, "`action` is .* must be finite"),
         ({"action": "left"}, ValueError, "`action` must be an array of"),
         ({"executed_action": [np.inf, 1.0]}, ValueError, "`executed_action` is"),
+        ({"executed_action": [0.0, -1.0]}, ValueError, r"`executed_action` is \[0\.0, -1\.0\], outside of the bounds"),
         ({"reward": float("nan")}, ValueError, "`reward` must be a finite number, got nan"),
         ({"reward": None}, ValueError, "`reward` must be a finite number, got None"),
         ({"terminated": 2}, TypeError, "`terminated` must be True or False, got 2"),

@@ -68,6 +68,10 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         {"executed": array([np.nan, 1], [0, 0]), "has_executed": array(True, False, dtype="|b1")},
         "`executed` that are not finite",
     ),
+    "an executed action outside of the bounds": (
+        {"executed": array([1, 1], [0, -1]), "has_executed": array(False, True, dtype="|b1")},
+        r"\[0\.0, -1\.0\] is outside the bounds",
+    ),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no id": ({"episode": None}, "`episode` of a message of the type 'piece' must be str, got nothing"),
