@@ -99,6 +99,7 @@ class Run:
                 EpisodeReturns(),
                 add_returns=AddReturnsToGo(RewardSettings(gamma=0.99)),
                 space=OBSERVATIONS,
+                action_space=ACTIONS,
                 episode_limit_env_steps=1_000,
             ),
             weights=self.weights,
