@@ -5,7 +5,6 @@ It overrides RLlib's hooks and hands on to its parts, see `parts.py`.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import time
 from contextlib import nullcontext
@@ -16,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.cql.cql import CQL
-from ray.rllib.algorithms.utils import _get_env_runner_bundles, _get_learner_bundles
-from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
-from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
+from ray.rllib.core import COMPONENT_LEARNER_GROUP
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import EVALUATION_RESULTS
@@ -28,7 +25,6 @@ from rllib_calql.checkpoints.saving import STATE, built_from_checkpoint
 from rllib_calql.collection.env_errors import start_failures_told, told
 from rllib_calql.collection.external.runner import with_client_runners
 from rllib_calql.common import metrics as keys
-from rllib_calql.common.encoding import encoded_space
 from rllib_calql.common.held_data import with_handles
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.config import CalQLConfig
@@ -36,17 +32,19 @@ from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import offer, provide
 from rllib_calql.evaluation.evaluating import completed_evaluation, evaluating_group, say_evaluating
 from rllib_calql.evaluation.held_out import with_held_out
-from rllib_calql.parts import Parts, Spaces, build_parts
+from rllib_calql.parts import Parts, all_spaces, build_parts, with_input
 from rllib_calql.registration import register
 from rllib_calql.results import completed_result
 from rllib_calql.store.offline_data import with_spaces_of_data
 from rllib_calql.store.replay import TransitionStore
 from rllib_calql.system import activity
-from rllib_calql.system.ray_resources import refuse_unavailable, refuse_unavailable_here
+from rllib_calql.system.ray_resources import refuse_missing_places, refuse_unavailable
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
     from typing_extensions import Self
+
+    from rllib_calql.collection.intake import AddedEpisodes
 
 _IDLE_SECONDS = 0.01
 
@@ -110,21 +108,22 @@ class CalQL(CQL):
         if self._storage is not None:  # A trial of Ray Tune.
             activity.speak_as(self._storage.trial_dir_name)
         activity.say(f"building (networks on {'gpu' if config.num_gpus_per_learner else 'cpu'})")
-        if not config.is_online and not config.is_offline:
+        has_spaces = config.observation_space is not None and config.action_space is not None
+        if not (config.is_online or config.is_offline or has_spaces):
             raise ValueError("There is neither an environment nor offline data; set `.environment(...)` or `input_`.")
         if self._storage is None:  # Ray Tune restores a trial only after this, and then it needs no `pretrained`.
             check_pretrained(config.pretrained)
         config = with_client_runners(with_spaces_of_data(config))
-        _refuse_places_that_are_not_there(config)
+        refuse_missing_places(config)
         # Runners and learners, and their parts of checkpoints, keep the config they are built with. Data handed over
         # in Python would be in each of them; they stay with the algorithm alone.
-        self.config = _with_input(config, with_handles(config.input_))
+        self.config = with_input(config, with_handles(config.input_))
         with start_failures_told(self.config):
             super().setup(self.config)
-        self.config = config = _with_input(self.config, config.input_)
+        self.config = config = with_input(self.config, config.input_)
         self._parts = build_parts(
             config,
-            self._all_spaces(),
+            all_spaces(config, self.spaces),
             env_runner_group=self.env_runner_group,
             learner_group=self.learner_group,
             offline_data=self.offline_data,
@@ -134,17 +133,6 @@ class CalQL(CQL):
         # Ray Tune restores a trial only after this: the networks of `pretrained` may not be needed.
         if self._storage is not None or not self._parts.pretrained.load_if_due():
             self._parts.align()
-
-    def _all_spaces(self) -> Spaces:
-        if self.spaces is not None and INPUT_ENV_SINGLE_SPACES in self.spaces:
-            observation_space, action_space = self.spaces[INPUT_ENV_SINGLE_SPACES]
-        else:
-            observation_space, action_space = self.config.observation_space, self.config.action_space
-        # Connectors encode observations, once, and offline data are encoded by the same function. Connectors of the
-        # user may make anything of them; there are no offline data then.
-        if self.config._env_to_module_connector is None or self.spaces is None:
-            return Spaces(observation_space, action_space, encoded_space(observation_space))
-        return Spaces(observation_space, action_space, self.spaces[DEFAULT_MODULE_ID][0])
 
     @override(Algorithm)
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> None:
@@ -158,15 +146,10 @@ class CalQL(CQL):
 
         Raises:
             BudgetSpentError: If `max_online_env_steps` are spent, which the result before has said by `done`.
-            RuntimeError: If the offline phase is over and there is no environment to go on with.
+            RuntimeError: If the offline phase is over, and there are neither an environment nor owed updates.
         """
         self._parts.pretrained.load_if_due()
         if self.phase == keys.ONLINE:
-            if self.env_runner_group is None:
-                raise RuntimeError(
-                    f"The offline phase is over after {self.num_offline_updates} updates and there is no environment; "
-                    "set `.environment(...)` to fine-tune, or raise `offline_updates`."
-                )
             self._parts.collection.refuse_more(self._parts.updater)
         results: dict[str, Any] = super().step()
         return results
@@ -181,6 +164,56 @@ class CalQL(CQL):
             time.sleep(_IDLE_SECONDS)  # RLlib asks again until `min_time_s_per_iteration` is over.
         else:
             self._parts.collection.step(self._parts.updater)
+
+    def add_episodes(
+        self, episodes: Any, *, skip_known: bool = False, action_space_of_data: str | None = None
+    ) -> AddedEpisodes:
+        """Stores episodes of the system that were made elsewhere, as if env runners had collected them.
+
+        They are read by the rules of offline data and become online rows with their returns. Each env step after the
+        warm-up owes `updates_per_env_step` updates, which `train()` or `make_owed_updates` makes, in the online phase.
+        Env steps and episodes count in the lifetime counters, and for `max_online_env_steps`. No environment is needed.
+        All are added or, if one is refused, none.
+
+        Args:
+            episodes: A file or folder as `input_` takes it, such as that of an `EpisodeLog`, one of RLlib's
+                `SingleAgentEpisode`, or a list of these.
+            skip_known: Whether episodes that were added before are left out and counted, in place of refused.
+            action_space_of_data: "environment" or "module", what actions are where the data do not say, as the setting
+                of this name; None for the config's.
+
+        Returns:
+            What was added.
+
+        Raises:
+            FileNotFoundError: If there is no such file or folder.
+            TypeError: If `episodes` is nothing that can be read.
+            ValueError: If an episode was added before, or naming the one that is broken, unfinished, of other spaces
+                or units, or longer than `online_capacity`.
+        """
+        return self._parts.intake.add(episodes, skip_known=skip_known, action_space_of_data=action_space_of_data)
+
+    def make_owed_updates(self, most: int | None = None) -> int:
+        """Makes the online updates that stored env steps still owe, without taking any env step.
+
+        A run that ends owes some where collecting and updating overlap (`sample_async`), and after `add_episodes`.
+
+        Args:
+            most: How many at most; None for all.
+
+        Returns:
+            How many were made.
+
+        Raises:
+            RuntimeError: In the offline phase, whose updates `train()` makes first.
+        """
+        self._parts.pretrained.load_if_due()
+        if self.phase == keys.OFFLINE:
+            raise RuntimeError(
+                f"{self.lifetime.num_offline_updates_left} of `offline_updates` are left, and owed updates are of the "
+                "phase after them; call `train()` until they are made, or lower `offline_updates`."
+            )
+        return self._parts.collection.make_owed_updates(self._parts.updater, most)
 
     @override(Algorithm)
     def restore_env_runners(self, env_runner_group: Any) -> list[int]:
@@ -257,9 +290,7 @@ class CalQL(CQL):
 
     def _is_done(self) -> bool:
         """Whether nothing is left to train: the offline phase is over, and there are no env steps to take."""
-        if self.phase == keys.OFFLINE:
-            return False
-        return self.env_runner_group is None or self._parts.collection.is_complete(self._parts.updater)
+        return self.phase == keys.ONLINE and self._parts.collection.is_complete(self._parts.updater)
 
     @property
     def store(self) -> TransitionStore:
@@ -410,38 +441,6 @@ class CalQL(CQL):
         if config is not None and not isinstance(config, CalQLConfig):
             raise TypeError(f"`config` must be a `CalQLConfig`, got {type(config).__name__}.")
         return built_from_checkpoint(cls, path, filesystem, config=config)
-
-
-def _refuse_places_that_are_not_there(config: CalQLConfig) -> None:
-    """Refuses remote workers, and GPUs of the local learner, that Ray can never give a program of the user.
-
-    A trial of Ray Tune has been given all its places before it begins.
-    """
-    if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
-        return
-    bundles = _get_env_runner_bundles(config)
-    if config.evaluation_interval and config.evaluation_num_env_runners:
-        bundles += _get_env_runner_bundles(config.get_evaluation_config_object())
-    local: list[dict[str, float]] = []
-    if config.num_learners:
-        bundles += _get_learner_bundles(config)
-    elif config.num_gpus_per_learner:
-        local = [{"GPU": config.num_gpus_per_learner}]
-    if local or (bundles and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ):
-        refuse_unavailable_here(local or bundles, who="The algorithm")
-    if bundles and ray.is_initialized():
-        refuse_unavailable(bundles, who="The algorithm")
-
-
-def _with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:
-    changed: CalQLConfig = config.copy(copy_frozen=False)
-    changed.input_ = input_
-    # RLlib merges the states of runners' connectors after every iteration and waits for all runners, however long their
-    # requests are. Only connectors set by the user have a state.
-    has_connectors = config._env_to_module_connector is not None or config._module_to_env_connector is not None
-    changed._dont_auto_sync_env_runner_states = not has_connectors
-    changed.freeze()
-    return changed
 
 
 # RLlib is loaded now. Its list keeps the name resolvable after `ray.shutdown()`.

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllib_calql.checkpoints.manifest import manifest_of
 from rllib_calql.checkpoints.pretrained import Pretrained
 from rllib_calql.checkpoints.saving import Saving
 from rllib_calql.collection.budget import EnvStepBudget
 from rllib_calql.collection.collection import EpisodeCollection
+from rllib_calql.collection.intake import EpisodeIntake
 from rllib_calql.collection.storing import EpisodeKeeper
 from rllib_calql.collection.success_key import SuccessKeyWatch
-from rllib_calql.common.encoding import flat_size, observation_dtype
+from rllib_calql.common.encoding import encoded_space, flat_size, observation_dtype
 from rllib_calql.common.episode_returns import EpisodeReturns
 from rllib_calql.common.lifetime import Lifetime
 from rllib_calql.common.returns import reward_settings
@@ -53,6 +56,24 @@ class Spaces:
     module: gym.spaces.Box
 
 
+def all_spaces(config: CalQLConfig, spaces: Mapping[str, Any] | None) -> Spaces:
+    """The spaces of a run.
+
+    Args:
+        config: The algorithm's.
+        spaces: RLlib's `Algorithm.spaces`, those of env runners; None without any.
+    """
+    if spaces is not None and INPUT_ENV_SINGLE_SPACES in spaces:
+        observation_space, action_space = spaces[INPUT_ENV_SINGLE_SPACES]
+    else:
+        observation_space, action_space = config.observation_space, config.action_space
+    # Connectors encode observations, once, and offline data are encoded by the same function. Connectors of the user
+    # may make anything of them; there are no offline data then.
+    if config._env_to_module_connector is None or spaces is None:
+        return Spaces(observation_space, action_space, encoded_space(observation_space))
+    return Spaces(observation_space, action_space, spaces[DEFAULT_MODULE_ID][0])
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of an algorithm.
@@ -63,6 +84,7 @@ class Parts:
         divergence: Compares mean Q with the returns that are possible.
         updater: Makes gradient updates.
         keeper: Stores finished episodes.
+        intake: Stores episodes from outside.
         collection: Collects episodes.
         history: Keeps what evaluations said.
         held_out: Judges by held-out episodes; None if none are held out.
@@ -78,6 +100,7 @@ class Parts:
     divergence: DivergenceWatch
     updater: Updater
     keeper: EpisodeKeeper
+    intake: EpisodeIntake
     collection: EpisodeCollection
     history: EvaluationHistory
     held_out: HeldOut | None
@@ -161,6 +184,7 @@ def build_parts(
         episode_limit_env_steps=config.episode_limit_env_steps,
         env=_called(config.env),
     )
+    intake = EpisodeIntake(config, keeper, lifetime, observation_space=spaces.observation, action_space=spaces.action)
     success_key = SuccessKeyWatch(config.success_key)
     collection = EpisodeCollection(
         config,
@@ -223,7 +247,7 @@ def build_parts(
         keeps_online_data=config.store_buffer_in_checkpoints,
         history=history,
         collection=(
-            *(keeper, collection, divergence, episode_returns, offline_evaluation),
+            *(keeper, intake, collection, divergence, episode_returns, offline_evaluation),
             *([held_out] if held_out is not None else []),
         ),
         learners=updater,
@@ -240,6 +264,7 @@ def build_parts(
         divergence=divergence,
         updater=updater,
         keeper=keeper,
+        intake=intake,
         collection=collection,
         history=history,
         held_out=held_out,
@@ -249,6 +274,18 @@ def build_parts(
         offline_evaluation=offline_evaluation,
         align=align,
     )
+
+
+def with_input(config: CalQLConfig, input_: Any) -> CalQLConfig:
+    """The config, frozen, with other data, and with what follows of RLlib's settings from ours."""
+    changed: CalQLConfig = config.copy(copy_frozen=False)
+    changed.input_ = input_
+    # RLlib merges the states of runners' connectors after every iteration and waits for all runners, however long their
+    # requests are. Only connectors set by the user have a state.
+    has_connectors = config._env_to_module_connector is not None or config._module_to_env_connector is not None
+    changed._dont_auto_sync_env_runner_states = not has_connectors
+    changed.freeze()
+    return changed
 
 
 def _called(env: Any) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
 
 _SECONDS_OF_CLIENTS = 30.0  # That an iteration waits for clients at most.
+_UPDATES_AT_ONCE = 50  # The same however often they are interrupted, for a batch follows from how many are drawn.
 _UPDATE_SHARE_OF_REQUEST = 0.4  # Longer updates in between left env runners idle up to a fifth of the time.
 
 
@@ -97,6 +98,9 @@ class EpisodeCollection:
             RuntimeError: If the environment or all env runners fail again and again.
             ValueError: If episodes cannot be stored again and again.
         """
+        if not self.has_environment:
+            self.make_owed_updates(updater, self._config.updates_per_iteration)
+            return
         if self._collector is not None and self._config.sample_async:
             self._collect_and_update(self._collector, updater)
             return
@@ -113,16 +117,42 @@ class EpisodeCollection:
         if num_updates := self._num_updates_due(updater):
             updater.update(num_updates, online=True)
 
+    @property
+    def has_environment(self) -> bool:
+        """Whether there are env runners; without any, episodes come by `CalQL.add_episodes` alone."""
+        return self._group is not None
+
+    def make_owed_updates(self, updater: Updater, most: int | None = None) -> int:
+        """Makes the updates that stored env steps owe, and returns how many it has made.
+
+        Args:
+            updater: Makes them.
+            most: How many at most; None for all that are owed now.
+        """
+        made, most = 0, self._num_updates_due(updater) if most is None else most
+        while num_updates := min(self._num_updates_due(updater), _UPDATES_AT_ONCE, max(0, most - made)):
+            begun = self._lifetime.num_online_updates
+            updater.update(num_updates, online=True, part_of=(made, most))
+            made += self._lifetime.num_online_updates - begun  # Fewer if a learner was lost meanwhile.
+        return made
+
     def is_complete(self, updater: Updater) -> bool:
-        """Whether the budget of env steps is spent and all updates that it owes are made."""
-        return self._budget.is_spent and not self._num_updates_due(updater)
+        """Whether no env step is left to take, by the budget or without an environment, and no owed update to make."""
+        return (self._budget.is_spent or not self.has_environment) and not self._num_updates_due(updater)
 
     def refuse_more(self, updater: Updater) -> None:
         """Refuses another step once this `is_complete`.
 
         Raises:
-            BudgetSpentError: Naming the way out.
+            BudgetSpentError: If the budget is spent; the message names the way out.
+            RuntimeError: If there is no environment.
         """
+        if self.is_complete(updater) and not self.has_environment:
+            raise RuntimeError(
+                f"The offline phase is over after {self._lifetime.num_offline_updates} updates and there is no "
+                "environment; set `.environment(...)` to fine-tune, or raise `offline_updates`. Episodes that were "
+                "made elsewhere are handed over by `add_episodes`."
+            )
         if self.is_complete(updater):
             limit, taken = self._budget.limit, self._lifetime.num_online_env_steps_taken
             raise BudgetSpentError(

@@ -127,18 +127,29 @@ class EpisodeKeeper:
         if (remark := remark_on_resolution(emitted)) and log_once("calql_resolution"):
             logger.warning("%s; if that matters, %s. Said once.", remark, REMEDY)
         self._num_discarded_in_a_row = 0
-        self._num_interventions += int(np.sum(rows.get(IS_INTERVENTION, 0)))
         self._num_replaced += num_replaced(asked_for, rows[Columns.ACTIONS], reports.is_executed, self._action_space)
-        self._store.add_online(rows)
-        self._episode_returns.add(rows[Columns.RETURNS_TO_GO][0])
-        self._divergence.include(*_returns_of(episode, rows, settings.gamma))
-        self._lifetime.count_episode(len(episode))
+        self.keep_rows(rows, is_terminated=bool(episode.is_terminated))
         if len(episode) >= self._episode_limit_env_steps and episode.is_truncated and log_once("calql_cut"):
             logger.warning(
                 "An episode was cut after %d env steps and stored as a truncated one; raise `max_episode_env_steps` if "
                 "episodes are that long. Said once.",
                 len(episode),
             )
+
+    def keep_rows(self, rows: Mapping[str, Array], *, is_terminated: bool) -> None:
+        """Stores the rows of one whole episode that have been checked.
+
+        Args:
+            rows: As `OnlineRing.append` takes them.
+            is_terminated: Whether the episode ended by termination.
+        """
+        self._num_interventions += int(np.sum(rows.get(IS_INTERVENTION, 0)))
+        self._store.add_online(rows)
+        self._episode_returns.add(rows[Columns.RETURNS_TO_GO][0])
+        returns, rewards, gamma = rows[Columns.RETURNS_TO_GO], rows[Columns.REWARDS], self._add_returns.settings.gamma
+        lengths, terminateds = np.array([len(rewards)]), np.array([is_terminated])
+        self._divergence.include(*possible_returns(returns, rewards, lengths, terminateds, gamma))
+        self._lifetime.count_episode(len(rewards))
 
     def _executed(self, episode: SingleAgentEpisode, asked_for: Array, reports: StepReports) -> Array:
         """Module actions, both [T, A], with those in their place that the infos say were executed."""
@@ -178,8 +189,3 @@ class EpisodeKeeper:
         self._num_discarded = state.get(keys.NUM_DISCARDED_EPISODES_LIFETIME, 0)
         self._num_interventions = state.get(keys.NUM_INTERVENTION_ENV_STEPS_LIFETIME, 0)
         self._num_replaced = state.get(keys.NUM_REPLACED_ACTIONS_LIFETIME, 0)
-
-
-def _returns_of(episode: SingleAgentEpisode, rows: dict[str, Any], gamma: float) -> tuple[float, float]:
-    lengths, terminateds = np.array([len(episode)]), np.array([episode.is_terminated])
-    return possible_returns(rows[Columns.RETURNS_TO_GO], rows[Columns.REWARDS], lengths, terminateds, gamma)

@@ -100,10 +100,15 @@ class Updater:
 
     # --- Updates -----------------------------------------------------------------------------------------------------
 
-    def update(self, num_updates: int, *, online: bool) -> None:
+    def update(self, num_updates: int, *, online: bool, part_of: tuple[int, int] | None = None) -> None:
         """Makes gradient updates, fewer if a learner is lost meanwhile, then hands the weights to the env runners.
 
         Before the first of all, a learned reference value is fitted.
+
+        Args:
+            num_updates: How many.
+            online: Of which phase they are.
+            part_of: Of what they are a part, for the progress: updates made of it before, and all of it.
 
         Raises:
             RuntimeError: If updates change nothing, or learners are lost again and again.
@@ -113,7 +118,7 @@ class Updater:
             if not self._is_reference_fitted:
                 self._fit_reference()
                 begin = time.perf_counter()  # It is no part of what such updates take.
-            self._make_updates(num_updates, online=online)
+            self._make_updates(num_updates, online=online, part_of=part_of or (0, num_updates))
             seconds = time.perf_counter() - begin
             self._num_updates_timed += num_updates
             self._seconds_timed += seconds
@@ -178,12 +183,12 @@ class Updater:
             )
         self._is_reference_fitted = True
 
-    def _make_updates(self, num_updates: int, *, online: bool) -> None:
+    def _make_updates(self, num_updates: int, *, online: bool, part_of: tuple[int, int]) -> None:
         self._refresh_returns()
         per_call = self._updates_per_call()
         with self._metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             for start in range(0, num_updates, per_call):
-                self._say_updating(start, num_updates, online=online)
+                self._say_updating(part_of[0] + start, part_of[1], online=online)
                 self._update_once(min(per_call, num_updates - start), online=online)
 
     def _say_updating(self, num_made: int, num_updates: int, *, online: bool) -> None:

@@ -341,8 +341,12 @@ def _check_phases(config: CalQLConfig) -> None:
             "put the change into the environment and the data."
         )
     if config.env is None and config.is_offline and not config.has_clients:
-        if updates == 0:
-            raise ValueError("`offline_updates` is 0 and there is no environment, so nothing would be trained.")
+        # Spaces that are set by hand are those of episodes that come by `CalQL.add_episodes`.
+        if updates == 0 and (config.observation_space is None or config.action_space is None):
+            raise ValueError(
+                "`offline_updates` is 0 and there is no environment, so nothing would be trained. For episodes that "
+                "come by `add_episodes` alone, set `.environment(observation_space=..., action_space=...)`."
+            )
         if not config.in_evaluation:
             _check_evaluation_without_env(config)
 

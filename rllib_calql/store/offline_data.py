@@ -111,7 +111,7 @@ class CalQLOfflineData(OfflineData):
         """
         check_action_space(action_space, "The action space")
         for reader in self.readers:
-            _check_spaces(reader.info, observation_space, action_space)
+            check_spaces(reader.info, observation_space, action_space)
         conversion = Conversion(
             observation_space=observation_space,
             action_space=action_space,
@@ -308,8 +308,12 @@ def as_multi_agent_batch(columns: dict[str, Any]) -> MultiAgentBatch:
     return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(columns)}, len(next(iter(columns.values()))))
 
 
-def _check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-    """Compares the spaces in the metadata with the environment's: structure and sizes, for actions also bounds."""
+def check_spaces(info: DatasetInfo, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+    """Compares the spaces in the metadata with the environment's: structure and sizes, for actions also bounds.
+
+    Raises:
+        ValueError: Naming the data set, both spaces and what is different.
+    """
     for kind, recorded, actual in (
         ("observation", info.observation_space, observation_space),
         ("action", info.action_space, action_space),

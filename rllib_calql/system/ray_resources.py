@@ -65,6 +65,36 @@ def refuse_unavailable_here(bundles: Sequence[Bundle], *, num_cpus: float | None
     _compare(bundles, [node], who, f"Ray on this machine has {described(node)}")
 
 
+def refuse_missing_places(config: Any) -> None:
+    """Refuses remote workers, and GPUs of the local learner, that Ray can never give a program of the user.
+
+    A trial of Ray Tune has been given all its places before it begins.
+
+    Args:
+        config: The algorithm's.
+
+    Raises:
+        UnavailableError: If they can never be given.
+    """
+    import ray
+    from ray.rllib.algorithms.utils import _get_env_runner_bundles, _get_learner_bundles
+
+    if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
+        return
+    bundles = _get_env_runner_bundles(config)
+    if config.evaluation_interval and config.evaluation_num_env_runners:
+        bundles += _get_env_runner_bundles(config.get_evaluation_config_object())
+    local: list[dict[str, float]] = []
+    if config.num_learners:
+        bundles += _get_learner_bundles(config)
+    elif config.num_gpus_per_learner:
+        local = [{"GPU": config.num_gpus_per_learner}]
+    if local or (bundles and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ):
+        refuse_unavailable_here(local or bundles, who="The algorithm")
+    if bundles and ray.is_initialized():
+        refuse_unavailable(bundles, who="The algorithm")
+
+
 def num_gpus_here() -> int:
     """GPUs that Ray finds on this machine, of those that `CUDA_VISIBLE_DEVICES` lets it see."""
     from ray._private.accelerators import get_accelerator_manager_for_resource

@@ -159,6 +159,11 @@ class EpisodeReader(ABC):
 
     info: DatasetInfo
 
+    @property
+    def records_ids(self) -> bool:
+        """Whether the data have ids of their episodes, rather than places in files by which they are called here."""
+        return False
+
     def __init__(self) -> None:
         self.remarks: Counter[str] = Counter()
 

@@ -56,6 +56,11 @@ class EpisodesReader(EpisodeReader):
             ignored_columns=tuple(extra_columns_of(first, options)[1]),
         )
 
+    @property
+    def records_ids(self) -> bool:
+        """RLlib gives every episode one of its own."""
+        return True
+
     def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields the episodes in the order in which they end in the list.
 

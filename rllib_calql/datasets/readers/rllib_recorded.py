@@ -95,6 +95,11 @@ class RecordedEpisodesReader(EpisodeReader):
             ignored_columns=tuple(extra_columns_of(first[0], options)[1]),
         )
 
+    @property
+    def records_ids(self) -> bool:
+        """RLlib gives every episode one of its own."""
+        return True
+
     def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields the episodes in the order in which their last chunks stand in the files.
 

@@ -112,6 +112,11 @@ class ArrowRowsReader(EpisodeReader):
             ignored_columns=self._columns.ignored,
         )
 
+    @property
+    def records_ids(self) -> bool:
+        """By the column of ids."""
+        return Columns.EPS_ID in self._columns.known
+
     def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields the episodes in the order in which their first rows stand in the tables.
 

@@ -153,6 +153,11 @@ class FlatReader(EpisodeReader):
         """Digest of the files."""
         return fingerprint_of(self._files)
 
+    @property
+    def records_ids(self) -> bool:
+        """By the column of ids."""
+        return any(Columns.EPS_ID in columns.stored for columns in self._columns)
+
     def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields blocks of whole episodes in file order.
 

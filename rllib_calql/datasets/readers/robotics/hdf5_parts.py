@@ -195,6 +195,11 @@ class EpisodesReader(FlatReader):
 
     _layouts: dict[DataFile, tuple[Episodes, dict[str, ArrayHeader]]]
 
+    @property
+    def records_ids(self) -> bool:
+        """Episodes are numbered within their file."""
+        return False
+
     @contextmanager
     def _open(self, file: DataFile) -> Iterator[FlatFile]:
         with open_arrays(file) as arrays:

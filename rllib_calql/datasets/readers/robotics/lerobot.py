@@ -82,6 +82,11 @@ class LeRobotReader(ArrowRowsReader):
         maps = [self._map.file] if self._map is not None else []
         return fingerprint_of([*self._data_files, self._info.file, *maps])
 
+    @property
+    def records_ids(self) -> bool:
+        """Episodes are numbered within their data set."""
+        return False
+
     def blocks(self) -> Iterator[EpisodeBlock]:
         """Yields blocks of whole episodes; see `ArrowRowsReader`."""
         yield from super().blocks()
