@@ -107,6 +107,19 @@ def test_the_study_of_the_task_runs_the_recipe(task: str, name: str, trials: dic
     assert {key: (value, theirs[key]) for key, value in ours.items() if theirs[key] != value} == {}
 
 
+def test_the_studies_of_umaze_change_the_same_settings_but_the_number_of_cloning_updates() -> None:
+    play, demonstrations = (
+        load_yaml(EXAMPLES / "studies" / f"{name}.yaml")["algorithms"]
+        for name in ("pointmaze_umaze", "narrow_demonstrations")
+    )
+    assert (
+        play["BC then SAC"].pop("bc_updates") == _entry(EXAMPLES / "pointmaze_umaze.yaml")["config"]["offline_updates"]
+    )
+    cloning = demonstrations["BC then SAC"].pop("bc_updates")
+    assert cloning == _entry(EXAMPLES / "pointmaze_umaze_demos.yaml")["config"]["offline_updates"]
+    assert play == demonstrations
+
+
 def test_a_source_is_named_with_its_commit_and_the_lines() -> None:
     for path in RECIPES.iterdir():
         text = path.read_text()
