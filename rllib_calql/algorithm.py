@@ -258,11 +258,7 @@ class CalQL(CQL):
 
     @override(Algorithm)
     def evaluate_offline(self) -> dict[str, Any]:
-        """Judges the policy by data, as `offline_evaluation_type` says; returns what a result has below "evaluation".
-
-        Raises:
-            RuntimeError: If the config says nothing of it.
-        """
+        """Judges the policy by data, as `offline_evaluation_type` says; a RuntimeError if the config does not."""
         return self._parts.offline_evaluation.evaluate(self)
 
     @override(Algorithm)
@@ -340,10 +336,8 @@ class CalQL(CQL):
     ) -> str:
         """Writes a checkpoint that takes the place of an earlier one at `path` only once it is complete.
 
-        On a local file system an interruption at any moment leaves the earlier checkpoint or the new one, and one of
-        several writers is let in, see `replaced_folder`. Elsewhere nothing can be renamed or locked: the files are
-        written to a temporary folder and copied, and a checkpoint that was interrupted, or written by two at once, is
-        refused when read.
+        On a local file system an interruption leaves the earlier checkpoint or the new one, see `replaced_folder`.
+        Elsewhere nothing can be renamed or locked: a checkpoint that was interrupted, or written by two, is refused.
 
         Args:
             path: Folder, relative ones as well, or URI; by default a new folder for temporary files.
@@ -368,6 +362,12 @@ class CalQL(CQL):
             components=self.get_checkpointable_components,
         )
         return folder
+
+    @override(Algorithm)
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The config for checkpoints: that with the environment, where this algorithm trains without it."""
+        kept = self.config._kept_in_checkpoints
+        return ((self.config if kept is None else kept.config).get_state(),), {}
 
     @override(Algorithm)
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:

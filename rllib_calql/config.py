@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -34,6 +36,19 @@ if TYPE_CHECKING:
 _RANDOM_WARMUP_ENV_STEPS = 1_000  # Without offline data there is no policy worth collecting with yet.
 
 
+@dataclass(frozen=True)
+class KeptInCheckpoints:
+    """What checkpoints hold in place of the config that an algorithm is built with.
+
+    Attributes:
+        config: The config, with its environment.
+        manifest: Entries of the manifest.
+    """
+
+    config: CalQLConfig
+    manifest: Mapping[str, Any]
+
+
 @with_checked_keywords
 @with_shown_defaults
 class CalQLConfig(CalQLSettings):
@@ -52,6 +67,7 @@ class CalQLConfig(CalQLSettings):
         >>> algo = config.build()
     """
 
+    _kept_in_checkpoints: KeptInCheckpoints | None = None  # Of an algorithm that trains without its environment.
     _shared_env: SharedEnv | None = None  # In copies and pickles, for processes that do not know the environment.
 
     def __init__(self, algo_class: type | None = None) -> None:

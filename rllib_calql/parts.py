@@ -225,13 +225,14 @@ def build_parts(
         updater.begin_anew(env_runner_group)
 
     def manifest() -> dict[str, Any]:
-        return manifest_of(
+        made = manifest_of(
             config,
             store,
             lifetime.counters(),
             observation_space=spaces.observation,
             action_space=spaces.action,
         )
+        return made if config._kept_in_checkpoints is None else {**made, **config._kept_in_checkpoints.manifest}
 
     pretrained = Pretrained(
         config.pretrained,

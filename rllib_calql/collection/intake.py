@@ -233,6 +233,9 @@ class EpisodeIntake:
         lifetime: Counts env steps, and the updates that they owe.
         observation_space: The environment's, before flattening.
         action_space: The environment's.
+
+    Attributes:
+        taken: Episodes that have been added over the lifetime.
     """
 
     def __init__(
@@ -249,12 +252,7 @@ class EpisodeIntake:
         self._lifetime = lifetime
         self._observation_space = observation_space
         self._action_space = action_space
-        self._taken = TakenEpisodes()
-
-    @property
-    def num_taken(self) -> int:
-        """Episodes added over the lifetime."""
-        return len(self._taken)
+        self.taken = TakenEpisodes()
 
     def add(self, episodes: Any, *, skip_known: bool = False, action_space_of_data: str | None = None) -> AddedEpisodes:
         """Adds all episodes or none, see `CalQL.add_episodes`; `ReadEpisode`s are taken as they are."""
@@ -266,7 +264,7 @@ class EpisodeIntake:
                 action_space=self._action_space,
                 action_space_of_data=action_space_of_data,
             )
-        new, known = self._taken.divided(episodes)
+        new, known = self.taken.divided(episodes)
         if known and not skip_known:
             names = "; ".join(episode.name for episode in known[:_MOST_NAMED])
             more = f" and {len(known) - _MOST_NAMED} more" if len(known) > _MOST_NAMED else ""
@@ -278,7 +276,7 @@ class EpisodeIntake:
         for episode in new:
             self._keeper.keep_rows(episode.rows, is_terminated=episode.is_terminated)
             self._lifetime.count_env_steps_taken(len(episode))
-            self._taken.note(episode)
+            self.taken.note(episode)
         marks = [episode.rows[IS_INTERVENTION] for episode in new if IS_INTERVENTION in episode.rows]
         num_env_steps = sum(map(len, new))
         return AddedEpisodes(
@@ -292,11 +290,11 @@ class EpisodeIntake:
 
     def get_state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {_TAKEN: self._taken.get_state()}
+        return {_TAKEN: self.taken.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint; nothing is in one of an earlier version."""
-        self._taken = taken_in(state)
+        self.taken = taken_in(state)
 
 
 class TakenEpisodes:

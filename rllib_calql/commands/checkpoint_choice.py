@@ -61,6 +61,8 @@ def chosen_checkpoint(location: str, *, best: bool, doing: str, verbose: bool) -
     remedy = use_folders_of_checkpoint(CheckpointFiles(chosen.filesystem, chosen.path).raw_manifest())
     try:
         yield chosen
+    except (click.ClickException, click.exceptions.Exit):  # What is said already.
+        raise
     except Exception as error:
         if verbose:
             raise

@@ -18,6 +18,7 @@ import rllib_calql
 from rllib_calql.commands.dataset import dataset
 from rllib_calql.commands.evaluate import evaluate
 from rllib_calql.commands.export import export
+from rllib_calql.commands.fine_tune import fine_tune
 from rllib_calql.commands.import_path import use_folder_of
 from rllib_calql.commands.report import report
 from rllib_calql.commands.score import score
@@ -47,7 +48,7 @@ def main() -> None:
     """Train and evaluate RLlib algorithms, Cal-QL among them."""
 
 
-for command in (dataset, evaluate, study, report, score, select, export):
+for command in (dataset, evaluate, study, report, score, select, export, fine_tune):
     main.add_command(command)
 
 

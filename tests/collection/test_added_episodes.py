@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from logged_episodes import write_episode
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from tiny import LineEnv, assert_identical, line_config, run_state
@@ -42,23 +43,6 @@ class LoggingLineEnv(LineEnv):
 
 def without_env(config: CalQLConfig) -> CalQLConfig:
     return config.environment(None, observation_space=OBSERVATIONS, action_space=ACTIONS)
-
-
-def write_episode(folder: Path, *, length: int = 3, terminated: bool = True, start: float = 0.0) -> None:
-    """Reward 1, 2, ...; executed 0.5, 0.25, ... where 1.0 was asked for; a person acts in the last step."""
-    log = EpisodeLog(folder)
-    log.reset(np.float32([start]))
-    for t in range(1, length + 1):
-        ends = t == length
-        log.step(
-            np.float32([1.0]),
-            float(t),
-            terminated and ends,
-            ends and not terminated,
-            np.float32([start + t]),
-            executed_action=np.float32([0.5**t]),
-            is_intervention=ends,
-        )
 
 
 @pytest.fixture(scope="module")

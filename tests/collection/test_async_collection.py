@@ -149,10 +149,10 @@ def test_a_runner_collects_while_the_learner_updates(tmp_path: Path) -> None:
     _train_until(algo, 4)
     update = algo._parts.updater._make_updates
 
-    def slow_update(num_updates: int, *, online: bool) -> None:
+    def slow_update(num_updates: int, **keywords: Any) -> None:
         before = sum(len(path.read_text().splitlines()) for path in (tmp_path / "log").glob("*.steps"))
         time.sleep(0.4)
-        update(num_updates, online=online)
+        update(num_updates, **keywords)
         after = sum(len(path.read_text().splitlines()) for path in (tmp_path / "log").glob("*.steps"))
         made_meanwhile.append(after - before)
 

@@ -19,7 +19,7 @@ from rllib_calql.checkpoints.manifest import check_networks
 from rllib_calql.common.encoding import flatten_observations
 from rllib_calql.common.spaces import description_of, difference_of, is_flat, is_flattening, reordering
 from rllib_calql.datasets.episodes.reader import DatasetInfo
-from rllib_calql.store.offline_data import _check_spaces
+from rllib_calql.store.offline_data import check_spaces
 
 ACTIONS = Box(-1.0, 1.0, (1,))
 
@@ -169,7 +169,7 @@ def test_spaces_of_as_many_numbers_that_mean_something_else_are_told_apart(one: 
     # Data recorded as flat vectors are taken for any space.
     recorded, actual = (other, one) if is_flat(one) else (one, other)
     with pytest.raises(ValueError, match=r"Dataset 'data' has observation space .*: the former "):
-        _check_spaces(DatasetInfo("data", recorded, None, "environment", None), actual, ACTIONS)
+        check_spaces(DatasetInfo("data", recorded, None, "environment", None), actual, ACTIONS)
     assert re.search(message, difference_of(description_of(one), description_of(other)) or "")
     with pytest.raises(
         ValueError,
@@ -183,7 +183,7 @@ def test_spaces_of_as_many_numbers_that_mean_something_else_are_told_apart(one: 
 @pytest.mark.parametrize(("one", "other"), SAME, ids=str)
 def test_bounds_types_and_the_order_of_keys_may_differ(one: Any, other: Any) -> None:
     assert difference_of(description_of(one), description_of(other)) is None
-    _check_spaces(DatasetInfo("data", one, None, "environment", None), other, ACTIONS)
+    check_spaces(DatasetInfo("data", one, None, "environment", None), other, ACTIONS)
     check_networks(manifest_with(one), manifest_with(other))
 
 

@@ -166,7 +166,7 @@ def result_after(history: EvaluationHistory, *, phase_now: str, raw: dict[str, A
         divergence=SimpleNamespace(out_of_range=0.0, warning=None),
         success_key=SimpleNamespace(warning=None),
         pretrained=SimpleNamespace(remark=None),
-        keeper=SimpleNamespace(num_discarded=0),
+        keeper=SimpleNamespace(num_discarded=0, results=dict),
         collection=SimpleNamespace(results=dict),
         store=SimpleNamespace(num_offline=0, num_online=0, split=None),
         held_out=None,
