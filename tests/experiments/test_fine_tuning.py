@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tiny import LineEnv, assert_identical, line_config
 
 from rllib_calql import CalQL, load_policy
 from rllib_calql.checkpoints.reading import CheckpointFiles
-from rllib_calql.commands import fine_tune as command
 from rllib_calql.commands.main import main
 from rllib_calql.common.encoding import flat_size
 from rllib_calql.experiments import fine_tuning
@@ -104,86 +102,6 @@ def test_rounds_take_what_is_new_and_make_what_it_owes(pre: Path, tmp_path: Path
     assert_identical(state_of(output), state_of(Path(python)))
     config = CheckpointFiles.find(output).config()
     assert (config.env, config.observation_space, config.updates_per_env_step) == (LineEnv, None, 1)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing goes on after it."""
-
-
-def test_what_interrupts_it_changes_nothing_in_the_end(
-    pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logs, policy, output = tmp_path / "logs", tmp_path / "policy.npz", tmp_path / "killed"
-    for start in range(2):
-        write_episode(logs, start=start, length=90)
-    whole = run(pre, "--episodes", logs, "--output", tmp_path / "whole")
-    assert whole.exit_code == 0, whole.output
-    arguments = (pre, "--episodes", logs, "--export", policy, "--output", output)
-    make, save = CalQL.make_owed_updates, fine_tuning.FineTuning.save
-    calls = 0
-
-    def killing_at(number: int, then: Any) -> Any:
-        def make_or_die(self: CalQL, most: int | None = None) -> int:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                then()
-            return make(self, most)
-
-        return make_or_die
-
-    def die(*arguments: Any, **options: Any) -> Any:
-        raise Killed
-
-    def interrupt() -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CalQL, "make_owed_updates", killing_at(1, die))  # Episodes are added, nothing is saved.
-        assert isinstance(run(*arguments).exception, Killed)
-    assert not output.exists()
-    with monkeypatch.context() as patch:
-        calls = 0
-        patch.setattr(CalQL, "make_owed_updates", killing_at(1, interrupt))
-        stopped = run(*arguments)
-    assert stopped.exit_code == 130
-    assert "Interrupted. 130 updates are left; the same command makes them." in stopped.output
-    assert (manifest_of(output)["num_online_updates_lifetime"], policy.exists()) == (50, True)
-    with monkeypatch.context() as patch:
-        calls = 0
-        patch.setattr(fine_tuning, "_SAVE_EVERY_S", 0.0)
-        patch.setattr(CalQL, "make_owed_updates", killing_at(2, die))  # After a checkpoint in the midst of updates.
-        assert isinstance(run(*arguments).exception, Killed)
-    assert manifest_of(output)["num_online_updates_lifetime"] == 100
-    with monkeypatch.context() as patch:
-        # The checkpoint is there, its policy is not.
-        patch.setattr(fine_tuning.FineTuning, "save", lambda self: (save(self), die()))
-        assert isinstance(run(*arguments).exception, Killed)
-    assert manifest_of(output)["num_online_updates_lifetime"] == 180
-    last = run(*arguments)
-    assert last.exit_code == 0
-    assert "There is no new episode" in last.output
-    assert load_policy(policy).metadata["checkpoint"]["num_online_updates_lifetime"] == 180
-    assert_identical(state_of(output), state_of(tmp_path / "whole"))
-
-
-def test_it_waits_for_files_until_it_is_told_to_end(pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    write_episode(tmp_path / "elsewhere")
-    (whole,) = (tmp_path / "elsewhere").iterdir()
-    moments = {
-        1: lambda: (logs / "a.npz").write_bytes(whole.read_bytes()[:500]),
-        4: lambda: (logs / "a.npz").write_bytes(whole.read_bytes()),
-        8: lambda: signal.raise_signal(signal.SIGINT),
-    }
-    times = iter(range(1, 100))
-    monkeypatch.setattr(command.time, "sleep", lambda seconds: moments.get(next(times), lambda: None)())
-    done = run(pre, "--episodes", logs, "--watch")
-    assert done.exit_code == 0, done.output
-    assert done.output.count("is not a readable NumPy") == 1
-    assert done.output.count("added             1 episodes, 3 env steps") == 1
-    assert manifest_of(pre.with_name("pre-fine-tuned"))["num_online_updates_lifetime"] == 3
 
 
 def test_a_checkpoint_in_the_midst_of_the_offline_phase_goes_online_there(tmp_path: Path) -> None:
