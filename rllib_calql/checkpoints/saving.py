@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from rllib_calql.checkpoints.folders import MARK
 from rllib_calql.checkpoints.integrity import check_component, upload, write_manifest
 from rllib_calql.checkpoints.manifest import check_resumable
 from rllib_calql.checkpoints.pretrained import Learners, Pretrained, restoring
@@ -146,6 +147,7 @@ class Saving:
                 CheckpointFiles(LocalFileSystem(), str(folder)).learner_state()
             except (OSError, EOFError, ValueError, LookupError) as err:
                 raise RuntimeError(f"A learner could not write its part of the checkpoint to '{folder}'.") from err
+        _name_classes(folder)
         if manifest:
             write_manifest(folder, manifest, parts=[name for name, _ in components()])
         if manifest and manifest["online_data"]["in_checkpoint"]:
@@ -275,3 +277,18 @@ def _built(cls: type[Any], files: CheckpointFiles, config: Any) -> Any:
         built.stop()
         raise
     return built
+
+
+def _name_classes(folder: pathlib.Path) -> None:
+    """Writes the class of each part of a checkpoint by its name.
+
+    In an actor, as in a trial of Ray Tune, the class is one that Ray makes of ours, and a pickle would hold it whole: a
+    version of this package in which a method is missing could not read it.
+    """
+    from ray import cloudpickle as pickle
+
+    for mark in folder.rglob(MARK):
+        content = pickle.loads(mark.read_bytes())
+        named = getattr(content["class"], "__ray_actor_class__", None)
+        if named is not None:
+            mark.write_bytes(pickle.dumps({**content, "class": named}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.actor import _modify_class
 from tiny import ONLINE_SIDE, TINY_NETWORKS, assert_identical, line_config, run_state, write_line_data
 
 from rllib_calql import CalQL
@@ -226,3 +228,15 @@ def test_the_fingerprint_does_not_depend_on_the_pieces_it_is_computed_in(monkeyp
     whole = _table().fingerprint()
     monkeypatch.setattr(offline_table, "_FINGERPRINT_BYTES", 40)
     assert _table().fingerprint() == whole
+
+
+def test_a_checkpoint_of_an_actor_names_its_classes_and_holds_none(tmp_path: Path) -> None:
+    # Ray makes a class of its own for an actor, as for a trial of Ray Tune; it cannot be found by name.
+    algo = line_config(tmp_path, offline_updates=2).build()
+    algo.__class__ = _modify_class(CalQL)
+    algo.save_to_path(tmp_path / "checkpoint")
+    mark = (tmp_path / "checkpoint" / "class_and_ctor_args.pkl").read_bytes()
+    assert pickle.loads(mark)["class"] is CalQL
+    assert b"training_step" not in mark  # No method of the class.
+    algo.stop()
+    CalQL.from_checkpoint(tmp_path / "checkpoint").stop()
