@@ -289,6 +289,6 @@ def _name_classes(folder: pathlib.Path) -> None:
 
     for mark in folder.rglob(MARK):
         content = pickle.loads(mark.read_bytes())
-        named = getattr(content["class"], "__ray_actor_class__", None)
+        named = getattr(content.get("class"), "__ray_actor_class__", None)
         if named is not None:
             mark.write_bytes(pickle.dumps({**content, "class": named}))

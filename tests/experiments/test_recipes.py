@@ -22,7 +22,6 @@ from rllib_calql.study.plan import Trial, read_study
 EXAMPLES = Path(__file__).parents[2] / "tuned_examples"
 RECIPES = EXAMPLES / "recipes"
 TASKS = ("pointmaze_umaze", "pointmaze_medium")
-TASKS_OF_STUDIES = ("pointmaze_umaze",)  # Whose study runs the recipes.
 # By the last part of the file's name, what the studies call them.
 ALGORITHMS = {
     "rlpd": "RLPD",
@@ -93,13 +92,13 @@ def _learning(config: AlgorithmConfig) -> dict[str, Any]:
 def trials() -> dict[tuple[str, str], Trial]:
     """Those of the studies, by study and algorithm, one seed of each."""
     found = {}
-    for study in TASKS_OF_STUDIES:
+    for study in TASKS:
         for trial in read_study(EXAMPLES / "studies" / f"{study}.yaml").trials:
             found[study, trial.algorithm] = trial
     return found
 
 
-@pytest.mark.parametrize("task", TASKS_OF_STUDIES)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_study_of_the_task_runs_the_recipe(task: str, name: str, trials: dict[tuple[str, str], Trial]) -> None:
     (experiment,) = read_experiments(_file(task, name))
