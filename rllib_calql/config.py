@@ -68,6 +68,7 @@ class CalQLConfig(CalQLSettings):
     """
 
     _kept_in_checkpoints: KeptInCheckpoints | None = None  # Of an algorithm that trains without its environment.
+    _ends_at_env_steps: int | float | None = None  # Where the `stop` of an experiment ends a trial.
     _shared_env: SharedEnv | None = None  # In copies and pickles, for processes that do not know the environment.
 
     def __init__(self, algo_class: type | None = None) -> None:

@@ -91,8 +91,8 @@ class EpisodeCollection:
     def step(self, updater: Updater) -> None:
         """Collects an episode of every environment, and has the updates made that they owe.
 
-        As the budget of env steps is spent, the episodes under way are cut and stored, and all updates are made that
-        are still owed.
+        As the budget of env steps is spent, the episodes under way are cut and stored. Then, and where `stop` ends the
+        run by its env steps, all updates are made that are still owed.
 
         Raises:
             RuntimeError: If the environment or all env runners fail again and again.
@@ -103,6 +103,9 @@ class EpisodeCollection:
             return
         if self._collector is not None and self._config.sample_async:
             self._collect_and_update(self._collector, updater)
+            end = self._config._ends_at_env_steps
+            if end is not None and self._lifetime.num_online_env_steps >= end:
+                self.make_owed_updates(updater)  # Nobody would make them after this iteration.
             return
         begin, is_waiting = time.perf_counter(), not self._budget.is_spent
         while is_waiting:

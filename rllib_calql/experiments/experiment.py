@@ -18,6 +18,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
+from rllib_calql.common import metrics as keys
+from rllib_calql.config import CalQLConfig
 from rllib_calql.experiments.best_checkpoint import BestMetric
 from rllib_calql.experiments.reading.errors import ExperimentError, did_you_mean, refuse_unknown, reported
 from rllib_calql.experiments.reading.loggers import Logger, parse_loggers
@@ -95,6 +97,14 @@ class Experiment:
     keep_best: BestMetric | None = field(default_factory=BestMetric)
     max_failures: int = 0
     examples: tuple[AlgorithmConfig, ...] = ()
+
+    @property
+    def param_space(self) -> dict[str, Any]:
+        """What Tune draws the configs of trials from: `config`, and for Cal-QL the env steps at which `stop` ends."""
+        space: dict[str, Any] = self.config.to_dict()
+        if isinstance(self.config, CalQLConfig):
+            space["_ends_at_env_steps"] = self.stop.get(keys.NUM_ONLINE_ENV_STEPS_LIFETIME)
+        return space
 
     @property
     def safety_net(self) -> SafetyNet:

@@ -34,6 +34,7 @@ EXECUTION_SETTINGS = frozenset(
         *("num_env_runners", "num_envs_per_env_runner", "num_cpus_per_env_runner", "num_gpus_per_env_runner"),
         *("custom_resources_per_env_runner", "gym_env_vectorize_mode", "max_requests_in_flight_per_env_runner"),
         *("sample_async", "max_staleness_env_steps", "sample_timeout_s", "max_online_env_steps"),
+        "_ends_at_env_steps",
         *("external_port", "external_host", "external_token_file"),
         *("num_learners", "num_cpus_per_learner", "num_gpus_per_learner", "local_gpu_idx"),
         *("num_cpus_for_main_process", "placement_strategy", "log_level"),
@@ -137,7 +138,7 @@ def _write_tuner(experiment: Experiment, storage_path: str, filesystem: pyarrow.
         run_state.set_aside(filesystem, path)
     tune.Tuner(  # Writes it.
         experiment.algorithm,
-        param_space=experiment.config.to_dict(),
+        param_space=experiment.param_space,
         tune_config=experiment.tune_config(),
         run_config=tune.RunConfig(name=experiment.name, storage_path=storage_path),
     )
@@ -260,7 +261,7 @@ def _is_usable(found: run_state.Found, needs_mark: bool) -> bool:
 
 def _apply_settings(trial: Trial, experiment: Experiment) -> list[str]:
     """Applies what may change. Returns what differs and was not applied, for the user to read."""
-    wanted = experiment.config.to_dict()
+    wanted = experiment.param_space
     changed = dict(trial.config)
     not_applied = []
     varied = {path[0] for path, _ in find_spaces(wanted)} | mutations(experiment.scheduler).keys()

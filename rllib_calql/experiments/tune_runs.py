@@ -95,7 +95,7 @@ def run_experiment(
     else:
         tuner = tune.Tuner(
             experiment.algorithm,
-            param_space=experiment.config.to_dict(),
+            param_space=experiment.param_space,
             tune_config=experiment.tune_config(),
             run_config=run_config,
         )
@@ -143,7 +143,7 @@ def _restored(
     experiment: Experiment, run_config: tune.RunConfig, folder: str, announce: Callable[[str], None]
 ) -> tune.Tuner:
     # A search makes new trials of the space, which Tune does not store whole.
-    param_space = None if experiment.search_alg is None else experiment.config.to_dict()
+    param_space = None if experiment.search_alg is None else experiment.param_space
     tuner = tune.Tuner.restore(folder, experiment.algorithm, resume_errored=True, param_space=param_space)
     # Tune restores callbacks, scheduler and stop criteria of the first run. It keeps no state of a scheduler.
     internal: Any = tuner._local_tuner

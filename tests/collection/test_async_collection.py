@@ -32,6 +32,19 @@ def _train_until(algo: CalQL, num_episodes: int) -> dict[str, Any]:
     return result
 
 
+def test_where_stop_ends_the_run_all_updates_are_made_that_are_owed(tmp_path: Path) -> None:
+    config = logged_config(tmp_path / "log", num_env_runners=1, lengths=[5], step_s=0.002, updates_per_env_step=20)
+    config._ends_at_env_steps = 30
+    algo = config.build()
+    owed = []
+    while algo.num_online_env_steps < 30:
+        algo.train()
+        owed.append(algo.lifetime.updates_owed)
+    algo.stop()
+    assert max(owed[:-1]) >= 20
+    assert (owed[-1], algo.num_online_updates) == (0, 20 * algo.num_online_env_steps)
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_the_store_holds_every_finished_episode_once_and_nothing_else(tmp_path: Path, num_envs: int) -> None:
     algo = logged_config(tmp_path / "log", num_env_runners=2, num_envs=num_envs, lengths=[3, 7], step_s=0.002).build()

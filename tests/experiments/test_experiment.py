@@ -11,7 +11,7 @@ from ray.rllib.algorithms.ppo import PPO
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.sample import Categorical, Float
 
-from rllib_calql import CalQL
+from rllib_calql import CalQL, CalQLConfig
 from rllib_calql.experiments.experiment import Experiment, ExperimentError, read_experiments
 from rllib_calql.experiments.reading.typed_settings import settings_by_method
 
@@ -54,6 +54,7 @@ def test_an_experiment_has_its_algorithm_environment_stop_and_settings(tmp_path:
     assert (experiment.num_samples, experiment.checkpoint_config) == (3, {"checkpoint_frequency": 5})
     config: Any = experiment.config
     assert (config.min_q_weight, config.warmup_env_steps, config.num_env_runners, config.seed) == (1.5, 200, 2, 7)
+    assert CalQLConfig().update_from_dict(experiment.param_space)._ends_at_env_steps == 4000
     assert experiment.num_cpus_of_largest_trial == 3  # The algorithm itself and two env runners.
 
 

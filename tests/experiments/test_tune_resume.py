@@ -374,14 +374,20 @@ def test_a_trial_that_ended_without_a_checkpoint_is_said_not_to_go_on(tmp_path: 
 def test_only_settings_of_the_execution_are_applied_and_the_others_are_named(tmp_path: Path) -> None:
     config = line_config(tmp_path, offline_updates=4)
     config.training(actor_lr=tune.grid_search([1e-4, 1e-3]))
-    trial = make_trial(tmp_path, config=config.to_dict() | {"actor_lr": 1e-3})
+    former = Experiment("e", CalQL, config, stop={"num_online_env_steps_lifetime": 10}).param_space
+    trial = make_trial(tmp_path, config=former | {"actor_lr": 1e-3})
     now = config.copy(copy_frozen=False)
     now.env_runners(num_env_runners=3, num_cpus_per_env_runner=0.1).training(tau=0.25)
     now.learners(num_learners=2, num_cpus_per_learner=0.1)
-    experiment = Experiment("e", CalQL, now, max_failures=4, checkpoint_config={"checkpoint_frequency": 9})
+    experiment = Experiment(
+        *("e", CalQL, now, {"num_online_env_steps_lifetime": 20}),
+        max_failures=4,
+        checkpoint_config={"checkpoint_frequency": 9},
+    )
     assert _apply_settings(trial, experiment) == ["`tau` (the run has 0.005, now 0.25)"]
     assert (trial.config["num_env_runners"], trial.config["num_learners"]) == (3, 2)
     assert (trial.config["tau"], trial.config["actor_lr"]) == (0.005, 1e-3)
+    assert trial.config["_ends_at_env_steps"] == 20
     assert (trial.max_failures, trial.checkpoint_freq) == (4, 9)
 
 
