@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rllib_calql.progress.display import Display
 
 _POLL_S = 1.0  # A file is taken once it has not changed from one look to the next.
+_RESTLESS_S = 5.0  # A folder that changes at every look, as with short episodes, is read after this.
 _SAY_EVERY_S = 4.5
 
 
@@ -160,13 +161,18 @@ class _Rounds:
     def wait(self) -> None:
         """Waits for something new and takes it; what cannot be read is told once, and waited for."""
         self._display.stage(f"waiting for episodes in {self._episodes}")
+        restless_since: float | None = None
         while not self.is_stopped:
             time.sleep(_POLL_S)
             now = _listing(self._episodes)
             is_settled, self._latest = now == self._latest, now
-            if now == self._seen or not is_settled:
+            if now == self._seen:
                 continue
-            self._seen = now
+            if not is_settled:
+                restless_since = time.monotonic() if restless_since is None else restless_since
+                if time.monotonic() - restless_since < _RESTLESS_S:
+                    continue
+            self._seen, restless_since = now, None
             try:
                 new, num_known = self._read()
             except (OSError, ValueError, ImportError) as error:
@@ -199,7 +205,7 @@ class _Rounds:
                 )
             click.echo(f"updates           {made:,}")
         else:
-            known = f"; {num_known} were added before" if num_known else ""
+            known = f"; {num_known} {'was' if num_known == 1 else 'were'} added before" if num_known else ""
             click.echo(f"There is no new episode in '{self._episodes}'{known}.", err=True)
         path, filesystem = tuning.newest()
         if self._policy is not None and not tuning.policy_is_current(self._policy):

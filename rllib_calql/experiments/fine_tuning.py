@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,8 @@ class FineTuning:
         """Ends the algorithm, if there is one."""
         if self._algorithm is not None:
             self._algorithm.stop()
+            with suppress(OSError):
+                os.rmdir(self._algorithm.logdir)  # Ray's, in `~/ray_results`, and empty.
 
     def _read(self, files: CheckpointFiles) -> Start:
         manifest, config = files.manifest(), files.config()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +18,10 @@ from logged_episodes import write_episode
 from tiny import line_config
 
 from rllib_calql import CalQL, load_policy
+from rllib_calql.commands.fine_tune import _Rounds
 from rllib_calql.commands.main import main
 from rllib_calql.experiments import fine_tuning
+from rllib_calql.system.stop_signals import StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +152,21 @@ def test_watching_takes_episodes_as_they_come_and_ends_with_ctrl_c(
     assert result.exit_code == 0, result.output
     assert result.output.count("Not added: ") == 1
     assert counted(tmp_path / "pre-fine-tuned")["rewards"] == [1, 2, 3, 1, 2]
+
+
+def test_a_folder_that_never_rests_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rllib_calql.commands.fine_tune._POLL_S", 0.001)
+    monkeypatch.setattr("rllib_calql.commands.fine_tune._RESTLESS_S", 0.05)
+    num_looks = itertools.count()
+    monkeypatch.setattr("rllib_calql.commands.fine_tune._listing", lambda episodes: [next(num_looks)])
+    taken: list[Any] = []
+    monkeypatch.setattr(_Rounds, "_round", lambda self, new, num_known: taken.append((new, num_known)))
+    tuning: Any = SimpleNamespace(read=lambda episodes: (["an episode"], 2))
+    silent: Any = SimpleNamespace(stage=lambda text: None)
+    with ExitStack() as stack:
+        loop = _Rounds(tuning, str(tmp_path), None, StopSignals(), silent, stack, verbose=False)
+        loop.wait()
+    assert taken == [(["an episode"], 2)]
 
 
 def test_ctrl_c_saves_what_was_made_and_the_same_command_makes_the_rest(

@@ -69,7 +69,12 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 # --- Rounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_take_what_is_new_and_make_what_it_owes(pre: Path, tmp_path: Path) -> None:
+def test_rounds_take_what_is_new_and_make_what_it_owes(
+    pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[CalQL] = []
+    setup = CalQL.setup
+    monkeypatch.setattr(CalQL, "setup", lambda self, config: (built.append(self), setup(self, config))[1])
     logs, policy, output = tmp_path / "logs", tmp_path / "policy.npz", pre.with_name("pre-fine-tuned")
     before = content(pre.resolve())
     arguments = (pre, "--episodes", logs, "--export", policy)
@@ -77,6 +82,7 @@ def test_rounds_take_what_is_new_and_make_what_it_owes(pre: Path, tmp_path: Path
         write_episode(logs, start=number, length=60)
         done = run(*arguments)
         assert done.exit_code == 0, done.output
+        assert not Path(built[-1].logdir).exists()
         assert "added             1 episodes, 60 env steps, return 1830, 2% interventions" in done.output
         manifest = manifest_of(output)
         assert manifest["num_online_episodes_lifetime"] == number
