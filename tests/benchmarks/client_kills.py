@@ -27,21 +27,15 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from no_ray import BLOCKED
+
 from rllib_calql import CalQL
 
 EXAMPLES = Path(__file__).parents[2] / "tuned_examples"
 CLIENT = EXAMPLES / "external_clients" / "maze_client.py"
 NUM_ENV_STEPS = 2_000  # Of the main job.
-_BLOCKED = """
-import runpy, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "torch"):
-            raise ImportError(f"{name} is not to be imported here")
-sys.meta_path.insert(0, Blocker())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 class Clients:
@@ -83,7 +77,7 @@ class Clients:
 
     def _start(self, port: int) -> subprocess.Popen[bytes]:
         arguments = ["--address", f"127.0.0.1:{port}", "--step-seconds", str(self._step_s)]
-        return subprocess.Popen([sys.executable, "-c", _BLOCKED, str(CLIENT), *arguments], stdout=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, "-c", BLOCKED, str(CLIENT), *arguments], stdout=subprocess.DEVNULL)
 
     def _kill(self, seconds: float, interval: float) -> None:
         begin = time.monotonic()

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from client_server import free_port, policy_file
+from no_ray import BLOCKED
 
 from rllib_calql.collection.external.episodes import EpisodeSpaces
 from rllib_calql.collection.external.server import ClientServer
@@ -20,16 +21,6 @@ from rllib_calql.policy.spaces import described_space
 
 EXAMPLES = Path(__file__).parents[3] / "tuned_examples"
 CLIENT = EXAMPLES / "external_clients" / "maze_client.py"
-BLOCKED = """
-import runpy, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "torch"):
-            raise ImportError(f"{name} is not to be imported here")
-sys.meta_path.insert(0, Blocker())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def test_the_example_is_the_main_job_with_clients() -> None:
