@@ -188,6 +188,15 @@ def errors_in_one_line(
         raise click.ClickException(" ".join(str(error).split())) from error
 
 
+@contextmanager
+def usage_errors(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Prints what is wrong with an option without a traceback, for exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
 def root_cause(error: BaseException) -> str:
     """The message of the error that was raised in the trial, without the tracebacks that Ray puts around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -94,7 +94,7 @@ def _from_the_file(name: str, error: Exception) -> BaseException:
     """The same error, or one whose traceback ends in the named module's own file."""
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # It imports the packages around the module, which may be what fails.
         return error
     if spec is None or spec.origin is None or isinstance(error, SyntaxError):
         return error

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import gymnasium as gym
 
 from rllib_calql.checkpoints.manifest import check_environment
 from rllib_calql.checkpoints.reading import CheckpointFiles, read_of_one_save
@@ -15,6 +19,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.success import unseen_key_message
 from rllib_calql.environments.resolving import resolve_env
 from rllib_calql.environments.sharing import provide
+from rllib_calql.evaluation.video import Recorder, Video
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def run_episodes(
     num_episodes: int,
     seed: int | None,
     env: OtherEnv | None = None,
+    video: Video | None = None,
     on_begin: Callable[[], None] = lambda: None,
     on_end: Callable[[float], None] = lambda episode_return: None,
 ) -> EpisodesRun:
@@ -65,13 +71,15 @@ def run_episodes(
         num_episodes: How many.
         seed: Of the environment.
         env: The environment to run them in; by default that of the training.
+        video: What is recorded of them; the episodes are the same without it.
         on_begin: Called when an episode begins.
         on_end: Called with its return when one has ended.
 
     Raises:
         ValueError: If it has no environment, if the spaces of `env` are not those of the checkpoint, or if the
             checkpoint cannot be read.
-        RuntimeError: If the environment fails.
+        RuntimeError: If the environment fails, or cannot be recorded.
+        ImportError: If a video needs a package that is not installed.
     """
     from ray.rllib.callbacks.callbacks import RLlibCallback
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
@@ -86,6 +94,13 @@ def run_episodes(
     def restored(files: CheckpointFiles) -> tuple[Any, SingleAgentEnvRunner]:
         class Runner(SingleAgentEnvRunner):
             """Sees the environment before networks are made for spaces that may not be the checkpoint's."""
+
+            def make_env(self) -> None:
+                if recorder is not None:  # The config is the runner's own copy.
+                    self.config.env = partial(recorder.make, self.config.env)
+                    self.config.gym_env_vectorize_mode = gym.VectorizeMode.SYNC
+                    self.config.restart_failed_sub_environments = False  # What was recorded would be lost.
+                super().make_env()
 
             def make_module(self) -> None:
                 if env is not None and files.raw_manifest() is not None:  # Other algorithms have no manifest.
@@ -110,14 +125,20 @@ def run_episodes(
         files.restore_env_runner(runner)
         return config, runner
 
-    config, runner = read_of_one_save(checkpoint, filesystem, restored, discard=lambda made: made[1].stop())
-    try:
-        with told("An episode"):
-            episodes = runner.sample(num_episodes=num_episodes, explore=False)
-        metrics = runner.get_metrics()
-        seen = infos_seen_by(runner)
-    finally:
-        runner.stop()
+    with ExitStack() as stack:
+        recorder = Recorder(video.num_episodes) if video is not None else None
+        if recorder is not None:
+            stack.callback(recorder.close)
+        config, runner = read_of_one_save(checkpoint, filesystem, restored, discard=lambda made: made[1].stop())
+        try:
+            with told("An episode"):
+                episodes = runner.sample(num_episodes=num_episodes, explore=False)
+            metrics = runner.get_metrics()
+            seen = infos_seen_by(runner)
+        finally:
+            runner.stop()
+        if video is not None and recorder is not None:
+            recorder.write(video.file)
     success = metrics.get(keys.SUCCESS_RATE)
     return EpisodesRun(
         config,

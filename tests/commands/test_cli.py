@@ -18,7 +18,8 @@ import pyarrow.fs
 import pytest
 import ray
 from click.testing import CliRunner, Result
-from tiny import TINY_NETWORKS, write_line_data
+from drawn_line import BRIGHTER
+from tiny import TINY_NETWORKS, LineEnv, write_line_data
 
 import rllib_calql
 from rllib_calql import CalQLConfig
@@ -250,6 +251,81 @@ def test_an_environment_that_a_checkpoint_cannot_be_evaluated_in_is_refused(
     outcome = CliRunner().invoke(main, ["evaluate", trained_on_data_alone, *arguments])
     assert (outcome.exit_code, outcome.stdout) == (exit_code, "")
     assert message in " ".join(outcome.stderr.split())
+
+
+def brightness_of_frames(file: Path) -> list[int]:
+    """Of each frame, in steps of `drawn_line`."""
+    from imageio_ffmpeg import read_frames
+
+    frames = read_frames(str(file))
+    size = next(frames)["size"]
+    assert size == (64, 48)
+    return [round(float(np.frombuffer(frame, np.uint8).mean()) / BRIGHTER) for frame in frames]
+
+
+def test_a_video_shows_every_step_of_the_episodes_that_are_judged(trained_on_data_alone: str, tmp_path: Path) -> None:
+    # From within 1 of the middle it takes three or four steps of almost 2 to the end at 6.
+    arguments = ["evaluate", trained_on_data_alone, "--episodes", "3", "--seed", "5", "--env", "drawn_line:DrawnLine"]
+    LineEnv.log.clear()
+    plain = CliRunner().invoke(main, arguments)
+    assert plain.exit_code == 0, plain.output
+    steps, LineEnv.log[:] = list(LineEnv.log), []
+    filmed = CliRunner().invoke(main, [*arguments, "--video", str(tmp_path / "run.mp4")])
+    assert filmed.exit_code == 0, filmed.output
+    assert (filmed.stdout, LineEnv.log) == (plain.stdout, steps)
+    assert filmed.stderr == f"Wrote {tmp_path}/run.mp4\n"
+    ends = [number for number, step in enumerate(steps) if step[-1]]
+    lengths = np.diff([-1, *ends]).tolist()
+    shown = [list(range(length + 1)) for length in lengths]
+    assert brightness_of_frames(tmp_path / "run.mp4") == [t for episode in shown for t in episode]
+    assert [file.name for file in tmp_path.iterdir()] == ["run.mp4"]
+
+    first = CliRunner().invoke(main, [*arguments, "--video", str(tmp_path / "run.mp4"), "--video-episodes", "1"])
+    assert first.stdout == plain.stdout
+    assert brightness_of_frames(tmp_path / "run.mp4") == shown[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--video", "run.avi"], 2, "`--video` must name a .mp4 file, got 'run.avi'"),
+        (
+            ["--video", "nowhere/run.mp4"],
+            2,
+            "`--video`: the folder of 'nowhere/run.mp4' does not exist; create it first",
+        ),
+        (["--video", "folder.mp4"], 2, "'folder.mp4' is a folder; name a file"),
+        (["--video-episodes", "1"], 2, "`--video-episodes` is about a video; name its file with `--video`"),
+        (["--video", "run.mp4", "--video-episodes", "11"], 2, "`--video-episodes` is 11, but only 10 are run"),
+        (["--video", "run.mp4"], 1, "has no environment, and a video needs one; name it with `--env`"),
+        (["--video", "run.mp4", "--env", "tiny:LineEnv"], 1, "declares no render mode, so it cannot be recorded"),
+        (["--video", "run.mp4", "--env", "drawn_line:BrokenLine"], 1, "failed, OSError: no context"),
+    ],
+)
+def test_a_video_that_cannot_be_made_is_refused_before_a_step_is_made(
+    trained_on_data_alone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    exit_code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mp4").mkdir()
+    LineEnv.log.clear()
+    outcome = CliRunner().invoke(main, ["evaluate", trained_on_data_alone, *arguments])
+    assert (outcome.exit_code, outcome.stdout, LineEnv.log) == (exit_code, "", [])
+    assert message in " ".join(outcome.stderr.split())
+    assert not (tmp_path / "run.mp4").exists()
+
+
+def test_a_video_without_moviepy_names_what_to_install(
+    trained_on_data_alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    outcome = CliRunner().invoke(main, ["evaluate", trained_on_data_alone, "--video", str(tmp_path / "run.mp4")])
+    assert outcome.exit_code == 1
+    assert 'Videos need the `moviepy` package: pip install "rllib-calql[video]"' in outcome.stderr
 
 
 @pytest.mark.slow
