@@ -21,14 +21,19 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from rllib_calql.commands.checkpoint_choice import chosen_checkpoint, existing, say_choice
+from rllib_calql.commands.evaluate import parsed_env_config
 from rllib_calql.commands.import_path import use_folder_of
-from rllib_calql.commands.setup import errors_in_one_line, quiet_warnings
+from rllib_calql.commands.setup import errors_in_one_line, quiet_warnings, usage_errors
 
 if TYPE_CHECKING:
     from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
     from rllib_calql.datasets.report.summary import DatasetReport
+    from rllib_calql.datasets.writers.conversion import ActionBounds
 
 _DEFAULT_PLOT = Path("dataset_report.png")
+_DEFAULT_EPISODE_PLOT = Path("dataset_episode.html")
+_GAMMA = 0.99  # The default of the setting.
 
 
 @click.group(epilog="Example: rllib dataset inspect minari:rllib-calql/pointmaze-umaze-play-v0")
@@ -82,10 +87,20 @@ def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
 @dataset.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--failure-reward", type=float, help="Reward of every step of a failed episode; tells the success rate.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help=f"PNG file (default: {_DEFAULT_PLOT}).")
+@click.option(
+    "--plot",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"PNG file (default: {_DEFAULT_PLOT}); of an episode .png or .html (default: {_DEFAULT_EPISODE_PLOT}).",
+)
 @click.option("--no-plot", is_flag=True, help="Write no picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--env", metavar="ID", help="Environment to compare the data with, as `env` in an experiment file.")
+@click.option("--env-config", metavar="YAML", help="Its `env_config`, a mapping in YAML or JSON.")
+@click.option("--episode", metavar="ID", help="Show this one episode instead, by its id, or its number from 0.")
+@click.option("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="With --episode: show Q and V of a checkpoint as well.")
+@click.option("--gamma", type=click.FloatRange(0, 1), help=f"With --episode: discount of returns (default: {_GAMMA}).")
+@click.option("--dimensions", metavar="NUMBERS", help="With --episode: draw these observations, 0,3-5 (default: all).")
 @_reading_options
 def inspect(
     inputs: tuple[str, ...],
@@ -94,6 +109,11 @@ def inspect(
     no_plot: bool,
     as_json: bool,
     env: str | None,
+    env_config: str | None,
+    episode: str | None,
+    checkpoint: str | None,
+    gamma: float | None,
+    dimensions: str | None,
     options: ReadOptions,
 ) -> None:
     """Report what data hold and what looks wrong.
@@ -102,12 +122,30 @@ def inspect(
     together. Parquet, HDF5, NumPy, CSV, LeRobot, robomimic, d3rlpy and Stable-Baselines3 are known. A picture shows
     the distributions of returns and episode lengths. With --env the report says whether the data fit the spaces of
     the environment, which is made for it. Nothing in data is run, wherever they come from.
+
+    With --episode one episode is drawn over its steps: observations, actions, rewards and discounted returns-to-go, in
+    the environment's units. With --checkpoint as well, returns are computed by the settings of its training, in
+    training rewards, and beside them stand Q of the recorded actions and V. A checkpoint is code: give only one that
+    you would run as a program.
     """
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")
-    file = _plot_file(plot, no_plot)
+    if env is None and env_config is not None:
+        raise click.UsageError("`--env-config` is that of an environment; name it with `--env`.")
+    file = _plot_file(plot, no_plot, of_episode=episode is not None)
     use_folder_of()
-    spaces = _spaces_of(env)
+    if episode is not None:
+        if env is not None:
+            raise click.UsageError("`--env` compares all data with an environment; drop it, or `--episode`.")
+        if checkpoint is not None and (gamma is not None or failure_reward is not None):
+            raise click.UsageError("`--gamma` and `--failure-reward` are those of the `--checkpoint`; drop them.")
+        rewards = _GAMMA if gamma is None else gamma, failure_reward
+        _show_episode(inputs, episode, checkpoint, rewards, dimensions, file, as_json, options)
+        return
+    for name, value in (("--checkpoint", checkpoint), ("--gamma", gamma), ("--dimensions", dimensions)):
+        if value is not None:
+            raise click.UsageError(f"`{name}` is about one episode; name it with `--episode`.")
+    spaces = _spaces_of(env, env_config)
     with errors_in_one_line():
         report = _report_on(inputs, options, failure_reward, spaces, keep_distributions=file is not None)
     compared = _compared(env, report, *spaces) if env is not None and None not in spaces else {}
@@ -129,19 +167,50 @@ def inspect(
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.argument("output")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--env", metavar="ID", help="Environment that the data come from, as `env` in an experiment file.")
+@click.option("--env-config", metavar="YAML", help="Its `env_config`, a mapping in YAML or JSON.")
+@click.option("--action-low", metavar="NUMBERS", help="Least action, without --env: -2, or -2,0 for each dimension.")
+@click.option("--action-high", metavar="NUMBERS", help="Largest action, in the same way.")
 @_reading_options
-def convert(inputs: tuple[str, ...], output: str, overwrite: bool, options: ReadOptions) -> None:
+def convert(
+    inputs: tuple[str, ...],
+    output: str,
+    overwrite: bool,
+    env: str | None,
+    env_config: str | None,
+    action_low: str | None,
+    action_high: str | None,
+    options: ReadOptions,
+) -> None:
     """Write data in another format.
 
     Every INPUT is a file, a folder, a URI, or minari:<dataset id>; together they become one data set. OUTPUT is
     minari:<dataset id>, lerobot:<folder>, robomimic:<file>.hdf5, a file *.parquet, *.hdf5 or *.npz, or a folder for
     Parquet files.
+
+    Actions in [-1, 1], as Stable-Baselines3 stores them and RLlib records them, are scaled to the bounds of the
+    environment, and Minari stores these with the data. Where the data do not record them, --env takes them from an
+    environment, which is made for it, or --action-low and --action-high say them.
     """
+    bounds = _action_bounds(action_low, action_high)
+    if env is not None and bounds is not None:
+        raise click.UsageError(
+            "`--env` tells the bounds of the actions; drop it, or `--action-low` and `--action-high`."
+        )
+    if env is None and env_config is not None:
+        raise click.UsageError("`--env-config` is that of an environment; name it with `--env`.")
+    use_folder_of()
+    observation_space, action_space = _spaces_of(env, env_config)
     from rllib_calql.datasets.writers.conversion import convert as convert_dataset
 
     with errors_in_one_line(), Console(stderr=True).status(f"Converting to {output}"):
         summary = convert_dataset(
-            inputs[0] if len(inputs) == 1 else list(inputs), output, options=options, overwrite=overwrite
+            inputs[0] if len(inputs) == 1 else list(inputs),
+            output,
+            options=options,
+            observation_space=observation_space,
+            action_space=bounds or action_space,
+            overwrite=overwrite,
         )
     if summary.left_out:
         click.echo(f"The format has no place for {', '.join(summary.left_out)}.", err=True)
@@ -181,17 +250,56 @@ def generate(dataset_id: str, seed: int, num_steps: int | None, save_as: str | N
         raise click.UsageError(f"`ID` must be one of {known}; got {dataset_id!r}.")
     if save_as is not None:
         save_as = save_as.removeprefix("minari:")
-        try:
-            with errors_in_one_line((ImportError, OSError)):
-                minari_storage.new_dataset_path(save_as, "`--save-as`")
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+        with usage_errors(), errors_in_one_line((ImportError, OSError)):
+            minari_storage.new_dataset_path(save_as, "`--save-as`")
     with errors_in_one_line():
         catalog.generate(dataset_id, seed=seed, num_steps=num_steps, save_as=save_as)
     click.echo(f"minari:{save_as or dataset_id}")
 
 
-def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
+def _show_episode(
+    inputs: Iterable[str],
+    episode: str,
+    checkpoint: str | None,
+    rewards: tuple[float, float | None],
+    dimensions: str | None,
+    file: Path | None,
+    as_json: bool,
+    options: ReadOptions,
+) -> None:
+    """Prints and draws one episode; `rewards` are discount and failure reward where no checkpoint has them."""
+    from rllib_calql.common.returns import RewardSettings
+    from rllib_calql.datasets.readers.opening import open_input
+    from rllib_calql.datasets.report.episode import find_episode, places_of_text, view_of
+    from rllib_calql.progress import episode as shown
+
+    with usage_errors():
+        places = None if dimensions is None else places_of_text(dimensions, "`--dimensions`")
+    location, values = None if checkpoint is None else existing(checkpoint), None
+    with errors_in_one_line():
+        found = find_episode(open_input(list(inputs), options), episode)
+    if location is not None:
+        with chosen_checkpoint(location, best=False, doing="Evaluating", verbose=False) as chosen:
+            from rllib_calql.checkpoints.reading import read_of_one_save
+            from rllib_calql.evaluation.episode_values import values_along
+
+            values = read_of_one_save(chosen.path, chosen.filesystem, lambda files: values_along(files, found))
+        if not as_json:
+            say_choice(chosen)
+    with errors_in_one_line():
+        settings = values.settings if values is not None else RewardSettings(rewards[0], failure_reward=rewards[1])
+        last_value = None if values is None else values.last_value
+        view = view_of(found, settings, last_value=last_value, dimensions=places)
+    click.echo(shown.as_json(view, values) if as_json else shown.as_text(view, values))
+    if file is not None:
+        with errors_in_one_line():
+            picture = shown.draw(view, values)
+            is_page = file.suffix.lower() == ".html"
+            file.write_bytes(shown.page(view, values, picture).encode() if is_page else picture)
+        click.echo(f"Wrote {file}", err=True)
+
+
+def _plot_file(plot: Path | None, no_plot: bool, *, of_episode: bool = False) -> Path | None:
     """Where the picture goes, checked before hours of reading; None if there will be none."""
     if no_plot:
         if plot is not None:
@@ -200,9 +308,10 @@ def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
     if plot is None and importlib.util.find_spec("matplotlib") is None:
         click.echo('No picture: it needs `matplotlib`: pip install "rllib-calql[plots]"', err=True)
         return None
-    file = plot or _DEFAULT_PLOT
-    if file.suffix.lower() != ".png":
-        raise click.UsageError(f"`--plot` must name a .png file, got '{file}'.")
+    file = plot or (_DEFAULT_EPISODE_PLOT if of_episode else _DEFAULT_PLOT)
+    endings = (".png", ".html") if of_episode else (".png",)
+    if file.suffix.lower() not in endings:
+        raise click.UsageError(f"`--plot` must name a {' or '.join(endings)} file, got '{file}'.")
     if not file.absolute().parent.is_dir():
         raise click.UsageError(f"`--plot`: the folder of '{file}' does not exist; create it first.")
     with errors_in_one_line():
@@ -212,16 +321,30 @@ def _plot_file(plot: Path | None, no_plot: bool) -> Path | None:
     return file
 
 
-def _spaces_of(env: str | None) -> tuple[Any, Any]:
+def _action_bounds(low: str | None, high: str | None) -> ActionBounds | None:
+    """What `--action-low` and `--action-high` say; None without them."""
+    if low is None and high is None:
+        return None
+    if low is None or high is None:
+        given, missing = ("--action-high", "--action-low") if low is None else ("--action-low", "--action-high")
+        raise click.UsageError(f"`{given}` needs `{missing}` beside it.")
+    from rllib_calql.datasets.writers.conversion import ActionBounds, bounds_of_text
+
+    with usage_errors():
+        return ActionBounds(bounds_of_text(low, "`--action-low`"), bounds_of_text(high, "`--action-high`"))
+
+
+def _spaces_of(env: str | None, env_config: str | None = None) -> tuple[Any, Any]:
     """Observation and action space of an environment."""
     if env is None:
         return None, None
+    content = None if env_config is None else parsed_env_config(env_config)
     from rllib_calql.common.spaces import check_action_space, check_observation_space
     from rllib_calql.environments.resolving import resolve_env
 
     try:
         with errors_in_one_line((RuntimeError, OSError)):
-            made = resolve_env(env, "`--env`").make()
+            made = resolve_env(env, "`--env`").make(content)
         spaces = made.observation_space, made.action_space
         made.close()  # type: ignore[no-untyped-call]  # Gymnasium's.
         check_observation_space(spaces[0], f"The observation space of `--env` {env!r}")

@@ -343,6 +343,12 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
         return outputs["qf_target"]
 
     @torch.no_grad()
+    def estimate_reference(self, obs: Tensor) -> Tensor:
+        """V(s) of the network of a learned reference value, shape (B,); only where there is one."""
+        values: Tensor = self.reference(obs if self._sees_images else self._normalise(obs))
+        return values
+
+    @torch.no_grad()
     def compare_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-density of given (module) actions, and squared distance of the greedy ones to them, each of shape (B,).
 

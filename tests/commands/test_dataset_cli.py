@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rllib_calql.commands.main import main
+from rllib_calql.datasets.episodes.reader import ReadOptions
 from rllib_calql.datasets.generated import catalog
+from rllib_calql.datasets.readers.opening import open_input
 from rllib_calql.datasets.report.summary import DatasetReport
 
 SMALL = "test/pendulum-small-v0"
@@ -283,6 +286,96 @@ def test_convert_needs_an_input_and_an_output() -> None:
     result = run("convert", "rows.parquet")
     assert result.exit_code == 2
     assert "Missing argument 'INPUT...'" in result.stderr
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> str:
+    """Stable-Baselines3's arrays of two environments side by side, three steps each, actions in [-1, 1]."""
+    ends = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]], np.float32)
+    np.savez(
+        tmp_path / "buffer.npz",
+        observations=np.arange(18, dtype=np.float32).reshape(3, 2, 3) / 18,
+        next_observations=np.arange(6, 24, dtype=np.float32).reshape(3, 2, 3) / 18,
+        actions=np.array([[[-1.0], [0.5]], [[0.0], [1.0]], [[0.25], [-0.5]]], np.float32),
+        rewards=np.ones((3, 2), np.float32),
+        dones=ends,
+        timeouts=ends,
+    )
+    return "buffer.npz"
+
+
+def converted_actions(target: str) -> list[float]:
+    (reader,) = open_input(target, ReadOptions())
+    return [float(action) for block in reader.blocks() for action in block.actions[:, 0]]
+
+
+def test_a_buffer_of_actions_in_one_range_is_converted_by_the_bounds_of_an_environment(buffer: str) -> None:
+    result = run("convert", buffer, "minari:test/buffer-v0", "--env", "Pendulum-v1", "--env-config", "{g: 9.0}")
+    assert result.exit_code == 0, result.output
+    assert converted_actions("minari:test/buffer-v0") == [-2.0, 0.0, 0.5, 1.0, 2.0, -1.0]
+    stored = minari.load_dataset("test/buffer-v0")
+    pendulum = gym.make("Pendulum-v1")
+    assert (stored.action_space, stored.observation_space) == (pendulum.action_space, pendulum.observation_space)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "actions"),
+    [("-2", "2", [-2.0, 0.0, 0.5, 1.0, 2.0, -1.0]), ("0", "4.0", [0.0, 2.0, 2.5, 3.0, 4.0, 1.0])],
+)
+def test_bounds_of_the_actions_can_be_said_in_numbers(buffer: str, low: str, high: str, actions: list[float]) -> None:
+    result = run("convert", buffer, "rows.npz", f"--action-low={low}", f"--action-high={high}")
+    assert result.exit_code == 0, result.output
+    assert converted_actions("rows.npz") == actions
+
+
+def test_bounds_are_of_each_dimension_and_say_nothing_of_the_observations(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.parquet")
+    result = run("convert", str(file), "minari:test/rows-v0", "--action-low=-1,-0.5", "--action-high", "1,0.5")
+    assert result.exit_code == 0, result.output
+    stored = minari.load_dataset("test/rows-v0")
+    assert stored.action_space == gym.spaces.Box(np.array([-1.0, -0.5]), np.array([1.0, 0.5]), dtype=np.float64)
+    assert stored.observation_space == gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        ((), 1, "pass `action_space` (`--env`, or `--action-low` and `--action-high`)"),
+        (("--action-low", "-2"), 2, "`--action-low` needs `--action-high` beside it"),
+        (("--action-high", "2"), 2, "`--action-high` needs `--action-low` beside it"),
+        (("--action-low=-2", "--action-high=x"), 2, "`--action-high` must be a finite number or several"),
+        (("--action-low=-inf", "--action-high=2"), 2, "`--action-low` must be a finite number or several"),
+        (("--action-low=-2", "--action-high=2,3"), 1, "have 1 dimension, and `--action-high` has 2 numbers"),
+        (("--action-low=3", "--action-high=2"), 1, "`--action-low` is 3 and `--action-high` is 2 in dimension 0"),
+        (("--action-low=2", "--action-high=2"), 1, "leaves no choice"),
+        (("--env", "Pendulum-v1", "--action-low=-2", "--action-high=2"), 2, "`--env` tells the bounds of the actions"),
+        (("--env-config", "{g: 9}"), 2, "`--env-config` is that of an environment; name it with `--env`"),
+        (("--env", "Pendlum-v1"), 2, "Did you mean 'Pendulum-v1'"),
+        (("--env", "MountainCarContinuous-v0"), 1, "observations have 3 numbers, the environment's have 2"),
+    ],
+)
+def test_spaces_that_the_data_cannot_have_are_refused(
+    buffer: str, tmp_path: Path, arguments: tuple[str, ...], exit_code: int, message: str
+) -> None:
+    result = run("convert", buffer, "rows.npz", *arguments)
+    assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "rows.npz").exists()
+
+
+def test_actions_of_the_environment_are_checked_by_the_bounds_that_are_given(buffer: str, tmp_path: Path) -> None:
+    assert run("convert", buffer, "minari:test/wide-v0", "--action-low=-2", "--action-high=2").exit_code == 0
+    assert run("convert", "minari:test/wide-v0", "wide.npz").exit_code == 0
+    bounds = ("--action-low=-1.5", "--action-high=3")
+    outside = run("convert", "wide.npz", "again.npz", *bounds)
+    assert outside.exit_code == 1
+    assert "action [-2.0] is outside the bounds of Box(-1.5, 3.0, (1,), float32)" in " ".join(outside.stderr.split())
+    contradicted = run("convert", "minari:test/wide-v0", "again.npz", *bounds)
+    assert contradicted.exit_code == 1
+    assert "record the action space Box(-2.0, 2.0, (1,), float32), which is not" in " ".join(
+        contradicted.stderr.split()
+    )
+    assert run("convert", "minari:test/wide-v0", "again.npz", "--env", "Pendulum-v1").exit_code == 0
 
 
 # --- list and generate ------------------------------------------------------------------------------------------------

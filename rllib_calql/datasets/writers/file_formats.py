@@ -206,7 +206,7 @@ def write_minari(
     if metadata.action_space is None:
         raise ValueError(
             f"Minari stores the environment's action space with the data, and that of {dataset_id!r} is unknown; pass "
-            "`action_space`."
+            "`action_space` (`--env`, or `--action-low` and `--action-high`)."
         )
     spec = metadata.env_spec if _is_json(metadata.env_spec) else None
     scores = dict(zip(REFERENCE_SCORES, map(float, metadata.reference_scores or ()), strict=False))
