@@ -33,22 +33,30 @@ def update(batch_size: int) -> Callable[[], object]:
 
 
 def products(batch_size: int) -> Callable[[], object]:
-    """The matrix products of such an update, without biases, activations, optimiser and targets."""
-    inputs = torch.randn(batch_size, OBS_DIM + ACTION_DIM)
-    first, second, last = torch.randn(OBS_DIM + ACTION_DIM, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
+    """The matrix products of such an update, without biases, activations, optimiser and targets.
+
+    Each network has weights of its own, and each critic gradients of its own, as in any update; activations go to the
+    same three buffers.
+    """
+    inputs, next_inputs = (torch.randn(batch_size, OBS_DIM + ACTION_DIM) for _ in range(2))
+    sizes = ((OBS_DIM + ACTION_DIM, WIDTH), (WIDTH, WIDTH), (WIDTH,))
+    networks, targets, gradients = ([[torch.randn(size) for size in sizes] for _ in range(NUM_CRITICS)] for _ in "123")
     below, above, back = (torch.empty(batch_size, WIDTH) for _ in range(3))
-    grad_first, grad_second, grad_last = (torch.empty_like(weight) for weight in (first, second, last))
     q = torch.empty(batch_size)
 
+    def forward(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, last: torch.Tensor) -> None:
+        torch.mm(rows, first, out=below)
+        torch.mm(below, second, out=above)
+        torch.mv(above, last, out=q)
+
     def run() -> None:
-        for _ in range(NUM_CRITICS):
-            for _ in range(2):  # The target's, and the critic's own.
-                torch.mm(inputs, first, out=below)
-                torch.mm(below, second, out=above)
-                torch.mv(above, last, out=q)
+        for target in targets:
+            forward(next_inputs, *target)
+        for weights, (grad_first, grad_second, grad_last) in zip(networks, gradients, strict=True):
+            forward(inputs, *weights)
             torch.mv(above.t(), q, out=grad_last)
             torch.mm(below.t(), above, out=grad_second)
-            torch.mm(above, second.t(), out=back)
+            torch.mm(above, weights[1].t(), out=back)
             torch.mm(inputs.t(), back, out=grad_first)
 
     return run
