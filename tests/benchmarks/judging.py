@@ -152,6 +152,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"  {name}: {_correlation(np.array([number(row) for row in of_task]), success)}")
         for seed in (*SEEDS, None):
             group = [row for row in of_task if seed is None or row["seed"] == seed]
+            if not group:
+                continue
             best = max(row["success"] for row in group)
             by_data = max(group, key=lambda row: row["score"]["value"]["mean"])
             said = f"  {'all' if seed is None else f'seed {seed}'}: best {best:.2f}, regret by data alone "
