@@ -165,6 +165,7 @@ def main() -> int:
         "no env runner failed": seen["env_runner_failures"] == 0,
         "success of the main job": seen["success"] >= 0.95,
     }
+    checks = {claim: bool(holds) for claim, holds in checks.items()}
     print(json.dumps({"seen": seen, "checks": checks}, indent=1))
     if options.output:
         options.output.write_text(json.dumps({"seen": seen, "checks": checks, "results": results}, indent=1))
