@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -21,9 +20,9 @@ from rllib_calql.checkpoints.reading import CheckpointFiles
 from rllib_calql.common.encoding import encoded_space, observation_dtype
 from rllib_calql.common.references import RETURNS_TO_GO
 from rllib_calql.common.returns import RewardSettings, reward_settings
-from rllib_calql.common.spaces import is_image, space_of_description
+from rllib_calql.common.spaces import is_image
 from rllib_calql.datasets.report.episode import FoundEpisode
-from rllib_calql.evaluation.fqe.policies import LEARNER_MODULE
+from rllib_calql.evaluation.fqe.policies import LEARNER_MODULE, read_module
 from rllib_calql.store.ingestion import Conversion
 from rllib_calql.store.offline_data import check_spaces
 from rllib_calql.store.returns_connector import AddReturnsToGo
@@ -63,17 +62,11 @@ def values_along(files: CheckpointFiles, found: FoundEpisode) -> EpisodeValues:
     Raises:
         ValueError: If the checkpoint is of another algorithm or cannot be read, or the episode does not fit its spaces.
     """
-    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
-
     manifest, config = files.manifest(), files.config()
-    folder = Path(files.path) / LEARNER_MODULE
-    module = MultiRLModule.from_checkpoint(folder)[DEFAULT_MODULE_ID]
+    module, observation_space = read_module(files, manifest)
     # RLlib's learners make the targets, and only then there is a place for their state.
     module.make_target_networks()
     module.set_state(files.read(f"{LEARNER_MODULE}/{DEFAULT_MODULE_ID}/module_state.pkl"))
-    structure = manifest["spaces"]["observation_space"].get("structure")
-    # What the module sees is flattened; manifests of earlier versions say no more.
-    observation_space = module.observation_space if structure is None else space_of_description(structure)
     settings = reward_settings(config)
     observations, last_observation, actions = _rows(found, config, observation_space, module.action_space)
     name, column = config.reference_value, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 
 from rllib_calql.environments.rendering import make_rendered
-from rllib_calql.policy.whole_files import PARTIAL_ENDING
+from rllib_calql.policy.whole_files import partial_of
 from rllib_calql.system.offscreen import prepare_offscreen
 
 ENDING = ".mp4"
@@ -110,7 +109,7 @@ class Recorder:
         names = [name for name in names if (self._pieces / name).exists()]
         listing = self._pieces / "pieces.txt"
         listing.write_text("".join(f"file '{name}'\n" for name in names))
-        partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PARTIAL_ENDING}")
+        partial = partial_of(file)
         # Nothing is encoded again.
         rate = ["-itsscale", repr(_EXACT_FPS / self._fps)]
         command = [FFMPEG_BINARY, "-v", "error", *rate, "-f", "concat", "-safe", "0", "-i", str(listing)]

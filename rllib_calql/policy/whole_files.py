@@ -9,13 +9,18 @@ from pathlib import Path
 PARTIAL_ENDING = ".partial"  # Of hidden files, which no reader of folders looks at.
 
 
+def partial_of(path: Path) -> Path:
+    """A new name beside a file, under which it is written until it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_ENDING}")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that appears at once and whole, and outlives a power cut once this returns.
 
     Raises:
         OSError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_ENDING}")
+    partial = partial_of(path)
     try:
         with partial.open("wb") as stream:
             stream.write(content)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; then the same with another line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,6 +27,16 @@ def shown_name(name: str) -> str:
     line = " ".join(name.split())
     half = _MAX_NAME // 2
     return line if len(line) <= _MAX_NAME else f"{line[:half]}…{line[-half:]}"
+
+
+def write_names(legend: Legend, names: Iterable[str]) -> None:
+    """Writes names into a legend that was made with blanks: Matplotlib leaves out those that begin with `_`.
+
+    A `$` in a name is no formula.
+    """
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -14,7 +14,7 @@ from rllib_calql.datasets.report.episode import EpisodeView, Numbers
 from rllib_calql.datasets.report.plots import require_matplotlib
 from rllib_calql.datasets.report.summary import format_number
 from rllib_calql.progress import pages
-from rllib_calql.progress.drawing import COLOURS, line_style, new_figure, png, shown_name
+from rllib_calql.progress.drawing import COLOURS, line_style, new_figure, png, shown_name, write_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -297,10 +297,8 @@ def _mark_interventions(axes: Axes, view: EpisodeView, *, labelled: bool) -> Non
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the panel, so that it hides no curve; a `$` in a name is no formula."""
+    """Beside the panel, so that it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
     names = [" " for _ in labels]
     legend = axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_parse_math(False)
-        text.set_text(label)
+    write_names(legend, labels)

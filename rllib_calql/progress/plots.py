@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rllib_calql.progress.drawing import line_style, new_figure, png, shown_name
+from rllib_calql.progress.drawing import line_style, new_figure, png, shown_name, write_names
 from rllib_calql.progress.runs import Point, TrialRecord
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def draw(trials: Mapping[str, TrialRecord], title: str) -> bytes:
     if 1 < len(trials) <= _MAX_NAMED:
         lines = all_axes[0].get_lines()[: len(trials)]
         legend = figure.legend(lines, [" "] * len(lines), loc="outside lower center", ncols=2, fontsize=9)
-        for text, name in zip(legend.get_texts(), trials, strict=True):
-            text.set_parse_math(False)
-            text.set_text(shown_name(name))
+        write_names(legend, map(shown_name, trials))
     return png(figure)
 
 

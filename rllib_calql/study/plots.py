@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rllib_calql.progress.drawing import COLOURS, line_style, new_figure, png, shown_name
+from rllib_calql.progress.drawing import COLOURS, line_style, new_figure, png, shown_name, write_names
 from rllib_calql.study.evaluations import Evaluation
 from rllib_calql.study.statistics import Interval, curve_interval, on_grid
 
@@ -46,15 +46,12 @@ def curves(trials: Trials, quantity: str, label: str) -> bytes:
         offline.set_xlabel("gradient updates")
         online.set_xlabel("env steps since the switch")
     legend = figure.legend(
-        # Matplotlib leaves names out that begin with `_`, so they are written in afterwards.
         handles.values(),
         [" "] * len(handles),
         loc="outside upper center",
         ncols=min(4, max(1, len(handles))),
     )
-    for text, name in zip(legend.get_texts(), handles, strict=True):
-        text.set_parse_math(False)
-        text.set_text(shown_name(name))
+    write_names(legend, map(shown_name, handles))
     return png(figure)
 
 

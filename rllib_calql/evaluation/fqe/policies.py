@@ -99,11 +99,16 @@ def read_policy(files: CheckpointFiles) -> CheckpointPolicy:
     Raises:
         ValueError: If it is of another algorithm, or cannot be read.
     """
+    manifest, config = files.manifest(), files.config()
+    module, observation_space = read_module(files, manifest)
+    return CheckpointPolicy(config, manifest, policy_of_module(module), observation_space, module.action_space)
+
+
+def read_module(files: CheckpointFiles, manifest: Mapping[str, Any]) -> tuple[Any, gym.Space[Any]]:
+    """The networks of a learner, without targets, and the environment's observation space."""
     from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 
-    manifest, config = files.manifest(), files.config()
     module = MultiRLModule.from_checkpoint(Path(files.path) / LEARNER_MODULE)[DEFAULT_MODULE_ID]
     structure = manifest["spaces"]["observation_space"].get("structure")
     # What the module sees is flattened; manifests of earlier versions say no more.
-    observation_space = module.observation_space if structure is None else space_of_description(structure)
-    return CheckpointPolicy(config, manifest, policy_of_module(module), observation_space, module.action_space)
+    return module, module.observation_space if structure is None else space_of_description(structure)
