@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.tune.schedulers import PopulationBasedTraining
@@ -17,6 +18,7 @@ from tiny import line_config
 from rllib_calql import CalQL
 from rllib_calql.common import metrics as keys
 from rllib_calql.datasets import record
+from rllib_calql.experiments.best_checkpoint import read_best
 from rllib_calql.experiments.experiment import Experiment, read_experiments
 from rllib_calql.experiments.reading.errors import ExperimentError
 from rllib_calql.experiments.tune_runs import run_experiment
@@ -108,6 +110,31 @@ def test_the_hopper_example_runs_in_a_short_version_on_data_that_need_no_trainin
     text = (EXAMPLES / "hopper_medium.yaml").read_text()
     (result,) = _run_short(text.replace("minari:rllib-calql/hopper-medium-v0", str(falls.target)), tmp_path)
     assert result.metrics["evaluation"]["env_runners"]["episode_return_mean"] > 0.0
+
+
+@pytest.mark.slow
+def test_without_an_environment_the_data_decide_which_trials_go_on(tmp_path: Path) -> None:
+    text = (EXAMPLES / "offline_only.yaml").read_text()
+    for pattern, shorter in [(r"\b8000\b", "4"), (r"\b2000\b", "2"), (r"\[128, 128\]", "[8]")]:
+        text = re.sub(pattern, shorter, text)
+    experiment = _read(tmp_path, text)
+    assert not run_experiment(experiment, str(tmp_path), resume=False, announce=print).errors
+    trials: dict[Path, dict[int, float]] = {}
+    for file in (tmp_path / experiment.name).glob("*/result.json"):
+        results = [json.loads(line) for line in file.read_text().splitlines()]
+        assert all("env_runners" not in result["evaluation"] for result in results)
+        trials[file.parent] = {
+            result[keys.NUM_OFFLINE_UPDATES_LIFETIME]: result["evaluation"]["fqe"]["value"] for result in results
+        }
+    assert len(trials) == 4
+    assert len({values[2] for values in trials.values()}) == 4  # Each policy was judged, by a fit of its own.
+    assert all(values.keys() in ({2}, {2, 4}) for values in trials.values())
+    # ASHA never stops what is best at its rung.
+    assert 4 in max(trials.values(), key=lambda values: values[2])
+    for folder, values in trials.items():  # What `rllib export` and `rllib evaluate --best` would take.
+        best = read_best(LocalFileSystem(), str(folder))
+        assert best is not None
+        assert (best.value, best.num_offline_updates) == max((value, after) for after, value in values.items())
 
 
 def test_the_python_and_the_yaml_main_job_are_the_same() -> None:
