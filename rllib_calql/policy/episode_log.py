@@ -14,15 +14,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rllib_calql.policy.whole_files import PARTIAL_ENDING, write_whole
-
-Array = npt.NDArray[Any]
+from rllib_calql.policy.spaces import Array, refuse_masked
+from rllib_calql.policy.step_values import LARGEST, checked_flag, checked_reward
+from rllib_calql.policy.whole_files import PARTIAL_ENDING, partial_of, told, write_whole
 
 _PREFIX = "episode-"
 _ABANDONED_AFTER_S = 3600.0  # Writing takes less than a second. Only a power cut leaves one that grows old.
 _OBS, _NEXT_OBS, _ACTIONS, _EXECUTED = "observations", "next_observations", "actions", "executed_actions"
+
+Kinds = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 class EpisodeLog:
@@ -52,16 +53,20 @@ class EpisodeLog:
         folder: The same, absolute.
         num_episodes: Episodes that this object has written.
         num_steps: Steps in them.
+
+    Raises:
+        OSError: If no file can be made in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_folder()
         self.num_episodes = 0
         self.num_steps = 0
         self._obs: dict[str, Array] | None = None  # After the last step.
         self._steps: list[dict[str, Array]] = []
-        self._kinds: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # Of the first values of this log.
+        self._has_ended = False  # And could not be written.
+        self._kinds: Kinds = {}  # Of the first values that were noted.
         self._remove_abandoned()
 
     def reset(self, obs: Any) -> Path | None:
@@ -78,9 +83,12 @@ class EpisodeLog:
         Raises:
             ValueError: If the observation has another structure, shape or type than those before it, or is not finite.
             TypeError: If it holds anything but numbers.
+            OSError: If the episode under way cannot be written; it is kept, and no other one begins.
         """
-        first = self._checked(_OBS, obs)
+        kinds = dict(self._kinds)
+        first = _checked(_OBS, obs, kinds, "`obs`")
         written = self._cut()
+        self._kinds = kinds
         self._obs = first
         return written
 
@@ -109,36 +117,48 @@ class EpisodeLog:
             The file of the episode if it ended, None otherwise.
 
         Raises:
-            RuntimeError: If no episode has begun.
-            ValueError: If a value has another structure, shape or type than those before it, or is not finite.
+            RuntimeError: If no episode has begun, or if the one before has ended and could not be written.
+            ValueError: If a value has another structure, shape or type than those before it, is no number where one is
+                needed, or is not finite in float32. The step is not noted then.
             TypeError: If a value holds anything but numbers, or a flag is none.
             OSError: If the file cannot be written; the episode is kept, and `close` or `reset` tries again.
         """
+        if self._has_ended:
+            raise RuntimeError(
+                "The episode before has ended and could not be written; call `reset` or `close`, which try it again."
+            )
         if self._obs is None:
             raise RuntimeError("No episode has begun; call `reset` with its first observation.")
-        for name, flag in (("terminated", terminated), ("truncated", truncated), ("is_intervention", is_intervention)):
-            if not isinstance(flag, (bool, np.bool_, int, np.integer)) or flag not in (0, 1):
-                raise TypeError(f"`{name}` must be True or False, got {flag!r}.")
-        after = self._checked(_OBS, obs)
+        is_terminated, is_truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
+        kinds = dict(self._kinds)
+        after = _checked(_OBS, obs, kinds, "`obs`")
+        asked_for = _checked(_ACTIONS, action, kinds, "`action`")
+        executed = asked_for
+        if executed_action is not None:
+            executed = _checked(_ACTIONS, executed_action, kinds, "`executed_action`")
         step = {
             **self._obs,
             **{_NEXT_OBS + name[len(_OBS) :]: value for name, value in after.items()},
-            **self._checked(_ACTIONS, action),
-            **self._executed(action if executed_action is None else executed_action),
-            "rewards": self._checked("rewards", float(reward))["rewards"],
-            "terminals": np.asarray(bool(terminated)),
-            "timeouts": np.asarray(bool(truncated) and not terminated),
-            "is_intervention": np.asarray(bool(is_intervention)),
+            **asked_for,
+            _EXECUTED: executed[_ACTIONS],
+            "rewards": np.asarray(checked_reward(reward)),
+            "terminals": np.asarray(is_terminated),
+            "timeouts": np.asarray(is_truncated and not is_terminated),
+            "is_intervention": np.asarray(checked_flag("is_intervention", is_intervention)),
         }
         self._steps.append(step)
         self._obs = after
-        return self._write() if terminated or truncated else None
+        self._kinds = kinds
+        return self._write() if is_terminated or is_truncated else None
 
     def close(self) -> Path | None:
         """Ends the log. An episode that is under way ends as one that was cut after its last step, and is written.
 
         Returns:
             The file of that episode; None if there was none.
+
+        Raises:
+            OSError: If the file cannot be written; the episode is kept, and `close` tries again.
         """
         return self._cut()
 
@@ -158,33 +178,6 @@ class EpisodeLog:
         last["timeouts"] = ~last["terminals"]
         return self._write()
 
-    def _executed(self, action: Any) -> dict[str, Array]:
-        """Checked as the action that it stands for."""
-        return {_EXECUTED + name[len(_ACTIONS) :]: value for name, value in self._checked(_ACTIONS, action).items()}
-
-    def _checked(self, column: str, value: Any) -> dict[str, Array]:
-        """The arrays in a value by their names, which must be like those before."""
-        arrays = dict(_leaves(column, value))
-        known = {name for name in self._kinds if name == column or name.startswith(f"{column}/")}
-        if known and known != arrays.keys():
-            raise ValueError(
-                f"{_called(column)} has the parts {_listed(arrays)}, those before it had {_listed(known)}; every step "
-                "of a log must have the same."
-            )
-        for name, array in arrays.items():
-            shape, dtype = self._kinds.get(name, (array.shape, array.dtype))
-            if array.shape != shape:
-                raise ValueError(f"{_called(name)} has shape {array.shape}, the one before it had {shape}.")
-            if not np.can_cast(array.dtype, dtype, casting="same_kind"):
-                raise ValueError(f"{_called(name)} holds {array.dtype}, the one before it held {dtype}.")
-            with np.errstate(over="ignore"):
-                array = array.astype(dtype, copy=True)  # The caller may write into its own.
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"{_called(name)} holds {_first_not_finite(array)}; a log takes finite numbers only.")
-            arrays[name] = array
-        self._kinds.update({name: (array.shape, array.dtype) for name, array in arrays.items()})
-        return arrays
-
     def _write(self) -> Path:
         columns = {name: np.stack([step[name] for step in self._steps]) for name in self._steps[0]}
         content = io.BytesIO()
@@ -192,11 +185,28 @@ class EpisodeLog:
         save(content, **columns)
         now = datetime.fromtimestamp(time.time(), timezone.utc)
         file = self.folder / f"{_PREFIX}{now:%Y%m%dT%H%M%S}.{now.microsecond:06d}Z-{secrets.token_hex(4)}.npz"
-        write_whole(file, content.getvalue())
+        self._has_ended = True
+        try:
+            write_whole(file, content.getvalue())
+        except OSError as err:
+            remedy = "its steps are kept in memory, and the next `reset` or `close` tries again"
+            raise told(err, f"An episode of {len(self._steps)} steps is not saved", remedy) from err
+        self._has_ended = False
         self.num_episodes += 1
         self.num_steps += len(self._steps)
         self._steps, self._obs = [], None
         return file
+
+    def _check_folder(self) -> None:
+        """Makes the folder, and a file in it, so that a loop hears before it drives that it cannot log."""
+        probe = partial_of(self.folder / f"{_PREFIX}probe")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as err:
+            what = f"Episodes cannot be written to '{self.folder}'"
+            raise told(err, what, "name a folder that this program can write to") from err
 
     def _remove_abandoned(self) -> None:
         for path in self.folder.glob(f".{_PREFIX}*{PARTIAL_ENDING}"):
@@ -205,35 +215,86 @@ class EpisodeLog:
                     path.unlink()
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+def _checked(column: str, value: Any, kinds: Kinds, shown: str) -> dict[str, Array]:
+    """The arrays in a value by their names, copies, which must be of the kinds before them.
+
+    Args:
+        column: That the value is of.
+        value: As the caller gave it.
+        kinds: Of values before, by name; those that are new are added.
+        shown: What messages call the value.
+    """
+    arrays = dict(_leaves(column, value, shown))
+    known = {name for name in kinds if name == column or name.startswith(f"{column}/")}
+    if known and known != arrays.keys():
+        raise ValueError(
+            f"{shown} has the parts {_listed(arrays)}, those before it had {_listed(known)}; every step of a log must "
+            "have the same."
+        )
+    for name, array in arrays.items():
+        shape, dtype = kinds.setdefault(name, (array.shape, array.dtype))
+        arrays[name] = _of_kind(array, shape, dtype, _part_of(name, shown))
+    return arrays
+
+
+def _of_kind(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], part: str) -> Array:
+    """A copy in a type, since the caller may write into its own."""
+    if array.shape != shape:
+        raise ValueError(f"{part} has shape {array.shape}, the one before it had {shape}.")
+    wider = "the first one of a log says the type: give it in one that holds all, such as `numpy.float64`"
+    if not np.can_cast(array.dtype, dtype, casting="same_kind"):
+        raise ValueError(f"{part} holds {array.dtype}, the one before it held {dtype}; {wider}.")
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype, copy=True)
+        is_storable = np.isfinite(converted.astype(np.float32) if dtype.kind == "f" else converted)
+    if not is_storable.all():
+        place = tuple(np.argwhere(~is_storable)[0].tolist())
+        where = f" at {list(place)}" if place else ""
+        raise ValueError(
+            f"{part} holds {converted[place]}{where}; a log takes finite numbers only, up to {LARGEST:.2g} as float32 "
+            "does."
+        )
+    if dtype.kind in "iu" and (wrong := converted != array).any():
+        raise ValueError(f"{part} holds {array[wrong][0]}, which {dtype} cannot hold; {wider}.")
+    return converted
+
+
+def _leaves(name: str, value: Any, shown: str) -> Iterator[tuple[str, Array]]:
+    part_of_value = _part_of(name, shown)
+    if isinstance(value, (dict, tuple)) and name == _ACTIONS:
+        raise TypeError(f"{shown} must be one array or number, got a {type(value).__name__}; join its parts.")
+    if isinstance(value, (dict, tuple)) and not value:
+        raise ValueError(f"{part_of_value} is an empty {type(value).__name__}; leave it out.")
     if isinstance(value, dict):
-        if not value:
-            raise ValueError(f"{_called(name)} is an empty dict.")
         for key, part in value.items():
             if not isinstance(key, str) or not key or "/" in key or "\0" in key:
-                raise ValueError(f"{_called(name)} has the key {key!r}; keys are texts without '/'.")
-            yield from _leaves(f"{name}/{key}", part)
+                raise ValueError(f"{part_of_value} has the key {key!r}; keys are texts without '/'.")
+            yield from _leaves(f"{name}/{key}", part, shown)
     elif isinstance(value, tuple):
         for place, part in enumerate(value):
-            yield from _leaves(f"{name}/{place}", part)
+            yield from _leaves(f"{name}/{place}", part, shown)
     else:
+        yield name, _array(value, part_of_value)
+
+
+def _array(value: Any, part: str) -> Array:
+    try:
         array = np.asarray(value)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{_called(name)} holds {array.dtype}; a log takes numbers, and dicts and tuples of them.")
-        yield name, array
+    except (ValueError, TypeError) as err:
+        raise ValueError(f"{part} must be one array of numbers, got a {type(value).__name__}: {err}.") from err
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{part} holds {array.dtype}; a log takes numbers, and dicts and tuples of them.")
+    if not array.size:
+        raise ValueError(f"{part} is empty, of shape {array.shape}; leave it out.")
+    refuse_masked(value, part)
+    return array
 
 
-def _called(name: str) -> str:
-    """How messages call a column or a part of it."""
-    column, _, part = name.partition("/")
-    shown = {_OBS: "`obs`", _ACTIONS: "`action`", "rewards": "`reward`"}.get(column, f"`{column}`")
+def _part_of(name: str, shown: str) -> str:
+    """How messages call a part of a value."""
+    part = name.partition("/")[2]
     return f"{shown} at '{part}'" if part else shown
 
 
 def _listed(names: Any) -> str:
     return ", ".join(repr(name.partition("/")[2] or name) for name in sorted(names))
-
-
-def _first_not_finite(array: Array) -> str:
-    place = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-    return f"{array[place]}{f' at {list(place)}' if place else ''}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from rllib_calql.policy.policy import ActionSpace
 from rllib_calql.policy.spaces import Array, ObservationSpace
+from rllib_calql.policy.step_values import as_number, checked_flag, checked_reward
 from rllib_calql.policy.wire import packed_array
 
 _EXECUTED, _INTERVENTION = "executed_action", "is_intervention"  # In infos of environments as well.
@@ -113,26 +114,23 @@ class EpisodeOfClient:
         if info is not None:
             executed_action = info.get(_EXECUTED) if executed_action is None else executed_action
             is_intervention = is_intervention or info.get(_INTERVENTION, False)
-        for name, flag in (("terminated", terminated), ("truncated", truncated), ("is_intervention", is_intervention)):
-            if not isinstance(flag, (bool, np.bool_, int, np.integer)) or flag not in (0, 1):
-                raise TypeError(f"`{name}` must be True or False, got {flag!r}.")
+        is_terminated, is_truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
+        is_marked = checked_flag("is_intervention", is_intervention)
         checked = self._spaces.actions.checked(action, "action")
         executed = None
         if executed_action is not None:
             executed = self._spaces.actions.checked(executed_action, "executed_action")
-        number = _number(reward)
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"`reward` must be a finite number, got {reward!r}.")
+        number = checked_reward(reward)
         leaves = self._checked(obs)
         self._observations.append(leaves)
         self._actions.append(checked)
         self._executed.append(executed)
         self._rewards.append(number)
-        self._interventions.append(bool(is_intervention))
+        self._interventions.append(is_marked)
         self._infos.append(infos)
         self._last = obs
-        if terminated or truncated:
-            self.end(terminated=bool(terminated))
+        if is_terminated or is_truncated:
+            self.end(terminated=is_terminated)
 
     def end(self, *, terminated: bool = False) -> None:
         """Ends the episode after its last step: in itself, or as one that was cut."""
@@ -201,15 +199,5 @@ def _numbers_in(info: Mapping[Any, Any], path: str) -> Iterator[tuple[str, float
         name = f"{path}/{key}" if path else str(key)
         if isinstance(value, Mapping):
             yield from _numbers_in(value, name)
-        elif (number := _number(value)) is not None and len(name) <= _MAX_INFO_NAME:
+        elif (number := as_number(value)) is not None and len(name) <= _MAX_INFO_NAME:
             yield name, number
-
-
-def _number(value: Any) -> float | None:
-    """A number, bare or in an array of one; None if it is none."""
-    if not isinstance(value, (bool, int, float)) and hasattr(value, "item"):
-        try:
-            value = value.item()
-        except (ValueError, RuntimeError):
-            return None
-    return float(value) if isinstance(value, (bool, int, float)) else None

@@ -182,7 +182,7 @@ def _image_layers(image: Settings, arrays: Mapping[str, Array]) -> list[Layer]:
         x: Array = images.astype(np.float32) / np.float32(255.0) - np.float32(0.5)
         for (kernel, weight, bias), stride in zip(kernels, strides, strict=True):
             x = _convolution(x, kernel, stride, weight, bias)
-        return x.reshape(len(x), -1)
+        return x.reshape(len(x), math.prod(x.shape[1:]))
 
     def all_codes(images: Array) -> Array:
         pieces = range(0, max(len(images), 1), _IMAGES_AT_ONCE)
@@ -197,8 +197,8 @@ def _convolution(x: Array, kernel: int, stride: int, weight: Array, bias: Array)
     every: Array = np.lib.stride_tricks.sliding_window_view(x, (kernel, kernel), axis=(1, 2))
     windows = every[:, ::stride, ::stride]
     batch, height, width = windows.shape[:3]
-    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(batch * height * width, -1)
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(batch * height * width, len(weight))
     y: Array = patches.dot(weight)
     y += bias
-    convolved: Array = np.maximum(y, _ZERO, out=y).reshape(batch, height, width, -1)
+    convolved: Array = np.maximum(y, _ZERO, out=y).reshape(batch, height, width, len(bias))
     return convolved

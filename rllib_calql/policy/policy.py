@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rllib_calql.policy.spaces import Array, ObservationSpace
+from rllib_calql.policy.spaces import Array, ObservationSpace, refuse_masked
+from rllib_calql.policy.step_values import checked_flag
 
 # From checked leaves (B, ...), and whether an action is sampled, to the mean before tanh and, if it is, the log
 # standard deviation, each of shape (B, number of free dimensions).
@@ -52,10 +54,15 @@ class ActionSpace:
             ValueError: If its shape is another one, or a number is no action or beyond the bounds by more than a
                 rounding.
         """
+        refuse_masked(action, f"`{name}`")
         try:
-            array = np.array(action, self._low.dtype)
+            given = np.asarray(action)
         except (ValueError, TypeError) as err:
             raise ValueError(f"`{name}` must be an array of {self._low.shape} numbers, got {action!r}.") from err
+        if given.dtype.kind not in "fiu":  # Texts of numbers would be converted.
+            raise ValueError(f"`{name}` must be an array of {self._low.shape} numbers, got {action!r}.")
+        with np.errstate(over="ignore"):
+            array = given.astype(self._low.dtype)
         if array.shape != self._low.shape:
             raise ValueError(f"`{name}` must have the shape {self._low.shape}, got {array.shape}.")
         if not np.isfinite(array).all():
@@ -135,7 +142,8 @@ class Policy:
 
         Raises:
             ValueError: If the observation is not one of the space, or a number of it is NaN or infinite.
-            TypeError: If `rng` is no generator.
+                Likewise if they are so large that the network overflows.
+            TypeError: If `rng` is no generator, or `explore` is neither True nor False.
         """
         leaves = self._observations.checked(observation, is_batch=False)
         action: Array = self._act(leaves, explore, rng)[0]
@@ -168,7 +176,11 @@ class Policy:
 
         Returns:
             An action in the environment's units and type, shape (A,).
+
+        Raises:
+            TypeError: If `rng` is no generator.
         """
+        _check_rng(rng)
         drawn = self._generator_or(rng).uniform(-1.0, 1.0, (1, len(self._actions.free)))
         action: Array = self._actions.from_module(drawn.astype(np.float32))[0]
         return action
@@ -179,10 +191,19 @@ class Policy:
         return rng
 
     def _act(self, leaves: list[Array], explore: bool, rng: np.random.Generator | None) -> Array:
-        if rng is not None and not isinstance(rng, np.random.Generator):
-            raise TypeError(
-                f"`rng` must be a NumPy generator, `numpy.random.default_rng(seed)`, got {type(rng).__name__}."
+        if explore is not True and explore is not False:
+            explore = checked_flag("explore", explore)
+        _check_rng(rng)
+        actions = self._actions_of(leaves, explore, rng)
+        numbers = actions.reshape(-1)
+        if not math.isfinite(np.vdot(numbers, numbers)):  # A robot is not to get NaN; bounds are at most 1e12.
+            raise ValueError(
+                "The network overflows: numbers of the observation are too large for it. Check their units; those of "
+                "the data that the policy learned from were smaller."
             )
+        return actions
+
+    def _actions_of(self, leaves: list[Array], explore: bool, rng: np.random.Generator | None) -> Array:
         if self._greedy is not None and not explore:
             return self._greedy(leaves)
         mean, log_std = self._outputs(leaves, explore)
@@ -190,3 +211,8 @@ class Policy:
             return self._actions.from_module(np.tanh(mean))
         noise = self._generator_or(rng).standard_normal(mean.shape, np.float32)
         return self._actions.from_module(np.tanh(mean + np.exp(log_std) * noise))
+
+
+def _check_rng(rng: Any) -> None:
+    if rng is not None and not isinstance(rng, np.random.Generator):
+        raise TypeError(f"`rng` must be a NumPy generator, `numpy.random.default_rng(seed)`, got {type(rng).__name__}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 PARTIAL_ENDING = ".partial"  # Of hidden files, which no reader of folders looks at.
@@ -18,7 +19,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that appears at once and whole, and outlives a power cut once this returns.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written, with its name and the reason.
     """
     partial = partial_of(path)
     try:
@@ -27,13 +28,32 @@ def write_whole(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        if os.name != "nt":  # Windows opens no folders.
+            _flush_folder(path.parent)  # The new name is in the folder.
+    except BaseException as err:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(err, OSError):
+            raise told(err, f"'{path}' cannot be written") from err
         raise
-    if os.name == "nt":  # Windows opens no folders.
-        return
-    folder = os.open(path.parent, os.O_RDONLY)  # The new name is in the folder.
+
+
+def told(error: OSError, what: str, remedy: str = "") -> OSError:
+    """An error of the same number that says what could not be done, why, and what to do.
+
+    Args:
+        error: As the system gave it.
+        what: That could not be done, as a part of a sentence.
+        remedy: What to do, likewise.
+    """
+    new = OSError(f"{what}: {error.strerror or str(error).rstrip('.')}{remedy and f'; {remedy}'}.")
+    new.errno = error.errno
+    return new
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

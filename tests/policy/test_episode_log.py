@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -96,11 +97,21 @@ def test_an_episode_under_way_ends_as_one_that_was_cut_at_a_reset_and_at_the_end
         ({"action": [0.5, 0.5]}, ValueError, r"`action` has shape \(2,\)"),
         ({"action": np.array([1], np.int64)}, None, ""),  # A whole number is a number.
         ({"action": [1e300]}, ValueError, r"`action` holds inf at \[0\]"),  # As float32, as those before it.
+        ({"obs": [1e39]}, ValueError, r"`obs` holds 1e\+39 at \[0\]; .* up to 3\.4e\+38"),  # Training would refuse it.
+        ({"obs": [[0.0], [1.0, 2.0]]}, ValueError, r"`obs` must be one array of numbers, got a list"),
+        ({"obs": []}, ValueError, r"`obs` is empty"),
+        ({"obs": ()}, ValueError, r"`obs` is an empty tuple"),
+        ({"obs": np.ma.masked_array([1.0], [True])}, ValueError, r"`obs` has masked numbers; fill them"),
+        ({"action": (0.5,)}, TypeError, r"`action` must be one array or number, got a tuple; join its parts"),
         ({"action": 0.5j}, TypeError, r"`action` holds complex128"),
-        ({"executed_action": [np.inf]}, ValueError, r"`action` holds inf"),
-        ({"executed_action": [[0.5]]}, ValueError, r"`action` has shape \(1, 1\)"),
-        ({"reward": np.nan}, ValueError, r"`reward` holds nan"),
-        ({"reward": "much"}, ValueError, r"could not convert"),
+        ({"executed_action": [np.inf]}, ValueError, r"`executed_action` holds inf"),
+        ({"executed_action": [[0.5]]}, ValueError, r"`executed_action` has shape \(1, 1\)"),
+        ({"reward": np.nan}, ValueError, r"`reward` must be a finite number, got nan"),
+        ({"reward": 1e39}, ValueError, r"`reward` must be a finite number, got 1e\+39; float32 holds up to 3\.4e\+38"),
+        ({"reward": "1.5"}, ValueError, r"`reward` must be a finite number, got '1\.5'"),
+        ({"reward": None}, ValueError, r"`reward` must be a finite number, got None"),
+        ({"reward": 10**400}, ValueError, r"`reward` must be a finite number"),
+        ({"reward": np.array([1.5])}, None, ""),
         ({"terminated": "yes"}, TypeError, r"`terminated` must be True or False, got 'yes'"),
         ({"is_intervention": 2}, TypeError, r"`is_intervention` must be True or False, got 2"),
         ({"terminated": 1}, None, ""),
@@ -124,22 +135,81 @@ def test_a_value_that_does_not_fit_is_refused_and_the_episode_goes_on_without_it
     assert block.lengths.tolist() == [1 if error else 2]
 
 
-def test_an_episode_that_could_not_be_written_is_kept_and_written_later(
+def test_a_refused_first_step_leaves_no_mark_on_those_after_it(tmp_path: Path) -> None:
+    log = EpisodeLog(tmp_path)
+    log.reset([0.0])
+    with pytest.raises(ValueError, match=r"`executed_action` has shape \(2,\), the one before it had \(3,\)"):
+        log.step([1, 2, 3], 0.0, False, False, [1.0], executed_action=[1, 2])
+    with pytest.raises(ValueError, match="`reward` must be"):
+        log.step([1, 2], np.nan, False, False, [1.0])
+    log.step([0.5, 0.25], 0.0, True, False, [1.0])
+    (block,) = blocks_in(tmp_path)
+    np.testing.assert_array_equal(np.asarray(block.actions), [[0.5, 0.25]])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (np.int16(5), 70_000, "`obs` holds 70000, which int16 cannot hold"),
+        (np.uint8(5), np.uint16(256), "`obs` holds 256, which uint8 cannot hold"),
+        (np.int64(5), np.uint64(2**63), "`obs` holds 9223372036854775808, which int64 cannot hold"),
+        (5, 0.5, "`obs` holds float64, the one before it held int64"),
+    ],
+)
+def test_a_number_that_the_type_of_the_first_one_cannot_hold_is_refused_with_the_remedy(
+    tmp_path: Path, first: Any, then: Any, message: str
+) -> None:
+    log = EpisodeLog(tmp_path)
+    log.reset({"counter": first})
+    with pytest.raises(ValueError, match=message.replace("`obs`", "`obs` at 'counter'") + ".*such as `numpy.float64`"):
+        log.step([0.5], 0.0, False, False, {"counter": then})
+
+
+@pytest.mark.parametrize("name", ["file", "file/under"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_loop_drives(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=f"Episodes cannot be written to '{tmp_path}/{name}': .*; name a folder"):
+        EpisodeLog(tmp_path / name)
+
+
+def test_a_folder_that_takes_no_files_is_told_before_the_loop_drives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def read_only(path: Path, *arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with pytest.raises(OSError, match=r"Episodes cannot be written to .*: Read-only file system; name") as raised:
+        EpisodeLog(tmp_path)
+    assert raised.value.errno == errno.EROFS
+
+
+@pytest.mark.parametrize("is_cut_by_reset", [False, True])
+def test_an_episode_that_could_not_be_written_is_kept_as_it_ended_and_written_later(
+    is_cut_by_reset: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     log = EpisodeLog(tmp_path)
     log.reset([0.0])
     with monkeypatch.context() as patched:
         patched.setattr(whole_files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            log.step([0.5], 1.0, True, False, [1.0])
+        message = r"An episode of 1 steps is not saved: .*No space left on device; its steps are kept in memory"
+        if is_cut_by_reset:
+            log.step([0.5], 1.0, False, False, [1.0])
+        with pytest.raises(OSError, match=message) as raised:
+            log.reset([7.0]) if is_cut_by_reset else log.step([0.5], 1.0, True, False, [1.0])
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(RuntimeError, match="has ended and could not be written; call `reset` or `close`"):
+            log.step([0.5], 9.0, False, False, [2.0])  # Steps of the next one are none of it.
     assert list(tmp_path.iterdir()) == []
-    log.close()
-    (block,) = blocks_in(tmp_path)
-    assert block.terminateds.tolist() == [True]
+    log.reset([5.0])
+    log.step([0.5], 3.0, True, False, [6.0])
+    first, second = blocks_in(tmp_path)[0], blocks_in(tmp_path)[-1]
+    assert first.terminateds.tolist()[0] is (not is_cut_by_reset)
+    assert np.asarray(first.rewards).tolist()[:1] + np.asarray(second.rewards).tolist()[-1:] == [1.0, 3.0]
+    assert sum(block.lengths.sum() for block in blocks_in(tmp_path)) == 2
 
 
 def test_what_a_power_cut_left_is_removed_once_it_is_old(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -204,7 +205,8 @@ def policy_for(space: gym.Space[Any], **networks: Any) -> Policy:
 @pytest.fixture(scope="module")
 def policies() -> dict[str, Policy]:
     image = policy_for(IMAGE, **SMALL_IMAGES)
-    return {"vector": policy_for(VECTOR), "dict": policy_for(DICT), "image": image}
+    normed = policy_for(VECTOR, layer_norm=True)
+    return {"vector": policy_for(VECTOR), "dict": policy_for(DICT), "image": image, "normed": normed}
 
 
 def valid() -> dict[str, Any]:
@@ -226,6 +228,7 @@ def with_nan(shape: tuple[int, ...], place: Any) -> np.ndarray:
         ("vector", with_nan((5,), 3), r"The observation holds nan at 3; all numbers must be finite"),
         ("vector", np.full(5, np.inf), r"holds inf at 0"),
         ("vector", np.full(5, 1e300), r"holds inf at 0"),
+        ("vector", np.ma.masked_array(np.zeros(5), [0, 0, 1, 0, 0]), r"The observation has masked numbers; fill them"),
         ("vector", ["a"] * 5, r"must hold numbers for Box.*got values of type <U1"),
         ("vector", None, r"must hold numbers.*got values of type object"),
         ("vector", np.zeros(5, complex), r"must hold numbers.*complex128"),
@@ -277,8 +280,43 @@ def test_wrong_batches_and_generators_are_refused(policies: dict[str, Policy]) -
     several["ahead"] = (np.array([[1, 0]] * 2), np.zeros((2, 2, 2), int))
     with pytest.raises(ValueError, match=r"as many observations each, got \{'action': 3, 'ahead/0': 2"):
         policies["dict"].compute_actions(several)
+    with pytest.raises(ValueError, match=r"holds nan at 3 in row 1 of the batch; all numbers must be finite"):
+        policies["vector"].compute_actions(with_nan((2, 5), (1, 3)))
     with pytest.raises(TypeError, match=r"`rng` must be a NumPy generator.*got int"):
         policies["vector"](np.zeros(5), explore=True, rng=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`rng` must be a NumPy generator.*got int"):
+        policies["vector"].compute_random_action(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("explore", ["no", None, 2, 0.0, np.random.default_rng(0), np.array([True, False])])
+def test_explore_is_true_or_false(explore: Any, policies: dict[str, Policy]) -> None:
+    with pytest.raises(TypeError, match="`explore` must be True or False, got "):
+        policies["vector"](np.zeros(5), explore)
+
+
+def test_a_batch_of_no_observations_has_no_actions(policies: dict[str, Policy]) -> None:
+    def rows(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: rows(inner) for key, inner in part.items()}
+        return tuple(map(rows, part)) if isinstance(part, tuple) else np.asarray(part)[None][:0]
+
+    batches = {"vector": np.zeros((0, 5)), "dict": rows(valid()), "image": np.zeros((0, 14, 12, 3), np.uint8)}
+    for kind, batch in batches.items():
+        for explore in (False, True):
+            assert policies[kind].compute_actions(batch, explore).shape == (0, 3)
+
+
+def test_large_numbers_give_an_action_or_an_error_but_never_nan(policies: dict[str, Policy]) -> None:
+    observation = np.array([1.0, -1.0, 0.0, 0.0, 1.0], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(policies["vector"](1e30 * observation)).all()
+    for explore in (False, True):
+        with (
+            pytest.raises(ValueError, match=r"The network overflows: .* too large for it\. Check their units"),
+            np.errstate(over="ignore", invalid="ignore"),
+        ):
+            policies["normed"](3e38 * observation, explore)
 
 
 @pytest.mark.parametrize(
