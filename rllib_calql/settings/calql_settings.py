@@ -17,6 +17,7 @@ from ray.rllib.utils.annotations import override
 from rllib_calql.networks.model_settings import DEFAULT_MODEL_CONFIG
 from rllib_calql.settings.data_settings import PathLike
 from rllib_calql.settings.external_clients import ClientSettings
+from rllib_calql.settings.quantities import plain_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +27,10 @@ Schedulable = float | Sequence[Sequence[float]]  # A number, or [[online env ste
 
 class CalQLSettings(ClientSettings):
     """Holds the settings; `CalQLConfig` adds what they mean for RLlib."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # What NumPy computes, such as a point of a grid, is a number like any other.
+        super().__setattr__(key, plain_numbers(value, in_dicts=key == "_model_config"))
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from rllib_calql.common.schedules import flaw_of_schedule, is_float, is_schedule
 
 A_SCHEDULE = "a schedule [[0, value], [env_steps, value], ...]"
@@ -24,6 +26,25 @@ def is_one_of(value: Any, choices: Collection[str]) -> bool:
 def is_integer(value: Any, minimum: int) -> bool:
     """Whether it is a whole number of at least `minimum`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def plain_numbers(value: Any, *, in_dicts: bool = False) -> Any:
+    """The value with Python's numbers in place of NumPy's scalars, also in lists and tuples; else itself.
+
+    Args:
+        value: Anything.
+        in_dicts: Whether values in dicts are replaced as well.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        parts = [plain_numbers(part, in_dicts=in_dicts) for part in value]
+        is_same = all(part is old for part, old in zip(parts, value, strict=True))
+        return value if is_same else type(value)(parts)
+    if in_dicts and type(value) is dict:
+        found = {name: plain_numbers(part, in_dicts=True) for name, part in value.items()}
+        return value if all(found[name] is part for name, part in value.items()) else found
+    return value
 
 
 def check_schedulable(name: str, value: Any, *, is_allowed: bool, allowed: str, high: float = math.inf) -> None:

@@ -262,6 +262,25 @@ def test_a_setting_arrives_through_its_method_and_is_accepted(method: str, name:
     assert getattr(config, name) == value
 
 
+def test_numbers_of_numpy_are_numbers_and_what_belongs_to_others_stays_as_it_is() -> None:
+    env_config = {"seed": np.int64(3)}
+    schedule = [[np.int64(0), np.float32(0.5)], [np.int32(100), 0.25]]
+    config = (
+        complete_config()
+        .environment("Pendulum-v1", env_config=env_config)
+        .training(min_q_weight=np.float32(0.5), num_actions=np.int64(4), calibrate=np.bool_(False), bc_weight=schedule)
+        .fine_tuning(offline_updates=np.int32(7))
+        .rl_module(model_config={"actor_hiddens": [np.int64(32)]})
+    )
+    config.validate()
+    found = [config.min_q_weight, config.num_actions, config.calibrate, config.offline_updates, config.bc_weight[0]]
+    assert found == [0.5, 4, False, 7, [0, 0.5]]
+    assert [type(value) for value in found] == [float, int, bool, int, list]
+    assert {type(number) for point in config.bc_weight for number in point} == {int, float}
+    assert [type(size) for size in config.model_config["actor_hiddens"]] == [int]
+    assert type(config.env_config["seed"]) is np.int64
+
+
 def test_every_setting_of_the_design_is_tried() -> None:
     # What bounds Q contradicts `calibrate=False`; it is tried in `test_reference_settings.py`.
     of_references = ("reference_value", "reference_updates", "reference_fit", "reference_online")
