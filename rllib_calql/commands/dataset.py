@@ -6,7 +6,6 @@ Ray, are imported only once a command runs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -34,6 +33,21 @@ if TYPE_CHECKING:
 _DEFAULT_PLOT = Path("dataset_report.png")
 _DEFAULT_EPISODE_PLOT = Path("dataset_episode.html")
 _GAMMA = 0.99  # The default of the setting.
+
+
+def _refuse_lone_env_config(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and context.params["env"] is None:
+        raise click.UsageError("`--env-config` is that of an environment; name it with `--env`.")
+    return value
+
+
+# Of the commands with an option `--env`, which must be eager to be known before.
+_env_config_option = click.option(
+    "--env-config",
+    metavar="YAML",
+    callback=_refuse_lone_env_config,
+    help="Its `env_config`, a mapping in YAML or JSON.",
+)
 
 
 @click.group(epilog="Example: rllib dataset inspect minari:rllib-calql/pointmaze-umaze-play-v0")
@@ -95,8 +109,10 @@ def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--no-plot", is_flag=True, help="Write no picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--env", metavar="ID", help="Environment to compare the data with, as `env` in an experiment file.")
-@click.option("--env-config", metavar="YAML", help="Its `env_config`, a mapping in YAML or JSON.")
+@click.option(
+    "--env", metavar="ID", is_eager=True, help="Environment to compare the data with, as `env` in an experiment file."
+)
+@_env_config_option
 @click.option("--episode", metavar="ID", help="Show this one episode instead, by its id, or its number from 0.")
 @click.option("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="With --episode: show Q and V of a checkpoint as well.")
 @click.option("--gamma", type=click.FloatRange(0, 1), help=f"With --episode: discount of returns (default: {_GAMMA}).")
@@ -121,7 +137,8 @@ def inspect(
     INPUT is a file, a folder, a URI, a column map (.yaml), or minari:<dataset id>; the report covers all inputs
     together. Parquet, HDF5, NumPy, CSV, LeRobot, robomimic, d3rlpy and Stable-Baselines3 are known. A picture shows
     the distributions of returns and episode lengths. With --env the report says whether the data fit the spaces of
-    the environment, which is made for it. Nothing in data is run, wherever they come from.
+    the environment, which is made for it; if they do not, the exit code is 1. Nothing in data is run, wherever they
+    come from.
 
     With --episode one episode is drawn over its steps: observations, actions, rewards and discounted returns-to-go, in
     the environment's units. With --checkpoint as well, returns are computed by the settings of its training, in
@@ -130,8 +147,6 @@ def inspect(
     """
     if failure_reward is not None and not math.isfinite(failure_reward):
         raise click.UsageError(f"`--failure-reward` must be a finite number, got {failure_reward}.")
-    if env is None and env_config is not None:
-        raise click.UsageError("`--env-config` is that of an environment; name it with `--env`.")
     file = _plot_file(plot, no_plot, of_episode=episode is not None)
     use_folder_of()
     if episode is not None:
@@ -148,27 +163,35 @@ def inspect(
     spaces = _spaces_of(env, env_config)
     with errors_in_one_line():
         report = _report_on(inputs, options, failure_reward, spaces, keep_distributions=file is not None)
-    compared = _compared(env, report, *spaces) if env is not None and None not in spaces else {}
+    compared = None
+    if env is not None:
+        from rllib_calql.datasets.report.comparison import compare
+
+        compared = compare(report, env, *spaces)
     if as_json:
-        click.echo(json.dumps(report.to_dict() | compared, indent=2))
+        click.echo(json.dumps(report.to_dict() | (compared.to_dict() if compared is not None else {}), indent=2))
     else:
-        click.echo(str(_with_note_on(compared, report)))
-        for line in _lines_on_environment(compared):
-            click.echo(line)
+        click.echo(str(report if compared is None else compared.noted(report)))
+        if compared is not None:
+            click.echo(f"\n{compared}")
     if file is not None:
         from rllib_calql.datasets.report.plots import plot_report
 
         with errors_in_one_line():
             plot_report(report, file)
         click.echo(f"Wrote {file}", err=True)
+    if compared is not None and compared.mismatches:
+        raise click.exceptions.Exit(1)
 
 
 @dataset.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.argument("output")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
-@click.option("--env", metavar="ID", help="Environment that the data come from, as `env` in an experiment file.")
-@click.option("--env-config", metavar="YAML", help="Its `env_config`, a mapping in YAML or JSON.")
+@click.option(
+    "--env", metavar="ID", is_eager=True, help="Environment that the data come from, as `env` in an experiment file."
+)
+@_env_config_option
 @click.option("--action-low", metavar="NUMBERS", help="Least action, without --env: -2, or -2,0 for each dimension.")
 @click.option("--action-high", metavar="NUMBERS", help="Largest action, in the same way.")
 @_reading_options
@@ -197,8 +220,6 @@ def convert(
         raise click.UsageError(
             "`--env` tells the bounds of the actions; drop it, or `--action-low` and `--action-high`."
         )
-    if env is None and env_config is not None:
-        raise click.UsageError("`--env-config` is that of an environment; name it with `--env`.")
     use_folder_of()
     observation_space, action_space = _spaces_of(env, env_config)
     from rllib_calql.datasets.writers.conversion import convert as convert_dataset
@@ -352,44 +373,6 @@ def _spaces_of(env: str | None, env_config: str | None = None) -> tuple[Any, Any
     except (ValueError, TypeError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     return spaces
-
-
-def _compared(env: str, report: DatasetReport, observation_space: Any, action_space: Any) -> dict[str, Any]:
-    """What comparing data with an environment shows, for JSON."""
-    from rllib_calql.datasets.report.comparison import findings_on_spaces, mismatches
-
-    wrong = mismatches(report, observation_space, action_space)
-    content = {
-        "id": env,
-        "observation_space": str(observation_space),
-        "action_space": str(action_space),
-        "matches": not wrong,
-        "mismatches": wrong,
-        "findings": findings_on_spaces(report, observation_space, action_space),
-    }
-    return {"environment": content}
-
-
-def _with_note_on(compared: dict[str, Any], report: DatasetReport) -> DatasetReport:
-    """The report as it is shown: it does not say that nothing looks wrong where the comparison says otherwise."""
-    if not compared or not (compared["environment"]["mismatches"] or compared["environment"]["findings"]):
-        return report
-    note = f"what does not fit {compared['environment']['id']} is told below"
-    return dataclasses.replace(report, notes=(*report.notes, note))
-
-
-def _lines_on_environment(compared: dict[str, Any]) -> Iterator[str]:
-    if not compared:
-        return
-    content = compared["environment"]
-    verdict = "keys and shapes match" if content["matches"] else "the data do not fit"
-    yield f"\nCompared with {content['id']}: {verdict}"
-    yield f"  observations  {content['observation_space']}"
-    yield f"  actions       {content['action_space']}"
-    for wrong in content["mismatches"]:
-        yield f"  does not fit: {wrong}."
-    for finding in content["findings"]:
-        yield f"  Warning: {finding}."
 
 
 def _report_on(

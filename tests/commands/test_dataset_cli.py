@@ -129,9 +129,11 @@ def test_inspect_compares_data_with_an_environment(tank_data: str) -> None:
         ("level", [1.0], [False]),
         ("temperature", [1.0], [False]),
     ]
-    other = json.loads(run("inspect", tank_data, "--no-plot", "--json", "--env", "Pendulum-v1").stdout)["environment"]
+    misfit = run("inspect", tank_data, "--plot", "tank.png", "--json", "--env", "Pendulum-v1")
+    other = json.loads(misfit.stdout)["environment"]
     assert other["matches"] is False
     assert other["mismatches"]
+    assert (misfit.exit_code, Path("tank.png").is_file()) == (1, True)  # Data that fit, with warnings, are no failure.
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,9 @@ def test_a_missing_data_set_is_a_failed_run_that_names_what_resembles_it(tmp_pat
         (("x", "--plot", "a.png", "--no-plot"), "`--plot` and `--no-plot` contradict each other"),
         (("x", "--plot", "report.pdf"), "must name a .png file, got 'report.pdf'"),
         (("x", "--plot", "nowhere/report.png"), "the folder of 'nowhere/report.png' does not exist"),
+        (("x", "--env-config", "{g: 9}"), "`--env-config` is that of an environment; name it with `--env`"),
+        (("x", "--episode", "0", "--env-config", "{g: 9}"), "`--env-config` is that of an environment; name it with"),
+        (("x", "--env-config", "9", "--env", "Pendulum-v1"), "`--env-config` must be a mapping"),
         (("x", "--failure-reward", "nan"), "`--failure-reward` must be a finite number, got nan"),
         (("x", "--unfinished-episodes", "keep"), "'keep' is not one of"),
         (("x", "--max-episode-steps", "0"), "0 is not in the range x>=1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -63,6 +63,74 @@ def _flat_bounds(leaf: gym.Space[Any]) -> Bounds:
         return np.where(low < -WIDEST, -np.inf, low), np.where(high > WIDEST, np.inf, high)
     size = flat_size(leaf)
     return np.zeros(size), np.ones(size)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Data beside an environment's spaces, for a person and as JSON.
+
+    Attributes:
+        env: Name of the environment.
+        observation_space: Its space, as text.
+        action_space: Its space, as text.
+        mismatches: Why the data cannot be trained on in these spaces, a sentence without its end each.
+        findings: What looks like a mistake, likewise.
+    """
+
+    env: str
+    observation_space: str
+    action_space: str
+    mismatches: tuple[str, ...]
+    findings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content."""
+        content = {
+            "id": self.env,
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "matches": not self.mismatches,
+            "mismatches": list(self.mismatches),
+            "findings": list(self.findings),
+        }
+        return {"environment": content}
+
+    def noted(self, report: DatasetReport) -> DatasetReport:
+        """The report as it is shown: it does not say that nothing looks wrong where the comparison says otherwise."""
+        if not self.mismatches and not self.findings:
+            return report
+        return replace(report, notes=(*report.notes, f"what does not fit {self.env} is told below"))
+
+    def __str__(self) -> str:
+        verdict = "the data do not fit" if self.mismatches else "keys and shapes match"
+        lines = [
+            f"Compared with {self.env}: {verdict}",
+            f"  observations  {self.observation_space}",
+            f"  actions       {self.action_space}",
+            *(f"  does not fit: {wrong}." for wrong in self.mismatches),
+            *(f"  Warning: {finding}." for finding in self.findings),
+        ]
+        return "\n".join(lines)
+
+
+def compare(
+    report: DatasetReport, env: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> Comparison:
+    """What comparing data with an environment shows.
+
+    Args:
+        report: Built with these spaces.
+        env: Name of the environment.
+        observation_space: The environment's, before flattening.
+        action_space: The environment's.
+    """
+    return Comparison(
+        env,
+        str(observation_space),
+        str(action_space),
+        tuple(mismatches(report, observation_space, action_space)),
+        tuple(findings_on_spaces(report, observation_space, action_space)),
+    )
 
 
 @dataclass(frozen=True)
