@@ -36,16 +36,16 @@ class ActionBounds:
     high: tuple[float, ...]
 
     def space(self, actions: Any, name: str) -> gym.spaces.Box:
-        """The space of actions [R, A] of a data set of that name, in their type.
+        """The space of actions [R, A], or [R] of one dimension, of a data set of that name, in their type.
 
         Raises:
             ValueError: If there is another number of bounds than of dimensions, or they are no bounds.
         """
-        if not isinstance(actions, np.ndarray) or actions.ndim != 2:
+        if not isinstance(actions, np.ndarray) or actions.ndim not in (1, 2):
             raise ValueError(
                 f"The actions in {name!r} are no flat rows of numbers, so no bounds can be given for them."
             )
-        size = actions.shape[1]
+        size = math.prod(actions.shape[1:])
         for which, bounds in (("low", self.low), ("high", self.high)):
             if len(bounds) not in (1, size):
                 raise ValueError(
@@ -175,8 +175,12 @@ def _environment_blocks(
 ) -> Iterator[EpisodeBlock]:
     for number, reader in enumerate(readers):
         space = action_space or reader.info.action_space
-        for block in reader.blocks():
+        for stored in reader.blocks():
+            block = stored
             changes: dict[str, Any] = {}
+            is_one = isinstance(space, gym.spaces.Box) and space.shape == (1,)
+            if is_one and isinstance(stored.actions, np.ndarray) and stored.actions.ndim == 1:
+                block = replace(stored, actions=stored.actions[:, None])
             if reader.info.actions == "module":
                 changes["actions"] = scaled_to_environment(block.actions, space, reader.info.name)
             elif isinstance(action_space, gym.spaces.Box):

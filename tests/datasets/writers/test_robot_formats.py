@@ -82,6 +82,7 @@ def test_frames_have_lerobot_s_layout_and_come_back(tmp_path: Path, monkeypatch:
     assert [len(episode) for episode in read] == [3, 1, 3, 1]
     np.testing.assert_array_equal(read[2].get_observations()["camera"][:3], block().observations["camera"][:3])
     assert read[2].is_terminated
+    np.testing.assert_array_equal(read[2].get_actions(), block().actions[:3])  # An array of one in each row stays one.
 
 
 @pytest.mark.parametrize("to", ["robomimic:{}/a.hdf5", "lerobot:{}/a"])

@@ -25,7 +25,7 @@ import tree
 from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes.reader import EpisodeBlock
 from rllib_calql.datasets.writers import file_formats, staging, writers
-from rllib_calql.datasets.writers.conversion import convert, scaled_to_environment
+from rllib_calql.datasets.writers.conversion import ActionBounds, convert, scaled_to_environment
 from rllib_calql.datasets.writers.writers import DatasetMetadata, WriteSummary, write_blocks
 
 ACTION_SPACE = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
@@ -406,6 +406,18 @@ def test_inputs_with_equal_episode_ids_become_one_dataset(tmp_path: Path) -> Non
     summary = convert([one, two], tmp_path / "both.parquet")
     assert (summary.num_episodes, summary.num_transitions) == (4, 11)
     assert_identical(read(f"{tmp_path}/both.parquet"), episodes_in([first, second]))
+
+
+@pytest.mark.parametrize("space", [ActionBounds((-2.0,), (2.0,)), gym.spaces.Box(-2.0, 2.0, (1,), np.float64)])
+def test_single_numbers_are_actions_of_one_dimension(space: Any, tmp_path: Path) -> None:
+    actions = np.array([-2.0, 0.5, 2.0])
+    ends = np.array([0, 0, 1])
+    np.savez(tmp_path / "a.npz", obs=np.eye(3), actions=actions, rewards=ends, terminals=ends)
+    convert(tmp_path / "a.npz", tmp_path / "b.npz", action_space=space)
+    (episode,) = open_input(tmp_path / "b.npz")[0]
+    np.testing.assert_array_equal(episode.get_actions(), actions[:, None])
+    with pytest.raises(ValueError, match=r"action \[2\.0\] is outside the bounds"):
+        convert(tmp_path / "a.npz", tmp_path / "c.npz", action_space=ActionBounds((-2.0,), (1.5,)))
 
 
 def test_module_actions_are_clipped_and_scaled_to_the_bounds_per_dimension() -> None:

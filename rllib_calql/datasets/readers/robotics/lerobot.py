@@ -113,7 +113,9 @@ class LeRobotReader(ArrowRowsReader):
         values = decode_numbers(pa.field(name, array.type), array, where)
         if not isinstance(values, np.ndarray):
             raise ValueError(f"`{name}` must hold numbers or lists of numbers, got {array.type} in {where(0)}.")
-        return values
+        # LeRobot stores an array of one number as the number.
+        is_one = values.ndim == 1 and self._info.features[name].get("shape") == [1]
+        return values[:, None] if is_one else values
 
 
 class _Frames:
@@ -279,7 +281,13 @@ def _images(name: str, array: Any, shape: Any, where: Where) -> NDArray[np.uint8
         raise ImportError('Reading images of LeRobot data sets needs Pillow: pip install "pillow"') from err
     images: list[NDArray[np.uint8]] = []
     sizes = sorted(shape) if isinstance(shape, list) else None
-    for row, stored in enumerate(array.field("bytes") if pa.types.is_struct(array.type) else array):
+    is_struct = pa.types.is_struct(array.type)
+    if is_struct and array.type.get_field_index("bytes") < 0:
+        raise ValueError(
+            f"`{name}` holds {array.type} in {where(0)}, where images have a field `bytes`; write the data set again "
+            "with images in its Parquet files."
+        )
+    for row, stored in enumerate(array.field("bytes") if is_struct else array):
         content = stored.as_py()
         if not isinstance(content, bytes):
             raise ValueError(
