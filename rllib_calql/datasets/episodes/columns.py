@@ -106,8 +106,10 @@ def require_columns(found: Collection[str], needed: Iterable[str], present: Coll
     if not missing:
         return
     remedy = "rename the column, or add it"
-    if "dones" in present:
+    if "dones" in present and Columns.TERMINATEDS in missing:
         remedy = DONES_REMEDY
+        if Columns.TRUNCATEDS in found:
+            remedy += f": `{Columns.TERMINATEDS}` are those `dones` that are no time-outs"
     elif Columns.OBS in missing:
         remedy += f"; {JOIN_REMEDY}"
     elif Columns.TERMINATEDS in missing:

@@ -18,6 +18,18 @@ from pyarrow import fs
 from rllib_calql.datasets.episodes.other_tools import found_instead
 from rllib_calql.system.similar_words import close_matches
 
+MAGIC_BYTES = {
+    b"PAR1": ("Parquet", ".parquet"),
+    b"\x89HDF": ("HDF5", ".hdf5"),
+    b"PK\x03\x04": ("NumPy", ".npz"),
+    b"\x93NUMPY": ("NumPy's `.npy`", ".npy"),
+    b"\x1f\x8b": ("compressed", ""),
+    b"\x28\xb5\x2f\xfd": ("compressed", ""),
+    b"BZh": ("compressed", ""),
+    b"\xfd7zXZ": ("compressed", ""),
+}
+"""First bytes of a file -> what it is, and by which extension it is read; none if it has to be unpacked."""
+
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -134,6 +146,25 @@ def file_in(input_: str, name: str, filesystem: Any = None) -> DataFile | None:
     return DataFile(file, filesystem) if is_there else None
 
 
+def said_of_content(file: DataFile, expected: str) -> str:
+    """A sentence about a file whose first bytes are those of another format than its name says; else empty.
+
+    Args:
+        file: The file.
+        expected: Its format by its name, as in `MAGIC_BYTES`.
+    """
+    try:
+        with file.open() as opened:
+            start = opened.read(8)
+    except (OSError, pa.ArrowException):
+        return ""
+    for magic, (format_, suffix) in MAGIC_BYTES.items():
+        if start.startswith(magic) and format_ != expected:
+            remedy = f"name it `*{suffix}`" if suffix else "unpack it first"
+            return f" It begins as {format_} files do; {remedy}."
+    return ""
+
+
 def fingerprint_of(files: Iterable[DataFile], *, mapped: bool = False) -> str:
     """Digest of names (without folders), order and contents of files, in hexadecimal.
 
@@ -190,6 +221,7 @@ def _resolve(input_: str, filesystem: Any) -> tuple[Any, str]:
 
 
 def _natural_key(path: str) -> list[list[int | str]]:
-    # Splitting at digits makes text and numbers alternate, so that two keys never compare a number with text.
+    # Splitting at digits makes text and numbers alternate, so that two keys never compare a number with text. Other
+    # digits, such as that of "m²", are text.
     parts = [re.split(r"([0-9]+)", part) for part in path.split("/")]
-    return [[int(s) if s.isdigit() else s for s in part] for part in parts]
+    return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts]

@@ -36,7 +36,9 @@ class NpzReader(FlatReader):
 def _refuse_ends_for_terminations(file: DataFile, arrays: Mapping[str, ArrayHeader]) -> None:
     """Refuses OGBench's archives as they are downloaded: without rewards, and with ends in place of terminations."""
     has_trajectories = {"observations", "actions", "terminals"} <= set(arrays)
-    if has_trajectories and {Columns.REWARDS, *ALIASES[Columns.REWARDS]}.isdisjoint(arrays):
+    # Those of OGBench have neither of these.
+    is_of_others = {"next_observations", "timeouts"} & set(arrays)
+    if has_trajectories and not is_of_others and {Columns.REWARDS, *ALIASES[Columns.REWARDS]}.isdisjoint(arrays):
         raise ValueError(
             f"{str(file)!r} has no column `{Columns.REWARDS}`; its columns are "
             f"{', '.join(f'`{name}`' for name in sorted(arrays))}. OGBench's play data have no rewards until a task "

@@ -11,7 +11,7 @@ from pyarrow import fs
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_calql.common.held_data import DataHandle, InMemoryDataset, InMemoryEpisodes
-from rllib_calql.datasets.episodes.files import DataFile, file_in, find_files
+from rllib_calql.datasets.episodes.files import MAGIC_BYTES, DataFile, file_in, find_files
 from rllib_calql.datasets.episodes.other_tools import what_it_is
 from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
 from rllib_calql.datasets.readers import parquet
@@ -40,7 +40,6 @@ _FORMATS = {
     **dict.fromkeys(CSV_SUFFIXES, "CSV"),
 }
 _MAPPED_FORMATS = ("CSV", "HDF5")
-_MAGIC_BYTES = {b"PAR1": "Parquet", b"\x89HDF": "HDF5", b"PK\x03\x04": "NumPy"}
 _READABLE = (
     f"`{SCHEME}<dataset id>`, Parquet, HDF5, NumPy (`.npz`) or CSV files, folders of one of these, LeRobot data sets, "
     "folders recorded by RLlib, column maps (`.yaml`), a `ray.data.Dataset`, `SingleAgentEpisode`s"
@@ -213,7 +212,12 @@ def _located(name: str, filesystem: Any) -> _Located:
         data = column_map.texts.get("data", ".")
         name = data if data.startswith(("/", "~")) or "://" in data else f"{name.rpartition('/')[0] or '.'}/{data}"
     if lerobot_features.info_file(name, filesystem) is not None:
-        files = find_files(f"{name.rstrip('/')}/data", parquet.SUFFIXES, filesystem)
+        try:
+            files = find_files(f"{name.rstrip('/')}/data", parquet.SUFFIXES, filesystem)
+        except (FileNotFoundError, ValueError) as err:
+            raise type(err)(
+                f"The LeRobot data set {name!r} has `meta/info.json` and no frames ({err}) Download or write it again."
+            ) from err
         return _Located(files, "LeRobot", column_map or _map_beside(name, filesystem), name)
     files = find_files(name, tuple(_FORMATS), filesystem)
     format_ = _format_of(name, files)
@@ -228,7 +232,7 @@ def _located(name: str, filesystem: Any) -> _Located:
 
 def _map_beside(name: str, filesystem: Any) -> ColumnMap | None:
     """The map in the folder of the data, if there is one."""
-    file = file_in(name, column_maps.FILE_NAME, filesystem)
+    file = _map_file(name, filesystem)
     if file is None:
         return None
     column_map = column_maps.read_map(file)
@@ -238,6 +242,18 @@ def _map_beside(name: str, filesystem: Any) -> ColumnMap | None:
             "`input_`, or remove `data`."
         )
     return column_map
+
+
+def _map_file(name: str, filesystem: Any) -> DataFile | None:
+    """The file `columns.yaml`, or `columns.yml`, beside data.
+
+    Raises:
+        ValueError: If both are there.
+    """
+    found = [file for each in column_maps.FILE_NAMES if (file := file_in(name, each, filesystem)) is not None]
+    if len(found) > 1:
+        raise ValueError(f"There are two column maps, {str(found[0])!r} and {str(found[1])!r}; keep one.")
+    return found[0] if found else None
 
 
 def _is_ray_dataset(part: Any) -> bool:
@@ -266,7 +282,7 @@ def _format_of(name: str, files: Sequence[DataFile]) -> str:
     first_of: dict[str, DataFile] = {}
     for file in files:
         first_of.setdefault(_FORMATS.get(file.suffix) or _format_by_content(file), file)
-    if len(first_of) == 2 and "CSV" in first_of and file_in(name, column_maps.FILE_NAME, files[0].filesystem) is None:
+    if len(first_of) == 2 and "CSV" in first_of and _map_file(name, files[0].filesystem) is None:
         del first_of["CSV"]
     if len(first_of) > 1:
         examples = ", ".join(f"{format_} ({str(file)!r})" for format_, file in first_of.items())
@@ -280,10 +296,11 @@ def _format_of(name: str, files: Sequence[DataFile]) -> str:
 def _format_by_content(file: DataFile) -> str:
     with file.open() as opened:
         start = opened.read(4)
-    known = _MAGIC_BYTES.get(start)
+    known, _ = MAGIC_BYTES.get(start, (None, ""))
     kind = what_it_is(file.name)
     # Of the files that are zip archives, many are no NumPy archives.
-    if known is None or (known == "NumPy" and kind is not None):
+    if known not in _FORMATS.values() or (known == "NumPy" and kind is not None):
         described = f" The file is {kind}." if kind is not None else ""
         raise ValueError(f"{str(file)!r} is of no format that can be read; `input_` takes {_READABLE}.{described}")
+    assert known is not None
     return known

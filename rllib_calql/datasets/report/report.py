@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from rllib_calql.common.returns import failure_tolerance
 from rllib_calql.common.spaces import WIDEST
 from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
-from rllib_calql.datasets.episodes.reader import DROPPED, TRUNCATED, DatasetInfo, EpisodeBlock, EpisodeReader
+from rllib_calql.datasets.episodes.reader import (
+    DROPPED,
+    DROPPED_STEPS,
+    TRUNCATED,
+    DatasetInfo,
+    EpisodeBlock,
+    EpisodeReader,
+)
 from rllib_calql.datasets.report.arrays import ArrayCollector
 from rllib_calql.datasets.report.comparison import bounds_of
 from rllib_calql.datasets.report.magnitudes import Magnitudes
@@ -124,10 +131,12 @@ class ReportBuilder:
         names = tuple(info.name for info in self._infos)
         num_episodes = len(self._returns)
         if not num_episodes:
-            done = "".join(f" ({count:,} {remark})" for remark, count in self._remarks.items())
+            done = "".join(f" ({count:,} {remark})" for remark, count in self._remarks.items() if count)
+            remedy = 'keep unfinished episodes by `unfinished_episodes="truncate"`, or check the columns that end them'
+            if self._remarks[DROPPED_STEPS] and not self._remarks[DROPPED]:
+                remedy = 'keep last steps by `missing_final_observation="repeat"`, or check the columns that end them'
             raise ValueError(
-                f"Dataset {', '.join(map(repr, names))} has no whole episode to report on{done}; keep unfinished "
-                'episodes by `unfinished_episodes="truncate"`, or check the columns that end them.'
+                f"Dataset {', '.join(map(repr, names))} has no whole episode to report on{done}; {remedy}."
             )
         returns, lengths = np.array(self._returns), np.array(self._lengths)
         unfinished, dropped = self._remarks[TRUNCATED] + self._remarks[DROPPED], self._remarks[DROPPED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -130,6 +131,13 @@ def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where
                 raise times_for_steps(f"it has the type {batch.schema.field(index).type} in {where(0)}")
             decode_column = decode if name in _DECODED_COLUMNS else decode_numbers
             table[name] = decode_column(batch.schema.field(index), batch.column(index), where)
+    for name in (*_DECODED_COLUMNS, Columns.REWARDS):
+        for array in tree.flatten(table.get(name)):
+            if array is not None and math.prod(array.shape[1:]) == 0:
+                raise ValueError(
+                    f"`{names[name]}` has rows of shape {array.shape[1:]} in {where(0)}; a row must hold at least one "
+                    "number."
+                )
     for name in (*_FLAGS, Columns.T):
         if name in table and (not isinstance(table[name], np.ndarray) or table[name].ndim != 1):
             raise ValueError(

@@ -19,7 +19,7 @@ from ray.rllib.core.columns import Columns
 
 from rllib_calql.datasets.episodes.boundaries import RowBlock, whole_episodes
 from rllib_calql.datasets.episodes.columns import MASKS, VALIDS
-from rllib_calql.datasets.episodes.files import DataFile, fingerprint_of
+from rllib_calql.datasets.episodes.files import DataFile, fingerprint_of, said_of_content
 from rllib_calql.datasets.episodes.final_rows import shifted, without_final_rows
 from rllib_calql.datasets.episodes.reader import (
     DatasetInfo,
@@ -81,9 +81,10 @@ def reading(file: DataFile, format_: str) -> Iterator[None]:
         raise
     # Which exceptions damaged bytes cause is nowhere documented: HDF5 and zip files give a dozen types.
     except Exception as err:
+        other = said_of_content(file, format_.split()[0])
+        remedy = f".{other}" if other else "; it may be incomplete or damaged: copy or write it again."
         raise ValueError(
-            f"{str(file)!r} is not a readable {format_} file ({type(err).__name__}: {err}); it may be incomplete or "
-            "damaged: copy or write it again."
+            f"{str(file)!r} is not a readable {format_} file ({type(err).__name__}: {err}){remedy}"
         ) from err
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rllib_calql.datasets.episodes.files import DataFile
+from rllib_calql.datasets.episodes.files import DataFile, said_of_content
 from rllib_calql.datasets.rows.arrow import describe_type
 from rllib_calql.datasets.rows.arrow_rows import BLOCK_BYTES
 
@@ -35,11 +35,9 @@ def readable(file: DataFile) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as err:
         if isinstance(err, MemoryError) and not isinstance(err, pa.ArrowException):
             raise
-        raise ValueError(
-            f"{str(file)!r} is not a readable Parquet file ({err}); copy or write it again. `input_` takes "
-            "`minari:<dataset id>`, files of Parquet, HDF5 or NumPy rows, folders of these, and folders recorded by "
-            "RLlib."
-        ) from err
+        other = said_of_content(file, "Parquet")
+        remedy = f".{other}" if other else "; copy or write it again."
+        raise ValueError(f"{str(file)!r} is not a readable Parquet file ({err}){remedy}") from err
 
 
 def open_parquet(file: DataFile) -> Any:

@@ -459,13 +459,7 @@ FAULTS: dict[str, Fault] = {
         f"no {name}": Fault(
             NO_COLUMN.format(name),
             lacking(name),
-            other=({} if name == "terminateds" else {"rllib episodes": NOT_PACKED.format(0)})
-            | {"minari": DAMAGED}
-            | (
-                each(("npz", "compressed npz"), r"has no column `rewards`.*load the task's")
-                if name == "rewards"
-                else {}
-            ),
+            other=({} if name == "terminateds" else {"rllib episodes": NOT_PACKED.format(0)}) | {"minari": DAMAGED},
             left_out={"episodes": "an object always has it"}
             | ({"rllib episodes": "an object always has it"} if name == "terminateds" else {}),
         )

@@ -98,6 +98,16 @@ def test_a_file_of_another_tool_is_named_with_a_way_out(name: str, tmp_path: Pat
     assert "OGBench" not in str(caught.value)
 
 
+def test_play_data_of_ogbench_are_told_by_what_they_lack(tmp_path: Path) -> None:
+    play = {"observations": np.zeros((3, 1)), "actions": np.zeros((3, 1)), "terminals": np.array([0, 0, 1])}
+    np.savez(tmp_path / "play.npz", **play)
+    with pytest.raises(ValueError, match=r"no column `rewards`.* OGBench's play data .*load the task's `-singletask`"):
+        open_input(tmp_path / "play.npz")
+    np.savez(tmp_path / "own.npz", **play, timeouts=np.zeros(3))
+    with pytest.raises(ValueError, match=r"no column `rewards`; its columns are .*; rename the column, or add it\.$"):
+        open_input(tmp_path / "own.npz")
+
+
 @pytest.mark.parametrize("name", IN_FOLDERS)
 def test_a_folder_of_another_tool_is_named_with_a_way_out(name: str, tmp_path: Path) -> None:
     write, message = FILES[name]

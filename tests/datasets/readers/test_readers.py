@@ -1,6 +1,8 @@
 """Readers give back whole episodes exactly as they were stored, and refuse data that are not whole episodes."""
 
+import gzip
 import importlib
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import pyarrow as pa
@@ -349,6 +352,42 @@ def test_empty_inputs_are_refused(tmp_path: Path) -> None:
         open_input(file)
     with pytest.raises(ValueError, match="`input_` is an empty list"):
         open_input([])
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz", ".parquet", ".csv"])
+def test_a_file_of_another_format_than_its_name_says_is_told_apart_from_a_damaged_one(
+    suffix: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "a.npz", obs=np.zeros(300))
+    np.save(tmp_path / "a.npy", np.zeros(300))
+    pq.write_table(pa.table({"obs": np.zeros(300)}), tmp_path / "a.parquet")
+    with h5py.File(tmp_path / "a.hdf5", "w") as h5_file:
+        h5_file["obs"] = np.zeros(300)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"obs\n" * 300))
+    file = tmp_path / "logs" / f"log{suffix}"
+    file.parent.mkdir()
+    (file.parent / "columns.yaml").write_text("obs: obs\nactions: obs\nrewards: obs\n")
+    for other in (".hdf5", ".npz", ".parquet", ".npy", ".gz"):
+        if other != suffix:
+            shutil.copy((tmp_path / "a").with_suffix(other), file)
+            remedy = "unpack it first" if other == ".gz" else rf"name it `\*{other}`"
+            with pytest.raises(ValueError, match=rf"log{suffix}' is not .* It begins as .* files do; {remedy}\.$"):
+                open_input(file)
+
+
+def test_digits_that_are_no_ascii_are_text_in_names_of_files(tmp_path: Path) -> None:
+    for name in ("m\u00b2", "\u00b2", "\u0663", "2", "10"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        write(tmp_path / "logs" / name / "rows.parquet", GOOD | {"eps_id": [f"{name}-{id_}" for id_ in GOOD["eps_id"]]})
+    (reader,) = open_input(tmp_path / "logs")
+    names = list(dict.fromkeys(episode.id_.split("-")[0] for episode in reader))
+    assert names == ["2", "10", "m\u00b2", "\u00b2", "\u0663"]
+
+
+def test_observations_without_numbers_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.parquet", without(GOOD, "new_obs") | {"obs": [obs[:0] for obs in GOOD["obs"]]})
+    with pytest.raises(ValueError, match=r"`obs` has rows of shape \(0,\) in row 0 of .*must hold at least one number"):
+        list(open_input(file)[0])
 
 
 def test_other_formats_and_types_are_refused(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from rllib_calql.common.returns import is_failure
 from rllib_calql.datasets.episodes.reader import (
     CUT_AT_JUMP,
     DROPPED,
+    DROPPED_STEPS,
+    REPEATED,
     TRUNCATED,
     DatasetInfo,
     EpisodeBlock,
@@ -220,6 +222,16 @@ def test_nothing_to_report_on_is_said_with_what_became_of_the_episodes() -> None
     reader.remarks[DROPPED] = 3
     builder.add_reader(reader)
     with pytest.raises(ValueError, match=r"'log.parquet' has no whole episode .*\(3 unfinished episodes dropped\)"):
+        builder.build()
+
+
+def test_lost_last_steps_are_what_nothing_to_report_on_is_put_down_to() -> None:
+    builder = ReportBuilder()
+    reader = Reader(name="log.parquet")
+    reader.remarks.update({REPEATED: 0, DROPPED_STEPS: 2})
+    builder.add_reader(reader)
+    message = r"report on \(2 last steps dropped, .*\); keep last steps by `missing_final_observation=\"repeat\"`"
+    with pytest.raises(ValueError, match=message):
         builder.build()
 
 

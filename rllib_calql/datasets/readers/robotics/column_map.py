@@ -18,7 +18,8 @@ from rllib_calql.datasets.episodes.files import DataFile
 from rllib_calql.system.similar_words import close_matches
 
 FILE_NAME = "columns.yaml"
-"""Name under which a map is found in the folder of the data."""
+FILE_NAMES = (FILE_NAME, "columns.yml")
+"""Names under which a map is found in the folder of the data."""
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -181,4 +182,9 @@ def _leaves(file: DataFile, key: str, leaf: str, value: Any) -> Iterator[tuple[s
 
 
 def _bad(file: DataFile, key: str, rule: str, value: Any) -> ValueError:
-    return ValueError(f"`{key}` in the column map {str(file)!r} {rule}, got {value!r}; correct it.")
+    parts = value if isinstance(value, list) else [value]
+    other = next((part for part in parts if isinstance(part, (bool, int, float))), None)
+    remedy = "correct it"
+    if other is not None:
+        remedy = "names are text, so write those that YAML takes for something else in quotes, such as '1' and 'on'"
+    return ValueError(f"`{key}` in the column map {str(file)!r} {rule}, got {value!r}; {remedy}.")

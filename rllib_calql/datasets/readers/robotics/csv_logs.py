@@ -76,7 +76,12 @@ class CsvReader(FlatReader):
         self.info = replace(
             self.info,
             ignored_columns=tuple(
-                dict.fromkeys([*(f"{column} (not in the column map)" for column in unread), *self.info.ignored_columns])
+                dict.fromkeys(
+                    [
+                        *(f"{column or 'a column without a name'} (not in the column map)" for column in unread),
+                        *self.info.ignored_columns,
+                    ]
+                )
             ),
         )
 
@@ -181,7 +186,8 @@ class _CsvColumns(FlatFile):
             return self._opened.where(start + row)
 
         flags = [self._columns[leaf].names[0] for leaf in _TEXTS[1:] if leaf in self._columns]
-        truths = {name: as_truths(name, columns[name], where) for name in flags}
+        decimal = self._map.texts.get("decimal", ".")
+        truths = {name: as_truths(name, columns[name], where, decimal) for name in flags}
         # A flag may serve as a number as well, such as that of a success as reward.
         numbers = columns | {name: values.astype(_NUMBER) for name, values in truths.items()}
         table: dict[str, NDArray[Any]] = {name: numbers[name] for name in self._map.further}

@@ -61,7 +61,7 @@ class D3rlpyReader(EpisodesReader):
     def _episodes(self, file: DataFile, arrays: Hdf5Arrays) -> Episodes:
         names = set(arrays.names(""))
         count = self._count(file, arrays)
-        told = int(arrays.whole(_COUNT).reshape(())) if _COUNT in names else count
+        told = _told_count(file, arrays) if _COUNT in names else count
         missing = [f"actions_{i}" for i in range(max(count, told)) if f"actions_{i}" not in names]
         if missing or told != count:
             raise ValueError(
@@ -79,6 +79,11 @@ class D3rlpyReader(EpisodesReader):
             parts = sorted(
                 (int(found[1]) for name in names if (found := re.fullmatch(rf"{stored}_0_(\d+)", name))),
             )
+            if parts != list(range(len(parts))):
+                lacking = min(set(range(len(parts))) - set(parts))
+                raise ValueError(
+                    f"{str(file)!r} has no array `{stored}_0_{lacking}`, and `{stored}_0_{parts[-1]}`; write it again."
+                )
             if parts:
                 paths |= {f"{column}/{j}": [[f"{stored}_{i}_{j}"] for i in range(count)] for j in parts}
             else:
@@ -94,6 +99,14 @@ class D3rlpyReader(EpisodesReader):
             paths=paths,
             flags={Columns.TERMINATEDS: ends[0], Columns.TRUNCATEDS: ends[1]},
         )
+
+
+def _told_count(file: DataFile, arrays: Hdf5Arrays) -> int:
+    header = arrays.header(_COUNT)
+    if header is None or header.dtype.kind not in "iu" or math.prod(header.shape) != 1:
+        found = "a group" if header is None else f"{header.dtype.name} of shape {header.shape}"
+        raise ValueError(f"`{_COUNT}` in {str(file)!r} must be one whole number, got {found}; write the file again.")
+    return int(arrays.whole(_COUNT).reshape(-1)[0])
 
 
 def _flag(file: DataFile, arrays: Hdf5Arrays, path: str) -> NDArray[np.bool_]:

@@ -123,10 +123,9 @@ def _check_feature(file: DataFile, features: dict[str, dict[str, Any]], leaf: st
     if name not in features:
         if leaf != Columns.REWARDS:
             raise _missing(file, features, f"`{name}`")
-        flags = [flag for flag in (SUCCESS, DONE) if flag in features]
         remedy = (
-            f"by a column map `columns.yaml` in its folder, a flag of success may serve: `rewards: {flags[0]}`"
-            if flags
+            f"by a column map `columns.yaml` in its folder, a flag of success may serve: `rewards: {SUCCESS}`"
+            if SUCCESS in features
             else "add a feature `next.reward`, for instance 1 where the task succeeds and 0 elsewhere"
         )
         raise ValueError(

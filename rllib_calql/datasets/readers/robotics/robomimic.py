@@ -49,10 +49,19 @@ def is_robomimic(file: DataFile) -> bool:
     """Whether an HDF5 file has demonstrations in a group `data`.
 
     Raises:
-        ValueError: If it is no HDF5 file.
+        ValueError: If it is no HDF5 file, or has groups of other names that hold actions.
     """
     with open_arrays(file) as arrays:
-        return "data" in arrays.names("") and all(map(_DEMO.fullmatch, arrays.names("data")))
+        names = arrays.names("data") if "data" in arrays.names("") else None
+        if names is None:
+            return False
+        others = [name for name in names if not _DEMO.fullmatch(name)]
+        if others and "actions" in arrays.names(f"data/{others[0]}"):
+            raise ValueError(
+                f"`data` in {str(file)!r} holds the group {others[0]!r} with actions, and groups of demonstrations "
+                "are called `demo_0`, `demo_1` and so on in robomimic's files; rename or remove it."
+            )
+        return not others
 
 
 class RobomimicReader(EpisodesReader):
@@ -127,13 +136,21 @@ class RobomimicReader(EpisodesReader):
                     f"{str(file)!r} has no list of demonstrations `mask/{mask}`, which `demos` in the column map names."
                     f"{close_matches(mask, masks)} It has {', '.join(masks) or 'none'}."
                 )
-            wanted = {bytes(name).decode(errors="replace") for name in np.ravel(arrays.whole(f"mask/{mask}"))}
+            listed = np.ravel(arrays.whole(f"mask/{mask}"))
+            if not all(isinstance(name, (bytes, str)) for name in listed.tolist()):
+                raise ValueError(
+                    f"`mask/{mask}` in {str(file)!r} must list names of demonstrations, such as `demo_0`, got "
+                    f"{listed.dtype}; write it again."
+                )
+            wanted = {name if isinstance(name, str) else name.decode(errors="replace") for name in listed.tolist()}
             if missing := sorted(wanted - set(demos)):
                 raise ValueError(
                     f"`mask/{mask}` in {str(file)!r} names {missing[0]!r}, which is missing in `data`; write the file "
                     "again."
                 )
             demos = [demo for demo in demos if demo in wanted]
+            if not demos:
+                raise ValueError(f"`mask/{mask}` in {str(file)!r} lists no demonstrations; name another by `demos`.")
         return demos
 
     def _leaves(self, file: DataFile, arrays: Hdf5Arrays, groups: list[str]) -> dict[str, Joined]:
@@ -181,8 +198,9 @@ class RobomimicReader(EpisodesReader):
 
     def _missing(self, file: DataFile, arrays: Hdf5Arrays, group: str, leaf: str, name: str) -> ValueError:
         there = [*arrays.names(group), *(f"obs/{key}" for key in arrays.names(f"{group}/obs"))]
+        what = f"no array {name!r}, but a group," if name in there and arrays.header(f"{group}/{name}") is None else ""
         return ValueError(
-            f"`{group}` in {str(file)!r} has no {name!r} for `{leaf.partition('/')[0]}`; it has "
+            f"`{group}` in {str(file)!r} has {what or f'no {name!r}'} for `{leaf.partition('/')[0]}`; it has "
             f"{', '.join(f'`{other}`' for other in there)}. {_TO_OBS}; a column map names other arrays."
         )
 
@@ -213,7 +231,7 @@ class RobomimicReader(EpisodesReader):
         if all(done[-1] for done in dones if len(done)):
             is_early = np.array([bool(done[:-1].any()) for done in dones])
             is_success = self._successes([arrays.whole(f"{group}/{rewards}").reshape(-1) for group in groups])
-            self._num_untold += int((~is_early & ~is_success).sum())
+            self._num_untold += int((~is_early & ~is_success & (lengths > 0)).sum())
             is_terminated = is_early | is_success
         self._num_after_end += int((lengths - stops).sum())
         ends = np.zeros((2, int(stops.sum())), dtype=bool)

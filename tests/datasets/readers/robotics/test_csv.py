@@ -59,9 +59,9 @@ def test_a_mapping_makes_a_dict_and_one_name_is_a_number(tmp_path: Path) -> None
     assert reader.info.ignored_columns == ("cut (not in the column map)",)
 
 
-@pytest.mark.parametrize("yes", ["1", "1.0", "True", "true", " TRUE"])
+@pytest.mark.parametrize("yes", ["1", "1.0", "True", "true", " TRUE", "1.000000000000000000e+00"])
 def test_flags_are_read_as_programs_write_them(yes: str, tmp_path: Path) -> None:
-    no = {"1": "0", "1.0": "0.0"}.get(yes, "False")
+    no = yes.replace("1", "0") if "1" in yes else "False"
     written(tmp_path, MAP + ENDS, log=f"{HEADER}1,2,3,0,{no},{no}\n4,5,6,1,{yes},{no}\n")
     assert episodes(tmp_path)[0].is_terminated
 
@@ -81,6 +81,30 @@ def test_dialects_are_read(content: str, columns: str, tmp_path: Path) -> None:
     (episode,) = episodes(tmp_path)
     np.testing.assert_array_equal(episode.get_observations(), [[1.5, 2], [4, 5], [4, 5]])
     assert episode.get_rewards().tolist() == [0, 0.1]
+
+
+def test_truths_are_numbers_where_numbers_are_read(tmp_path: Path) -> None:
+    columns = "obs: [open, q]\nactions: [u]\nrewards: won\n"
+    written(tmp_path, columns, log="open,q,u,won\ntrue,1,2,False\n\nfalse,3,4,True\n")
+    (episode,) = episodes(tmp_path, unfinished_episodes="truncate", missing_final_observation="repeat")
+    np.testing.assert_array_equal(episode.get_observations(), [[1, 1], [0, 3], [0, 3]])
+    assert episode.get_rewards().tolist() == [0, 1]
+
+
+def test_a_flag_with_a_decimal_comma_is_read(tmp_path: Path) -> None:
+    content = "q1;q2;u;r;success\n1,5;0,0;0,0;0,0;0,0\n2,5;0,0;0,0;1,0;1,0\n"
+    written(tmp_path, MAP + "terminated: success\ndecimal: ','\n", log=content)
+    (episode,) = episodes(tmp_path)
+    assert (episode.is_terminated, episode.get_observations()[:, 0].tolist()) == (True, [1.5, 2.5, 2.5])
+
+
+def test_a_map_may_be_called_yml_and_there_is_one(tmp_path: Path) -> None:
+    written(tmp_path, MAP + ENDS, log=HEADER + "1,2,3,0,1,0\n")
+    (tmp_path / "columns.yaml").rename(tmp_path / "columns.yml")
+    assert len(episodes(tmp_path)) == 1
+    (tmp_path / "columns.yaml").write_text(MAP)
+    with pytest.raises(ValueError, match=r"There are two column maps, .*columns\.yaml' and '.*columns\.yml'; keep one"):
+        open_input(tmp_path)
 
 
 def test_numbers_are_those_that_python_reads(tmp_path: Path) -> None:
@@ -158,7 +182,13 @@ TIMED = MAP + ENDS + "t: time\n"
         (TIMED + "episode: id\n", "q1,q2,u,r,success,cut,time,id\n0,0,0,0,0,0,2,a\n0,0,0,0,0,0,1,a\n0,0,0,0,0,0,3,b\n",
          r"`time` goes from 2 to 1 in row 1"),
         (TIMED, "q1,q2,u,r,success,cut,time\n0,0,0,0,0,0,2026-11-28T10:00:00\n",
-         r"`time` must hold numbers, got '2026-11-28T10:00:00' in row 0"),
+         r"`time` must hold numbers, got '2026-11-28T10:00:00' in row 0 .*write times as numbers, such as seconds, or"),
+        (MAP, "q1,q2,u,r\nrad,rad,Nm,-\n0,0,0,0\n", r"`q1` must .*, got 'rad' in row 0 .*delete the row if .* units"),
+        (MAP, "q1;q2;u;r\n0,5;0;0;0\n", r"`q1` must hold numbers, got '0,5' in row 0 .*say `decimal: ','` in the"),
+        (MAP, "q1 q2 u r\n0 0 0 0\n", r"no column `q1`.*are `q1 q2 u r`; .*say by `delimiter` what separates"),
+        (MAP, "q1,q2,u,r\nTrue,0,0,0\n3,0,0,0\n", r"`q1` must hold numbers, got '3' in row 1 of"),
+        ("obs: [1]\nactions: [on]\n", HEADER, r"`obs` .* got \[1\]; names are text, so write .* in quotes"),
+        ("obs: on\n", HEADER, r"`obs` .* got True; names are text, so write .* in quotes"),
         (MAP, "q1,q2,u,r\n0,0,0,0\n0,x,0,0\n", r"`q2` must hold numbers, got 'x' in row 1 of .*log\.csv'; repair"),
         (MAP, "q1,q2,u,r\n0,0,0,0\n0,,0,0\n", r"`q2` has no value in row 1 of .*fill it in"),
         (MAP, "q1,q2,u,r\n0,0,0,0\n0,0,0\n", r"There are 3 values in row 1 of .*, and 4 columns in the header"),

@@ -84,6 +84,25 @@ def test_d3rlpy_files_that_lack_an_episode_are_refused(tmp_path: Path) -> None:
         open_input(tmp_path / "buffer.h5")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_episodes", np.array([2, 3]), r"`num_episodes` in .* must be one whole number, got int64 of shape \(2,\)"),
+        ("num_episodes", b"three", r"`num_episodes` in .* must be one whole number, got object of shape \(\)"),
+        ("observations_0_0", None, r"has no array `observations_0_0`, and `observations_0_1`"),
+    ],
+)
+def test_a_damaged_buffer_of_d3rlpy_is_named(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    shutil.copy(FILES / "d3rlpy_tuple.h5", tmp_path / "buffer.h5")
+    with h5py.File(tmp_path / "buffer.h5", "a") as file:
+        del file[name]
+        if value is not None:
+            file[name] = value
+    with pytest.raises(ValueError, match=message) as caught:
+        open_input(tmp_path / "buffer.h5")
+    assert "buffer.h5" in str(caught.value)
+
+
 # --- robomimic --------------------------------------------------------------------------------------------------------
 
 DEMOS = {"demo_0": 2, "demo_2": 0, "demo_10": 1}
@@ -135,6 +154,12 @@ def test_a_map_chooses_observations_in_order_and_demonstrations(tmp_path: Path) 
     (tmp_path / "columns.yaml").write_text("obs: object\ndemos: test\n")
     with pytest.raises(ValueError, match=r"has no list of demonstrations `mask/test`.* It has train, valid"):
         read(tmp_path)
+    for values, said in (([True, False], "must list names of demonstrations, .* got bool"), ([], "lists no demonst")):
+        with h5py.File(tmp_path / "low_dim.hdf5", "a") as file:
+            file.pop("mask/test", None)
+            file["mask/test"] = np.array(values, bool if values else "S6")
+        with pytest.raises(ValueError, match=rf"`mask/test` in '.*low_dim\.hdf5' {said}"):
+            read(tmp_path)
     (tmp_path / "columns.yaml").write_text("obs: objekt\n")
     with pytest.raises(ValueError, match=r"has no 'obs/objekt' for `obs`; it has .*`obs/object`"):
         read(tmp_path)
@@ -163,6 +188,12 @@ def linked(file: h5py.File) -> None:
     file["data/demo_2/actions"] = h5py.ExternalLink("elsewhere.hdf5", "/actions")
 
 
+def grouped(file: h5py.File) -> None:
+    values = file["data/demo_0/obs/object"][:]
+    del file["data/demo_0/obs/object"]
+    file["data/demo_0/obs/object/position"] = values
+
+
 def shorter(name: str) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
         values = file[name][1:]
@@ -177,6 +208,8 @@ def shorter(name: str) -> Callable[[h5py.File], None]:
     [
         (linked, "is a link to another file"),
         (shorter("data/demo_2/obs/object"), r"`data/demo_2/obs/object` in .* has 3 rows, and the actions .* 4"),
+        (lambda file: file.move("data/demo_2", "data/try_2"), r"holds the group 'try_2' with actions, .*`demo_0`"),
+        (grouped, "has no array 'obs/object', but a group, for `obs`"),
         (shorter("data/demo_10/dones"), r"`data/demo_10/dones` in .* has 2 rows, and the actions .* 3"),
         (lambda file: file["data/demo_2/obs"].pop("object"), r"has no array `data/demo_2/obs/object`, which other ep"),
         (lambda file: file["data/demo_10"].pop("rewards"), r"has no array `data/demo_10/rewards`"),
@@ -323,6 +356,12 @@ def encoded(*contents: bytes | None) -> pa.Array:
          r"tells of 99 frames, and the files of `data` hold 12; the data set is incomplete"),
         (lambda folder: described(folder, lambda info: info.update(total_episodes=4)),
          r"tells of 4 episodes, and the files of `data` hold 3"),
+        (lambda folder: described(folder, lambda info: info["features"].pop("next.success") and
+                                  info["features"].pop("next.reward")), r"add a feature `next\.reward`"),
+        (lambda folder: replaced_column(folder, TOP, pa.array([{"path": "frame.png"}] * 12)),
+         r"`observation\.images\.top` holds struct<path: string> in row 0 of .*, where images have a field `bytes`"),
+        (lambda folder: shutil.rmtree(folder / "data") or (folder / "data").mkdir(),
+         r"has `meta/info\.json` and no frames \(.*Download or write it again"),
         (lambda folder: (folder / "meta" / "info.json").write_text("{"), r"info\.json' is no JSON"),
         (lambda folder: (folder / "meta" / "info.json").write_text("[]"), "it has no `features`"),
         (lambda folder: (folder / "columns.yaml").write_text("obs: observation.stat"),
