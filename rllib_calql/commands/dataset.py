@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rllib_calql.commands.checkpoint_choice import chosen_checkpoint, existing, say_choice
 from rllib_calql.commands.evaluate import parsed_env_config
 from rllib_calql.commands.import_path import use_folder_of
-from rllib_calql.commands.setup import errors_in_one_line, quiet_warnings, usage_errors
+from rllib_calql.commands.setup import FiniteFloat, errors_in_one_line, quiet_warnings, usage_errors
 
 if TYPE_CHECKING:
     from rllib_calql.datasets.episodes.reader import EpisodeReader, ReadOptions
@@ -115,7 +115,7 @@ def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
 @_env_config_option
 @click.option("--episode", metavar="ID", help="Show this one episode instead, by its id, or its number from 0.")
 @click.option("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="With --episode: show Q and V of a checkpoint as well.")
-@click.option("--gamma", type=click.FloatRange(0, 1), help=f"With --episode: discount of returns (default: {_GAMMA}).")
+@click.option("--gamma", type=FiniteFloat(0, 1), help=f"With --episode: discount of returns (default: {_GAMMA}).")
 @click.option("--dimensions", metavar="NUMBERS", help="With --episode: draw these observations, 0,3-5 (default: all).")
 @_reading_options
 def inspect(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rllib_calql.commands.checkpoint_choice import best_option, chosen_checkpoint, existing
-from rllib_calql.commands.setup import UsageError, root_cause, start_ray, stop_ray
+from rllib_calql.commands.setup import FiniteFloat, UsageError, root_cause, start_ray, stop_ray
 from rllib_calql.system.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ _SAY_EVERY_S = 4.5
 )
 @click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
 @click.option("--episodes", required=True, metavar="FOLDER", help="Episodes: EpisodeLog's folder, or any other input.")
-@click.option(
-    "--updates-per-env-step", type=click.FloatRange(min=0, min_open=True), help="Default: that of the checkpoint."
-)
+@click.option("--updates-per-env-step", type=FiniteFloat(min=0, min_open=True), help="Default: that of the checkpoint.")
 @click.option("--export", "policy", type=click.Path(path_type=Path), help="Write the policy to this file, each time.")
 @click.option(
     "--output",
@@ -68,7 +66,7 @@ def fine_tune(
     location = existing(checkpoint)
     if "://" in location and output is None:
         raise UsageError(f"`--output` must name a folder for the new checkpoint where '{location}' is a URI.")
-    _check_episodes(episodes)
+    _check_episodes(episodes, may_come=watch)
     if policy is not None:
         _check_policy_file(policy)
     stop.saved = "Nothing was saved by this command; give it again to begin anew."
@@ -100,7 +98,7 @@ def fine_tune(
                 f"Warning: its offline phase lacks {skipped:,} updates, which are not made: fine-tuning begins there.",
                 err=True,
             )
-        loop.first()
+        loop.first(is_watching=watch)
         while watch and not loop.is_stopped:
             loop.wait()
         left = tuning.updates_owed
@@ -148,12 +146,19 @@ class _Rounds:
         """At the first signal."""
         self.is_stopped = True
 
-    def first(self) -> None:
+    def first(self, *, is_watching: bool) -> None:
         """Takes what is there.
 
+        Args:
+            is_watching: Whether what cannot be read is told and waited for.
+
         Raises:
-            UsageError: If it cannot be read.
+            UsageError: If it cannot be read and is not waited for.
         """
+        if is_watching:
+            is_there = Path(self._episodes).expanduser().exists()
+            self._round(*((self._read_or_told() if is_there else None) or ([], 0)))
+            return
         with _refused():
             new, num_known = self._read()
         self._round(new, num_known)
@@ -173,14 +178,18 @@ class _Rounds:
                 if time.monotonic() - restless_since < _RESTLESS_S:
                     continue
             self._seen, restless_since = now, None
-            try:
-                new, num_known = self._read()
-            except (OSError, ValueError, ImportError) as error:
-                self._display.print(f"Not added: {error}", timed=True)
-                continue
-            if new:
-                self._round(new, num_known)
+            read = self._read_or_told()
+            if read is not None and read[0]:
+                self._round(*read)
                 return
+
+    def _read_or_told(self) -> tuple[list[ReadEpisode], int] | None:
+        """New episodes and how many are known; None if they cannot be read, which is told."""
+        try:
+            return self._read()
+        except (OSError, ValueError, ImportError) as error:
+            self._display.print(f"Not added: {root_cause(error)}", timed=True)
+            return None
 
     def _read(self) -> tuple[list[ReadEpisode], int]:
         self._display.stage("reading the episodes")
@@ -200,8 +209,8 @@ class _Rounds:
             if added is not None:
                 acted = "" if added.intervention_share is None else f", {added.intervention_share:.0%} interventions"
                 click.echo(
-                    f"added             {added.num_episodes} episodes, {added.num_env_steps:,} env steps, return "
-                    f"{added.return_mean:.4g}{acted}"
+                    f"added             {added.num_episodes} episode{'s' if added.num_episodes > 1 else ''}, "
+                    f"{added.num_env_steps:,} env steps, return {added.return_mean:.4g}{acted}"
                 )
             click.echo(f"updates           {made:,}")
         else:
@@ -235,12 +244,30 @@ def _refused() -> Iterator[None]:
         raise UsageError(root_cause(error)) from error
 
 
-def _check_episodes(episodes: str) -> None:
-    """Refuses a path that is not there, before RLlib is loaded."""
-    if "://" in episodes or episodes.startswith("minari:"):
+def _is_elsewhere(episodes: str) -> bool:
+    """Whether episodes are in no folder of this machine."""
+    return "://" in episodes or episodes.startswith("minari:")
+
+
+def _check_episodes(episodes: str, *, may_come: bool) -> None:
+    """Refuses a path that is not there, before RLlib is loaded.
+
+    Args:
+        episodes: As the user gave it.
+        may_come: Whether it is waited for.
+    """
+    if _is_elsewhere(episodes):
+        if may_come:
+            raise UsageError(
+                f"`--watch` looks at a folder of this machine, and `--episodes` '{episodes}' is none; drop `--watch` "
+                "and give the command now and then."
+            )
         return
-    if not Path(episodes).expanduser().exists():
+    if Path(episodes).expanduser().exists():
+        return
+    if not may_come:
         raise UsageError(f"`--episodes` '{episodes}' does not exist; name the folder that `EpisodeLog` writes to.")
+    click.echo(f"`--episodes` '{episodes}' does not exist yet; it is waited for.", err=True)
 
 
 def _check_policy_file(policy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import warnings
@@ -29,9 +30,20 @@ _PRELOADED = "RAY_preload_python_modules"
 _OUT_OF_TUNE_LOG = "Trials did not complete"
 
 
+class FiniteFloat(click.FloatRange):
+    """A finite number; click's own range lets NaN pass, which is neither below nor above a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """click's, and the number is looked at."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
 grace_option = click.option(
     "--grace",
-    type=click.FloatRange(min=0.0),
+    type=FiniteFloat(min=0.0),
     default=30.0,
     show_default=True,
     help="Seconds from SIGTERM or SIGHUP within which checkpoints are written.",

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.spaces import is_flat_or_image
 from rllib_calql.config import CalQLConfig, KeptInCheckpoints
 from rllib_calql.policy.loading import load_policy
+from rllib_calql.policy.whole_files import told
 from rllib_calql.system.file_lock import LockedError, held_lock
 
 FINE_TUNED_FROM = "fine_tuned_from"  # Of manifests: path and fingerprint of the checkpoint that it began with.
@@ -81,16 +82,18 @@ def only_one(output: Path) -> Iterator[None]:
         LockedError: If somebody does.
         OSError: If nothing can be written beside the folder.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with held_lock(beside(output, "fine-tune.lock")):
-            yield
-    except LockedError as error:
-        if error.path != beside(output, "fine-tune.lock"):
-            raise
-        raise ValueError(
-            f"'{output}' is being fine-tuned: {error.holder}. Wait for its end, or choose another `--output`."
-        ) from error
+    with ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held_lock(beside(output, "fine-tune.lock")))
+        except LockedError as error:
+            raise ValueError(
+                f"'{output}' is being fine-tuned: {error.holder}. Wait for its end, or choose another `--output`."
+            ) from error
+        except OSError as error:
+            remedy = "choose another folder by `--output`"
+            raise told(error, f"Nothing can be written beside '{output}'", remedy) from error
+        yield
 
 
 class FineTuning:
@@ -220,9 +223,17 @@ class FineTuning:
         return added, made
 
     def save(self) -> None:
-        """Replaces the checkpoint in the output folder."""
+        """Replaces the checkpoint in the output folder.
+
+        Raises:
+            OSError: If it cannot be written; the one before stays as it is.
+        """
         assert self._algorithm is not None
-        self._algorithm.save_to_path(self.output)
+        try:
+            self._algorithm.save_to_path(self.output)
+        except OSError as error:
+            remedy = "the one before is as it was; give the command again once it can be written, and nothing is lost"
+            raise told(error, f"The checkpoint cannot be written to '{self.output}'", remedy) from error
 
     @property
     def counters(self) -> Mapping[str, int]:

@@ -169,6 +169,33 @@ def test_a_folder_that_never_rests_is_read_all_the_same(tmp_path: Path, monkeypa
     assert taken == [(["an episode"], 2)]
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_watching_begins_where_nothing_can_be_read_yet(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(episodes: str) -> Any:
+        raise ValueError("a file is torn")
+
+    logs = tmp_path / "logs"
+    if is_there:
+        logs.mkdir()
+        (logs / "torn.npz").write_bytes(b"PK")
+    taken, told = [], []
+    monkeypatch.setattr("rllib_calql.commands.fine_tune._POLL_S", 0.001)
+    monkeypatch.setattr(_Rounds, "_round", lambda self, new, num_known: taken.append((new, num_known)))
+    tuning: Any = SimpleNamespace(read=read)
+    silent: Any = SimpleNamespace(stage=lambda text: None, print=lambda text, timed: told.append(text))
+    with ExitStack() as stack:
+        loop = _Rounds(tuning, str(logs), None, StopSignals(), silent, stack, verbose=False)
+        loop.first(is_watching=True)
+        assert (taken, told) == ([([], 0)], ["Not added: a file is torn"] * is_there)
+        tuning.read = lambda episodes: (["an episode"], 0)
+        logs.mkdir(exist_ok=True)
+        (logs / "whole.npz").write_bytes(b"PK")
+        loop.wait()
+    assert taken[1:] == [(["an episode"], 0)]
+
+
 def test_ctrl_c_saves_what_was_made_and_the_same_command_makes_the_rest(
     pre: Path, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -83,7 +84,7 @@ def test_rounds_take_what_is_new_and_make_what_it_owes(
         done = run(*arguments)
         assert done.exit_code == 0, done.output
         assert not Path(built[-1].logdir).exists()
-        assert "added             1 episodes, 60 env steps, return 1830, 2% interventions" in done.output
+        assert "added             1 episode, 60 env steps, return 1830, 2% interventions" in done.output
         manifest = manifest_of(output)
         assert manifest["num_online_episodes_lifetime"] == number
         assert manifest["num_online_env_steps_lifetime"] == manifest["num_online_updates_lifetime"] == 60 * number
@@ -154,11 +155,36 @@ def test_mistakes_end_with_2_and_leave_nothing(pre: Path, tmp_path: Path) -> Non
         ((pre, "--episodes", bad["units"]), r"action \[50.0\] is outside the bounds"),
         ((pre, "--episodes", bad["columns"]), "has no column `actions`"),
         ((f"file://{pre}", "--episodes", logs), "`--output` must name a folder"),
+        ((pre, "--episodes", logs, "--updates-per-env-step", "nan"), "nan is not a finite number"),
+        ((pre, "--episodes", logs, "--updates-per-env-step", "inf"), "inf is not a finite number"),
+        ((pre, "--episodes", f"file://{logs}", "--watch"), "`--watch` looks at a folder of this machine"),
+        (
+            (pre, "--episodes", logs, "--output", other / "out"),
+            r"Nothing can be written beside '.*out': .*; choose ano",
+        ),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, done.output
         assert re.search(message, done.output), done.output
         assert "Traceback" not in done.output
+    assert [path.name for path in pre.parent.iterdir()] == ["pre"]
+
+
+def test_a_full_disk_is_told_with_what_is_left_and_the_remedy(
+    pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_episode(tmp_path / "logs")
+
+    def full(algorithm: CalQL, *arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalQL, "save_to_path", full)
+        done = run(pre, "--episodes", tmp_path / "logs")
+    assert done.exit_code == 1
+    message = r"cannot be written to '.*pre-fine-tuned': No space left on device; the one before is as it was; give"
+    assert re.search(message, done.output), done.output
+    assert "Traceback" not in done.output
     assert [path.name for path in pre.parent.iterdir()] == ["pre"]
 
 
