@@ -25,7 +25,7 @@ from rllib_calql.datasets.episodes.columns import (
 )
 from rllib_calql.datasets.episodes.reader import Nested, ReadOptions
 from rllib_calql.datasets.rows.arrow import Where, decode_numbers, describe_type, is_numeric
-from rllib_calql.datasets.rows.flat_columns import as_flags
+from rllib_calql.datasets.rows.flat_columns import as_flags, in_type_of_obs
 
 REQUIRED_COLUMNS = (Columns.OBS, Columns.ACTIONS, Columns.REWARDS, Columns.TERMINATEDS)
 
@@ -156,7 +156,9 @@ def decode_batch(batch: Any, names: dict[str, str], decode: ColumnDecoder, where
         _check_next_obs(table, where)
         # Compared with `obs` and appended to it, so both need one dtype.
         table[Columns.NEXT_OBS] = tree.map_structure(
-            lambda obs, next_obs: next_obs.astype(obs.dtype, copy=False), table[Columns.OBS], table[Columns.NEXT_OBS]
+            lambda obs, next_obs: in_type_of_obs(names[Columns.NEXT_OBS], next_obs, obs.dtype, where),
+            table[Columns.OBS],
+            table[Columns.NEXT_OBS],
         )
     return table
 

@@ -36,6 +36,7 @@ from rllib_calql.datasets.rows.flat_columns import (
     check_agreement,
     columns_of,
     common_dtypes,
+    in_type_of_obs,
     leaves_of,
     nested,
 )
@@ -235,7 +236,12 @@ class FlatReader(EpisodeReader):
     def _checked(self, stored: Table, columns: FlatColumns, where: Callable[[int], str]) -> Table:
         """Brings rows into the common types, and the end of episodes into two flags."""
         num_rows = len(stored[Columns.REWARDS])
-        table = {leaf: stored[leaf].astype(dtype, copy=False) for leaf, dtype in self._dtypes.items()}
+        table = {
+            leaf: in_type_of_obs(columns.stored[leaf], stored[leaf], dtype, where)
+            if leaf.split("/")[0] == Columns.NEXT_OBS
+            else stored[leaf].astype(dtype, copy=False)
+            for leaf, dtype in self._dtypes.items()
+        }
         table[Columns.REWARDS] = table[Columns.REWARDS].reshape(num_rows)
         for name in (Columns.EPS_ID, Columns.T):
             if name in stored:

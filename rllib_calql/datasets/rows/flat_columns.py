@@ -159,6 +159,28 @@ def common_dtypes(files: Sequence[FlatColumns]) -> dict[str, np.dtype[Any]]:
     return dtypes
 
 
+def in_type_of_obs(name: str, values: NDArray[Any], dtype: np.dtype[Any], where: Callable[[int], str]) -> NDArray[Any]:
+    """Numbers in the type of `obs`, with which they are compared and behind which they are stored.
+
+    Args:
+        name: The column, for the message.
+        values: [R, ...]
+        dtype: Of `obs`.
+        where: Says where a row was read.
+
+    Raises:
+        ValueError: If the type is one of integers that cannot hold a value, which would come out as another number.
+    """
+    converted = values.astype(dtype, copy=False)
+    if dtype.kind in "iu" and values.dtype != dtype and (wrong := converted != values).any():
+        row = int(np.argwhere(wrong)[0][0])
+        raise ValueError(
+            f"`{name}` holds {values[wrong][0]} in {where(row)}, which {dtype}, the type of `{Columns.OBS}`, cannot "
+            "hold; store both in one type."
+        )
+    return converted
+
+
 def leaves_of(table: Iterable[str], column: str) -> list[str]:
     """Names of the leaves of a column, in order of their paths."""
     return sorted(leaf for leaf in table if _column(leaf) == column)

@@ -12,12 +12,15 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
+from rllib_calql.datasets import open_input
 from rllib_calql.datasets.episodes.files import DataFile, fingerprint_of
 from rllib_calql.datasets.episodes.reader import (
     CUT_AT_JUMP,
@@ -27,6 +30,7 @@ from rllib_calql.datasets.episodes.reader import (
     REPEATED,
     TRUNCATED,
     EpisodeBlock,
+    EpisodeReader,
     ReadOptions,
 )
 from rllib_calql.datasets.readers.hdf5 import Hdf5Reader
@@ -701,3 +705,23 @@ def test_without_h5py_the_message_names_the_extra(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(builtins, "__import__", without_h5py)
     with pytest.raises(ImportError, match=r'pip install "rllib-calql\[hdf5\]"'):
         Hdf5Reader("a", [DataFile(str(path))], ReadOptions())
+
+
+@pytest.mark.parametrize("format_", ["hdf5", "npz", "parquet"])
+def test_a_next_observation_that_the_type_of_observations_cannot_hold_is_refused(format_: str, tmp_path: Path) -> None:
+    columns = d4rl([3])
+    columns["observations"] = np.arange(9, dtype=np.int16).reshape(3, 3)
+    columns["next_observations"] = columns["observations"].astype(np.int64) + 3
+    columns["next_observations"][2, 1] = 70_000  # 4,464 as int16.
+    reader: EpisodeReader
+    if format_ == "parquet":
+        table = pa.table({name: list(column) for name, column in columns.items()})
+        pq.write_table(table, tmp_path / "a.parquet")
+        (reader,) = open_input(str(tmp_path))
+    else:
+        reader = open_written(format_, tmp_path, columns)
+    with pytest.raises(ValueError, match=r"`next_observations` holds 70000 in row 2 of .*, which int16.*in one type"):
+        list(reader.blocks())
+    columns["next_observations"][2, 1] = 10
+    (block,) = open_written("npz", tmp_path, columns).blocks()
+    np.testing.assert_array_equal(np.asarray(block.final_observations), [[9, 10, 11]])
