@@ -64,9 +64,9 @@ class PolicyClient:
             raise TypeError(f"`token` must be a text or None, got {type(token).__name__}.")
         if token is not None and not token.strip():
             raise ValueError("`token` is empty; drop it if the run has none.")
-        if piece_steps is not None and (not isinstance(piece_steps, int) or piece_steps < 1):
+        if piece_steps is not None and (type(piece_steps) is not int or piece_steps < 1):
             raise ValueError(f"`piece_steps` must be None or a positive integer, got {piece_steps!r}.")
-        if not max_unsent_mebibytes > 0:
+        if not isinstance(max_unsent_mebibytes, (int, float)) or not max_unsent_mebibytes > 0:
             raise ValueError(f"`max_unsent_mebibytes` must be positive, got {max_unsent_mebibytes!r}.")
         self._max_unsent_bytes = max_unsent_mebibytes * 2**20
         self._rng = np.random.default_rng(seed)

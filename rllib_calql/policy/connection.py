@@ -118,6 +118,7 @@ class Connection:
         self.known = Known()
         self.outbox = Outbox()
         self._is_closed = False
+        self._told: str | None = None  # Why there was no connection.
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -155,6 +156,11 @@ class Connection:
                 if was_connected:
                     logger.warning("The connection to %s is lost (%s); trying again.", self.address, err)
                     delay = _FIRST_DELAY_S if time.monotonic() - begin > delay else delay
+                elif self.known.failure != self._told:
+                    self._told = self.known.failure
+                    logger.warning(
+                        "No training run answers at %s (%s); trying again until one does.", self.address, self._told
+                    )
             except Exception as err:  # Whoever waits is to hear of it.
                 logger.exception("The thread of the client has failed.")
                 self._note(is_connected=False, refusal=f"The thread of the client has failed: {err!r}")
@@ -200,7 +206,7 @@ class Connection:
             self._exchange(connection, channel, selector)
 
     def _greet(self, channel: wire.Channel) -> None:
-        hello = channel.receive()
+        hello = channel.receive(_SECONDS_TO_CONNECT)
         if hello["type"] == "refused":
             raise ConnectionError(str(hello.get("reason"))[:500])  # It is full, which passes.
         protocol = wire.field(hello, "protocol", int)
@@ -233,7 +239,7 @@ class Connection:
             }
         )
         channel.max_bytes = wire.MAX_WELCOME_BYTES
-        welcome = channel.receive()
+        welcome = channel.receive(_SECONDS_TO_CONNECT)
         if welcome["type"] == "refused":
             raise RefusedError(f"The training run at {self.address} refuses: {str(welcome.get('reason'))[:500]}")
         expected = wire.proof_of(self._token, "server", nonces)

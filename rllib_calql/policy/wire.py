@@ -13,6 +13,7 @@ import math
 import socket
 import struct
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,21 +66,31 @@ class Channel:
         with self._lock:
             self._socket.sendall(content)
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self, within_s: float | None = None) -> dict[str, Any]:
         """Waits for the next message.
+
+        Args:
+            within_s: Seconds in which all of it has to be here; the socket's timeout is another one after that. None:
+                it may take any time, as long as something comes within the socket's timeout.
 
         Raises:
             MessageError: If it is none; the connection is of no use any more.
-            OSError: If the other side is gone, or silent for longer than the socket's timeout.
+            OSError: If the other side is gone, too slow, or silent for longer than the socket's timeout.
         """
-        (length,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
+        end = None if within_s is None else time.monotonic() + within_s
+        (length,) = _LENGTH.unpack(self._bytes(_LENGTH.size, end))
         if length > self.max_bytes:
             raise MessageError(f"A message of {length:,} bytes was announced; at most {self.max_bytes:,} are taken.")
-        return unpacked_message(self._bytes(length))
+        return unpacked_message(self._bytes(length, end))
 
-    def _bytes(self, number: int) -> bytes:
+    def _bytes(self, number: int, end: float | None) -> bytes:
         content = bytearray()
         while len(content) < number:
+            if end is not None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("The other side takes too long to say a message.")
+                self._socket.settimeout(left)
             part = self._socket.recv(min(number - len(content), _CHUNK_BYTES))
             if not part:
                 raise ConnectionError("The other side has closed the connection.")

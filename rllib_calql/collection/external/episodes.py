@@ -15,7 +15,10 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
 from rllib_calql.common.spaces import is_flat_or_image
+from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
+from rllib_calql.datasets.episodes.step_infos import EXECUTED_ACTION
 from rllib_calql.policy.spaces import Leaf, ObservationSpace, described_space
+from rllib_calql.policy.step_values import LARGEST
 from rllib_calql.policy.wire import MessageError, field, unpacked_array
 from rllib_calql.store.transitions import to_module_actions
 
@@ -23,6 +26,7 @@ Array = npt.NDArray[Any]
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _MAX_INFOS = 32
+_MAX_INFO_NAME = 64  # A name is a path; each `/` in it is a dict in a dict.
 _MAX_UNDER_WAY = 8  # Of one client, whose control loop has one.
 _FLOATS = ("<f4", "<f8")
 
@@ -102,9 +106,7 @@ class EpisodeSpaces:
             MessageError: If the message is none of a client of ours.
             RejectedError: If the episode cannot be stored.
         """
-        episode = field(message, "episode", str)
-        if not _ID.fullmatch(episode):
-            raise MessageError("`episode` must be 32 hexadecimal digits.")
+        episode = id_in(message)
         start, leaves = field(message, "start", int), field(message, "observations", list)
         rewards = _of_type(message.get("rewards"), "`rewards`", ("<f8",))
         num_steps = len(rewards) if rewards.ndim == 1 else 0
@@ -127,8 +129,8 @@ class EpisodeSpaces:
             executed = self._actions(message["executed"], "`executed`", num_steps)
             has_executed = _flags(message.get("has_executed"), "`has_executed`", num_steps)
             self._module_actions(executed[has_executed], episode)
-        if not np.isfinite(rewards).all():
-            raise RejectedError("it has a reward that is not finite")
+        if not (np.abs(rewards) <= LARGEST).all():  # NaN is not either.
+            raise RejectedError("it has a reward that is not finite as float32")
         seconds = float(field(message, "seconds", (int, float)))
         return Piece(
             episode=episode,
@@ -256,9 +258,27 @@ def _flags(value: Any, what: str, num_steps: int) -> Array:
     return array
 
 
+def id_in(message: Mapping[str, Any]) -> str:
+    """The id of the episode that a message is of.
+
+    Raises:
+        MessageError: If it is none.
+    """
+    id_: str = field(message, "episode", str)
+    if not _ID.fullmatch(id_):
+        raise MessageError("`episode` must be 32 hexadecimal digits.")
+    return id_
+
+
 def _infos(infos: Mapping[str, Any], num_steps: int) -> dict[str, Array]:
     if len(infos) > _MAX_INFOS:
         raise MessageError(f"`infos` must hold at most {_MAX_INFOS} names, got {len(infos)}.")
+    for name in infos:
+        if not 0 < len(name) <= _MAX_INFO_NAME or name.split("/")[0] in (EXECUTED_ACTION, IS_INTERVENTION):
+            raise MessageError(
+                f"`infos` must have names of at most {_MAX_INFO_NAME} characters, which stand for nothing else, got "
+                f"{name[:_MAX_INFO_NAME]!r}."
+            )
     arrays = {name: _of_type(value, "`infos`", ("<f8",)) for name, value in infos.items()}
     if any(array.shape != (num_steps,) for array in arrays.values()):
         raise MessageError(f"`infos` must hold one number for each of {num_steps} steps.")
@@ -278,7 +298,7 @@ def _infos_of_steps(piece: Piece) -> list[dict[str, Any]]:
                 place[key] = number
     for step, info in enumerate(infos):
         if piece.has_executed[step]:
-            info["executed_action"] = piece.executed[step]
+            info[EXECUTED_ACTION] = piece.executed[step]
         if piece.interventions[step]:
-            info["is_intervention"] = True
+            info[IS_INTERVENTION] = True
     return infos

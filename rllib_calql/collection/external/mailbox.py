@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllib_calql.collection.external.episodes import EpisodeSpaces, Joining, RejectedError
+from rllib_calql.collection.external.episodes import EpisodeSpaces, Joining, RejectedError, id_in
 from rllib_calql.policy import wire
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,8 @@ class Mailbox:
     def _message(self, news: News) -> dict[str, Any]:
         state = self._state
         received, later, stored = (_taken(ids) for ids in (news.received, news.later, news.stored))
-        news.is_due = bool(news.received or news.later or news.stored)
-        rejected, news.rejected = news.rejected, {}
+        rejected = {id_: news.rejected.pop(id_) for id_ in list(news.rejected)[:_MAX_IDS_OF_MESSAGE]}
+        news.is_due = bool(news.received or news.later or news.stored or news.rejected)
         return {
             "type": "state",
             "run": state.run,
@@ -255,7 +255,7 @@ class Mailbox:
             raise wire.MessageError(f"A client does not send messages of the type {kind[:40]!r}.")
 
     def _take_piece(self, message: Mapping[str, Any], joining: Joining, number: int, news: News) -> None:
-        id_, run = wire.field(message, "episode", str), wire.field(message, "run", str)
+        id_, run = id_in(message), wire.field(message, "run", str)
         with self.changed:
             if self._is_known(id_, number, news):
                 return

@@ -65,6 +65,7 @@ class ClientServer:
         self._num_accepted = 0
         self._lock = threading.Lock()
         self._sockets: dict[int, socket.socket] = {}
+        self._strangers: dict[int, socket.socket] = {}  # Those of them that have not shown the token yet.
         self._is_closed = False
         self._listener = _listening(host, port)
         threading.Thread(target=self._accept, name="clients", daemon=True).start()
@@ -93,9 +94,11 @@ class ClientServer:
             with self._lock:
                 self._num_accepted += 1
                 number = self._num_accepted
-                is_full = len(self._sockets) >= MAX_CLIENTS
+                is_full = len(self._sockets) - len(self._strangers) >= MAX_CLIENTS
                 if not is_full:
-                    self._sockets[number] = connection
+                    if len(self._strangers) >= MAX_CLIENTS:  # Whoever says nothing keeps no client out.
+                        _shut(self._strangers.pop(next(iter(self._strangers))))
+                    self._sockets[number] = self._strangers[number] = connection
             if is_full:
                 with suppress(OSError):
                     connection.settimeout(1.0)
@@ -110,7 +113,7 @@ class ClientServer:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(_SECONDS_TO_GREET)
-            self._greet(channel)
+            self._greet(channel, number)
             channel.max_bytes = wire.MAX_CLIENT_BYTES
             connection.settimeout(_SECONDS_OF_SILENCE)
             news = self.mailbox.open(number)
@@ -133,14 +136,15 @@ class ClientServer:
             self.mailbox.leave(number)
             with self._lock:
                 self._sockets.pop(number, None)
+                self._strangers.pop(number, None)
             _shut(connection)
 
-    def _greet(self, channel: wire.Channel) -> None:
+    def _greet(self, channel: wire.Channel, number: int) -> None:
         nonce = os.urandom(wire.NONCE_BYTES)
         needs_token = self._token is not None
         greeting = {"protocol": wire.PROTOCOL, "package": self._package, "needs_token": needs_token, "nonce": nonce}
         channel.send({"type": "hello", **greeting})
-        hello = channel.receive()
+        hello = channel.receive(_SECONDS_TO_GREET)
         if wire.field(hello, "protocol", int) != wire.PROTOCOL:
             raise wire.MessageError(
                 f"the client speaks version {hello['protocol']} of the protocol, the run {wire.PROTOCOL}; install the "
@@ -150,6 +154,8 @@ class ClientServer:
         expected = wire.proof_of(self._token, "client", nonces)
         if len(nonces[1]) != wire.NONCE_BYTES or not wire.is_proof(wire.field(hello, "proof", bytes), expected):
             raise PermissionError("the token is not that of the run, which its `external_token_file` holds")
+        with self._lock:
+            self._strangers.pop(number, None)
         channel.send(
             {
                 "type": "welcome",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import threading
@@ -416,6 +417,25 @@ def test_a_client_without_a_run_waits_and_says_so(stack: ExitStack) -> None:
         client.step([0.0, 0.0], 0.0, False, False, np.zeros(2))
 
 
+def test_a_client_says_once_that_nobody_answers_and_again_when_the_reason_is_another_one(
+    stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rllib_calql.policy.connection._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("rllib_calql.policy.connection._LAST_DELAY_S", 0.01)
+    port = free_port()
+    client = PolicyClient(f"127.0.0.1:{port}")
+    stack.callback(client.close, timeout_s=0.0)
+    assert not client.wait(0.5)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.match(
+        rf"No training run answers at 127\.0\.0\.1:{port} \(.*refused.*\); trying again until one does", told
+    )
+    monkeypatch.setattr("rllib_calql.collection.external.server.MAX_CLIENTS", 0)
+    started(stack, port=port)
+    until(lambda: len(caplog.records) > 1)
+    assert "0 clients are connected" in caplog.records[1].getMessage()
+
+
 # --- Mistakes in the control loop -------------------------------------------------------------------------------------
 
 
@@ -468,6 +488,8 @@ def test_a_wrong_step_is_refused_and_not_noted(
         ({"token": b"secret"}, TypeError, "`token` must be a text or None"),
         ({"token": " "}, ValueError, "`token` is empty"),
         ({"piece_steps": 0}, ValueError, "`piece_steps` must be None or a positive integer"),
+        ({"piece_steps": True}, ValueError, "`piece_steps` must be None or a positive integer"),
+        ({"max_unsent_mebibytes": "256"}, ValueError, "`max_unsent_mebibytes` must be positive"),
         ({"max_unsent_mebibytes": -1}, ValueError, "`max_unsent_mebibytes` must be positive"),
     ],
 )

@@ -64,6 +64,8 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "an action of NaN": ({"actions": array([1, np.nan], [0, 0])}, "`actions` that are not finite"),
     "an action outside of the bounds": ({"actions": array([1, 5], [0, 99])}, r"\[0\.0, 99\.0\] is outside the bounds"),
     "an infinite reward": ({"rewards": array(0, np.inf)}, "a reward that is not finite"),
+    "a reward of NaN": ({"rewards": array(0, np.nan)}, "a reward that is not finite"),
+    "a reward beyond float32": ({"rewards": array(0, -1e39)}, "a reward that is not finite as float32"),
     "an executed action of NaN": (
         {"executed": array([np.nan, 1], [0, 0]), "has_executed": array(True, False, dtype="|b1")},
         "`executed` that are not finite",
@@ -96,6 +98,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "infos of texts": ({"infos": {"a": "b"}}, "`infos` must be an array"),
     "too few infos": ({"infos": {"a": array(1)}}, "one number for each of 2 steps"),
     "too many infos": ({"infos": {str(n): array(0, 0) for n in range(40)}}, "at most 32 names, got 40"),
+    "an info without a name": ({"infos": {"": array(0, 0)}}, "`infos` must have names of at most 64 characters"),
+    "infos in thousands of infos": ({"infos": {"a/" * 1000: array(0, 0)}}, "`infos` must have names of at most 64"),
+    "an executed action as an info": (
+        {"infos": {"executed_action": array(0, 0)}},
+        "which stand for nothing else, got 'executed_action'",
+    ),
+    "an intervention in an info": ({"infos": {"is_intervention/a": array(0, 0)}}, "stand for nothing else"),
     "an end that is no truth value": (
         {"is_last": 1},
         "`is_last` of a message of the type 'piece' must be bool, got a int",
@@ -228,6 +237,41 @@ def test_crafted_greetings_run_no_code_and_hurt_no_other_client(served: tuple[Cl
     good_client_is_served(server, address)
 
 
+def test_a_greeting_that_comes_byte_by_byte_ends_in_time(served: tuple[ClientServer, str]) -> None:
+    _, address = served  # It takes a greeting within a second.
+    with socket.create_connection(wire.parsed_address(address), 5.0) as connection:
+        connection.settimeout(0.05)
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # The other side is gone.
+            connection.sendall(struct.pack(">Q", wire.MAX_HELLO_BYTES))
+            while time.monotonic() - begin < 8.0:
+                connection.sendall(b"\0")  # Each byte alone comes in time.
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(4096):
+                        break
+        assert time.monotonic() - begin < 5.0
+
+
+def test_strangers_who_say_nothing_keep_no_client_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rllib_calql.collection.external.server.MAX_CLIENTS", 3)
+    server, address = serve(token="the token of sixteen letters")  # It waits ten seconds for a greeting.
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.close)
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(wire.parsed_address(address), 5.0))
+        begin = time.monotonic()
+        good_client_is_served(server, address)
+        assert time.monotonic() - begin < 8.0
+
+
+def test_a_piece_of_no_episode_is_refused_before_anything_is_kept_of_it(served: tuple[ClientServer, str]) -> None:
+    _, address = served
+    connection, channel = greeted(address, "the token of sixteen letters")
+    with connection:
+        channel.send(piece(episode="x" * 50_000, run="run-b"))
+        assert "32 hexadecimal digits" in next(answers(channel, "refused"))["reason"]
+
+
 def test_bytes_at_random_after_the_greeting_hurt_no_other_client(served: tuple[ClientServer, str]) -> None:
     server, address = served
     rng = random.Random(0)
@@ -264,7 +308,7 @@ def test_a_client_is_told_what_is_not_taken_and_why(served: tuple[ClientServer, 
             received += message["received"]
             if received:
                 break
-        assert rejected["1" * 32] == "it has a reward that is not finite"
+        assert rejected["1" * 32] == "it has a reward that is not finite as float32"
         assert rejected["2" * 32] == "it is of the training run run-b, this is run-a"
         assert received == ["3" * 32]
         connection.sendall(struct.pack(">Q", 10**10))
