@@ -24,6 +24,10 @@ _WAYS = (
     "An environment is named by an id that Gymnasium knows ('Pendulum-v1'), by 'MODULE:ID' of a module that registers "
     "the id, by 'MODULE:CLASS' or 'MODULE.CLASS', by a name of `ray.tune.register_env`, or in Python by its class."
 )
+_REMEDY_FOR_KEYWORDS = (
+    "Write `def __init__(self, config=None)`, or register it by `gymnasium.register` and set `env` to the id; entries "
+    "of `env_config` are then keyword arguments."
+)
 _VERSION = re.compile(r"-v\d+$")
 
 
@@ -187,7 +191,7 @@ def _is_id_of_another(attribute: str, module_name: str) -> bool:
 
 
 def _check_creator(creator: Any, what: str) -> None:
-    """Refuses what cannot be called with `env_config`, and classes of something else."""
+    """Refuses what is not made to be called with `env_config`, and classes of something else."""
     if not callable(creator):
         raise TypeError(f"{what} is {_described(type(creator))}, not a class or a function; name the class.")
     if isinstance(creator, type) and not issubclass(creator, gym.Env):
@@ -201,9 +205,22 @@ def _check_creator(creator: Any, what: str) -> None:
     except TypeError as error:
         raise TypeError(
             f"{what} must take one argument, the mapping `env_config`, and has the signature {signature}: {error}. "
-            "Write `def __init__(self, config=None)`, or register it by `gymnasium.register` and set `env` to the id; "
-            "entries of `env_config` are then keyword arguments."
+            f"{_REMEDY_FOR_KEYWORDS}"
         ) from None
+    first = next(iter(signature.parameters.values()), None)
+    if first is not None and _is_no_mapping(first):
+        raise TypeError(
+            f"{what} has the signature {signature}, and is called with one argument, the mapping `env_config`, which "
+            f"would be its `{first.name}`. {_REMEDY_FOR_KEYWORDS}"
+        )
+
+
+def _is_no_mapping(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is meant for something else than `env_config`, as those of Gymnasium's own classes."""
+    if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+        return False
+    default = parameter.default
+    return parameter.name == "render_mode" or isinstance(default, (bool, int, float, str, tuple, list))
 
 
 def _check_entry_point(name: str, what: str) -> None:

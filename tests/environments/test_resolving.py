@@ -52,6 +52,20 @@ gym.register(id="Dry-v0", entry_point="tanks_of_nobody:Env")
 """
 
 
+class OfKeywords(gym.Env):
+    """Takes keyword arguments, as Gymnasium's own classes."""
+
+    def __init__(self, render_mode: str | None = None, size: int = 5) -> None:
+        self.size = size
+
+
+class OfASize(gym.Env):
+    """Its first argument is a number."""
+
+    def __init__(self, size: int = 5) -> None:
+        self.size = size
+
+
 @pytest.fixture(autouse=True)
 def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules of a user in a folder on the import path, forgotten afterwards."""
@@ -176,6 +190,16 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ("not a name:Env", ImportError, r"'not a name', which is no name of a module"),
     (7, TypeError, r"`env` must be the name of an environment, a class or a function, got 7"),
     (gym.make("Pendulum-v1"), TypeError, r"has been made.*give its class"),
+    (
+        OfKeywords,
+        TypeError,
+        r"signature \(render_mode.*, .* would be its `render_mode`\. Write `def __init__",
+    ),
+    (
+        OfASize,
+        TypeError,
+        r"signature \(size.*, and is called with one arg.* would be its `size`\. .*gymnasium\.reg",
+    ),
     (np.ndarray, TypeError, r"`env` ndarray is a class numpy\.ndarray, which is no `gymnasium\.Env`"),
 ]
 
