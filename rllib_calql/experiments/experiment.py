@@ -33,7 +33,7 @@ from rllib_calql.experiments.reading.spaces import (
     substitute,
 )
 from rllib_calql.experiments.reading.typed_settings import build_config, settings_by_method
-from rllib_calql.experiments.reading.yaml_files import load_yaml
+from rllib_calql.experiments.reading.yaml_files import load_yaml, name_in_yaml
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.registration import register
 from rllib_calql.sources import check_sources
@@ -158,7 +158,8 @@ def read_experiments(path: str | Path) -> list[Experiment]:
     content = load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ExperimentError(f"'{path}' must map experiment names to {{run, env, stop, config}}, got {content!r}.")
-    return _with_plain_names([parse_experiment(str(name), entry) for name, entry in content.items()], path)
+    named = [(name_in_yaml(name, f"The name of an experiment in '{path}'"), entry) for name, entry in content.items()]
+    return _with_plain_names([parse_experiment(name, entry) for name, entry in named], path)
 
 
 def _with_plain_names(experiments: list[Experiment], path: Path) -> list[Experiment]:

@@ -23,7 +23,7 @@ from rllib_calql.experiments.experiment import Experiment, parse_experiment
 from rllib_calql.experiments.reading.errors import ExperimentError, refuse_unknown
 from rllib_calql.experiments.reading.spaces import find_spaces
 from rllib_calql.experiments.reading.typed_settings import settings_by_method
-from rllib_calql.experiments.reading.yaml_files import load_yaml
+from rllib_calql.experiments.reading.yaml_files import load_yaml, name_in_yaml
 from rllib_calql.study.folder import TRIALS_FOLDER
 from rllib_calql.system.plain_names import refuse_unplain_name
 
@@ -133,8 +133,7 @@ def read_study(path: Path) -> Study:
     if len(set(folders)) < len(folders):
         raise ExperimentError(f"Names of '{path}' differ in signs alone; rename tasks or algorithms.")
     ordered = tuple(trials[key] for key in sorted(trials, key=lambda key: seeds.index(key[0])))
-    name = content.get("name", path.stem)
-    name = str(name) if isinstance(name, (str, int, float)) else name
+    name = name_in_yaml(content.get("name", path.stem), f"`name` of the study file '{path}'")
     try:
         refuse_unplain_name(name, f"`name` of the study file '{path}'")
     except ValueError as error:
@@ -159,7 +158,7 @@ def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     for name in map(str, value):
         if re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", name):
             raise ExperimentError(f"`{key}` of '{path}' has the name {name!r}; take the control characters out of it.")
-    return {str(name): inner for name, inner in value.items()}
+    return {name_in_yaml(name, f"A name of `{key}` in '{path}'"): inner for name, inner in value.items()}
 
 
 def _read_task(name: str, task: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

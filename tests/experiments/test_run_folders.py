@@ -223,9 +223,15 @@ def test_names_in_experiment_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(f"{json.dumps('../other')}: {experiment}")
     with pytest.raises(ExperimentError, match=r"The name of an experiment in '.*e\.yaml' must be a plain name"):
         read_experiments(tmp_path / "e.yaml")
-    (tmp_path / "e.yaml").write_text(f"~: {experiment}\n'None': {experiment}")
+    (tmp_path / "e.yaml").write_text(f"0x3: {experiment}\n'3': {experiment}")
     with pytest.raises(ExperimentError, match="have the same name"):
         read_experiments(tmp_path / "e.yaml")
+    for name, meant in (("off", "False"), ("~", "None"), ("2026-11-29", "datetime")):
+        (tmp_path / "e.yaml").write_text(f"{name}: {experiment}")
+        with pytest.raises(
+            ExperimentError, match=rf"an experiment in '.*e\.yaml' is {meant}.* in quotes, such as 'off'"
+        ):
+            read_experiments(tmp_path / "e.yaml")
     python = "from rllib_calql import CalQLConfig\nconfig = CalQLConfig().environment('Pendulum-v1')\nstop = {}\n"
     (tmp_path / "e.py").write_text(python + "name = '/abs'")
     with pytest.raises(ExperimentError, match="must be a plain name"):

@@ -129,9 +129,12 @@ def test_a_study_that_another_process_runs_is_refused_until_that_one_is_dead(
     assert run_study(study, folder, monkeypatch).exit_code == 77
 
 
-@pytest.mark.parametrize("name", ["../evil", "/evil", "..", "a/b", "", ["a"]])
+@pytest.mark.parametrize("name", ["../evil", "/evil", "..", "a/b", "", ["a"], False])
 def test_the_name_of_a_study_is_a_plain_one(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(ExperimentError, match=r"`name` of the study file '.*study\.yaml' must be a plain name"):
+    message = (
+        "must be a plain name" if isinstance(name, str) else r"is (\['a'\]|False) in YAML, no text; write it in quotes"
+    )
+    with pytest.raises(ExperimentError, match=rf"name` of the study file '.*study\.yaml' {message}"):
         study_of(tmp_path, name=name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rllib_calql.experiments.reading.errors import reported
+from rllib_calql.experiments.reading.errors import ExperimentError, reported
 
 _MAX_DEPTH = 50  # Of collections in collections.
 
@@ -62,6 +62,21 @@ def parsed_yaml(text: str, source: str) -> Any:
     with reported(f"{source} cannot be read"):
         _refuse_boundless(content, _MAX_DEPTH)
     return content
+
+
+def name_in_yaml(name: Any, what: str) -> str:
+    """A name as text; numbers are names as well.
+
+    Args:
+        name: What YAML made of it.
+        what: What the message calls it.
+
+    Raises:
+        ExperimentError: If YAML took it for something else, such as `off` for False.
+    """
+    if isinstance(name, bool) or not isinstance(name, (str, int, float)):
+        raise ExperimentError(f"{what} is {name!r} in YAML, no text; write it in quotes, such as 'off'.")
+    return str(name)
 
 
 def _refuse_boundless(content: Any, depth: int) -> None:
