@@ -19,8 +19,8 @@ _SENTENCES = {
         "`mixing_ratio` keeps what they show, `warmup_env_steps` adds little ({source})."
     ),
     "both": (
-        "At the switch the policy ({quantity} {policy:.2f}) and the data ({data:.2f}) are about equal: both are worth "
-        "keeping, by `warmup_env_steps` and by `mixing_ratio` ({source})."
+        "At the switch the policy ({quantity} {policy:.2f}) and the data ({data:.2f}) differ by no more than chance: "
+        "both are worth keeping, by `warmup_env_steps` and by `mixing_ratio` ({source})."
     ),
 }
 

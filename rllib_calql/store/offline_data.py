@@ -295,7 +295,8 @@ def with_spaces_of_data(config: CalQLConfig) -> CalQLConfig:
     if missing:
         raise ValueError(
             f"There is no environment and the data do not state their {' and '.join(missing)}; set "
-            "`.environment(observation_space=..., action_space=...)`."
+            "`.environment(observation_space=..., action_space=...)`, name the environment as `env`, or store the "
+            "spaces with the data: `rllib dataset convert DATA minari:mine/data-v0 --action-low=... --action-high=...`."
         )
     completed.freeze()
     return completed

@@ -69,8 +69,8 @@ REGIMES = {
         "show, `warmup_env_steps` adds little (arXiv:2510.01460)."
     ),
     "both": (
-        "At the switch the policy (return 0.94) and the data (0.40) are about equal: both are worth keeping, by "
-        "`warmup_env_steps` and by `mixing_ratio` (arXiv:2510.01460)."
+        "At the switch the policy (return 0.94) and the data (0.40) differ by no more than chance: both are worth "
+        "keeping, by `warmup_env_steps` and by `mixing_ratio` (arXiv:2510.01460)."
     ),
 }
 
