@@ -187,7 +187,7 @@ class CalQL(CQL):
 
         Raises:
             FileNotFoundError: If there is no such file or folder.
-            TypeError: If `episodes` is nothing that can be read.
+            TypeError: If `episodes` is nothing that can be read, or `skip_known` neither True nor False.
             ValueError: If an episode was added before, or naming the one that is broken, unfinished, of other spaces
                 or units, or longer than `online_capacity`.
         """
@@ -206,6 +206,7 @@ class CalQL(CQL):
 
         Raises:
             RuntimeError: In the offline phase, whose updates `train()` makes first.
+            ValueError: If `most` is no number of updates.
         """
         self._parts.pretrained.load_if_due()
         if self.phase == keys.OFFLINE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import posixpath
 import tempfile
 import time
@@ -111,8 +112,11 @@ class CheckpointFiles:
 
         Raises:
             FileNotFoundError: If there is no such folder.
+            TypeError: If it is neither of these.
             ValueError: If it holds no complete checkpoint.
         """
+        if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "to_directory"):
+            raise TypeError(f"A checkpoint is a folder, a URI or a `Checkpoint`, got {type(path).__name__}; {_REMEDY}.")
         from pyarrow.fs import FileSystem, FileType, LocalFileSystem
 
         if hasattr(path, "to_directory"):

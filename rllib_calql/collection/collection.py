@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -131,7 +132,12 @@ class EpisodeCollection:
         Args:
             updater: Makes them.
             most: How many at most; None for all that are owed now.
+
+        Raises:
+            ValueError: If `most` is no number of updates.
         """
+        if most is not None and (isinstance(most, bool) or not isinstance(most, Integral) or most < 0):
+            raise ValueError(f"`most` must be None or an integer of at least 0, got {most!r}.")
         made, most = 0, self._num_updates_due(updater) if most is None else most
         while num_updates := min(self._num_updates_due(updater), _UPDATES_AT_ONCE, max(0, most - made)):
             begun = self._lifetime.num_online_updates

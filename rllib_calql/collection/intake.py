@@ -23,6 +23,7 @@ from rllib_calql.common.spaces import check_action_space, check_observation_spac
 from rllib_calql.datasets.episodes.columns import IS_INTERVENTION
 from rllib_calql.datasets.episodes.reader import EpisodeBlock, EpisodeReader
 from rllib_calql.datasets.readers.opening import open_input
+from rllib_calql.policy.step_values import checked_flag
 from rllib_calql.store.ingestion import Conversion
 from rllib_calql.store.offline_data import check_spaces
 from rllib_calql.store.offline_table import EpisodeColumns
@@ -256,6 +257,7 @@ class EpisodeIntake:
 
     def add(self, episodes: Any, *, skip_known: bool = False, action_space_of_data: str | None = None) -> AddedEpisodes:
         """Adds all episodes or none, see `CalQL.add_episodes`; `ReadEpisode`s are taken as they are."""
+        skip_known = checked_flag("skip_known", skip_known)
         if not (isinstance(episodes, list) and episodes and all(isinstance(one, ReadEpisode) for one in episodes)):
             episodes = read_episodes(
                 episodes,

@@ -26,6 +26,8 @@ def existing(location: str) -> str:
     Raises:
         UsageError: If there is no such folder; URIs are not looked for.
     """
+    if not location:  # As of a variable that is not set; it would be the present folder.
+        raise UsageError("The name of the run or checkpoint is empty; give its folder, `.` for the present one.")
     if "://" in location:
         return location
     path = Path(location).expanduser()

@@ -256,6 +256,8 @@ def _check_episodes(episodes: str, *, may_come: bool) -> None:
         episodes: As the user gave it.
         may_come: Whether it is waited for.
     """
+    if not episodes:
+        raise UsageError("`--episodes` is empty; name the folder that `EpisodeLog` writes to, `.` for the present one.")
     if _is_elsewhere(episodes):
         if may_come:
             raise UsageError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rllib_calql.checkpoints.reading import read_of_one_save
 from rllib_calql.policy.file_format import packed
+from rllib_calql.policy.step_values import checked_flag
 from rllib_calql.policy.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def export_policy(
         The file.
 
     Raises:
+        TypeError: If `checkpoint` is none of these, `output` no path, or `force` neither True nor False.
         FileExistsError: If the file is there and `force` is False.
         FileNotFoundError: If there is no such checkpoint, or no folder for the file.
         ImportError: If a package that the format needs is missing, with the command that installs it.
         ValueError: If the ending is unknown, the checkpoint damaged or of another algorithm, or if something in it
             cannot be exported, by its name.
     """
-    file = checked_output(output, force=force)
+    file = checked_output(output, force=checked_flag("force", force))
 
     from rllib_calql.export.reading import read_policy_data
 
@@ -83,6 +85,8 @@ def checked_output(output: str | os.PathLike[str], *, force: bool) -> Path:
         ImportError: If a package that the format needs is missing, with the command that installs it.
         ValueError: If its ending is unknown, or if it is a folder.
     """
+    if not isinstance(output, (str, os.PathLike)):
+        raise TypeError(f"`output` must be the path of a file, got {type(output).__name__}.")
     file = Path(output).expanduser().absolute()
     if file.suffix.lower() not in WRITERS:
         raise ValueError(f"The file must end in .npz, .onnx or .pt, which says its format, got '{output}'.")

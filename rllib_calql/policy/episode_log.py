@@ -56,9 +56,12 @@ class EpisodeLog:
 
     Raises:
         OSError: If no file can be made in the folder.
+        ValueError: If its name is empty.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not os.fspath(folder):
+            raise ValueError("`folder` is an empty text; name one, `.` for the present one.")
         self.folder = Path(folder).expanduser().absolute()
         self._check_folder()
         self.num_episodes = 0

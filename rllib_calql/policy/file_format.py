@@ -164,7 +164,8 @@ def _check_archive(content: bytes, name: str) -> None:
 
 
 def _foreign(name: str, err: Exception) -> ValueError:
-    return ValueError(f"{name} is no policy file of this package ({err}); export the policy again.")
+    reason = err.args[0] if isinstance(err, KeyError) and err.args else err  # As text it has quotes around it.
+    return ValueError(f"{name} is no policy file of this package ({reason}); export the policy again.")
 
 
 def parsed_metadata(text: bytes | str, name: str) -> dict[str, Any]:

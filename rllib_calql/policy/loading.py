@@ -29,8 +29,11 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If it is a `.onnx` file and ONNX Runtime is missing, with the command that installs it.
+        TypeError: If `path` is none.
         ValueError: If it is no policy file, a damaged one, or one of a newer version.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` must be the path of a policy file, got {type(path).__name__}.")
     file = Path(path).expanduser()
     name = f"'{file}'"
     if file.is_dir():

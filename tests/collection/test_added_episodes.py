@@ -263,6 +263,13 @@ def test_what_is_no_episode_is_refused_by_its_own_name(algo: CalQL, tmp_path: Pa
         algo.add_episodes(tmp_path / "missing")
     with pytest.raises(TypeError, match="`episodes` must be one of"):
         algo.add_episodes(7)
+    with pytest.raises(ValueError, match="`episodes` is an empty text; name a file or a folder"):
+        algo.add_episodes("")
+    with pytest.raises(TypeError, match="`skip_known` must be True or False, got 'no'"):
+        algo.add_episodes(tmp_path, skip_known="no")  # type: ignore[arg-type]
+    for most in (-1, 1.0, True, "2", np.nan):
+        with pytest.raises(ValueError, match="`most` must be None or an integer of at least 0, got "):
+            algo.make_owed_updates(most)  # type: ignore[arg-type]
     write_episode(tmp_path, length=7)
     small = CalQLConfig().fine_tuning(online_capacity=5)
     with pytest.raises(ValueError, match=r"Episode '0' of .* has 7 steps, more than `online_capacity`, 5"):

@@ -154,6 +154,8 @@ def test_mistakes_end_with_2_and_leave_nothing(pre: Path, tmp_path: Path) -> Non
         ((pre, "--episodes", bad["torn"]), "a.npz' is not a readable NumPy"),
         ((pre, "--episodes", bad["units"]), r"action \[50.0\] is outside the bounds"),
         ((pre, "--episodes", bad["columns"]), "has no column `actions`"),
+        (("", "--episodes", logs), "The name of the run or checkpoint is empty"),
+        ((pre, "--episodes", ""), "`--episodes` is empty; name the folder"),
         ((f"file://{pre}", "--episodes", logs), "`--output` must name a folder"),
         ((pre, "--episodes", logs, "--updates-per-env-step", "nan"), "nan is not a finite number"),
         ((pre, "--episodes", logs, "--updates-per-env-step", "inf"), "inf is not a finite number"),

@@ -172,6 +172,11 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_loop_drives(tmp_p
         EpisodeLog(tmp_path / name)
 
 
+def test_an_empty_name_is_not_the_present_folder() -> None:
+    with pytest.raises(ValueError, match="`folder` is an empty text"):
+        EpisodeLog("")
+
+
 def test_a_folder_that_takes_no_files_is_told_before_the_loop_drives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

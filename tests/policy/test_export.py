@@ -93,6 +93,17 @@ def test_a_wrong_output_is_refused_before_the_checkpoint_is_read(
     assert message in done.output
 
 
+def test_wrong_arguments_in_python_are_told_by_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"A checkpoint is a folder.*got CalQLConfig; give the folder that `algo.save_to"
+    ):
+        export_policy(CalQLConfig(), tmp_path / "policy.npz")
+    with pytest.raises(TypeError, match="`output` must be the path of a file, got NoneType"):
+        export_policy(tmp_path, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`force` must be True or False, got 'no'"):
+        export_policy(tmp_path, tmp_path / "policy.npz", force="no")  # type: ignore[arg-type]
+
+
 def test_a_folder_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "policy.npz").mkdir()
     done = run("export", tmp_path, tmp_path / "policy.npz")

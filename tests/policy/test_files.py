@@ -105,6 +105,12 @@ def test_what_is_no_policy_file_is_refused(path: str, error: type[Exception], me
         load_policy(tmp_path / path)
 
 
+@pytest.mark.parametrize("path", [None, 3, b"PK"])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(TypeError, match="`path` must be the path of a policy file, got "):
+        load_policy(path)
+
+
 # --- Crafted files ----------------------------------------------------------------------------------------------------
 
 

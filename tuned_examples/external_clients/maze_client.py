@@ -39,7 +39,7 @@ def drive(client: PolicyClient, env: gym.Env, *, step_s: float = 0.0) -> bool:
 
 
 def main() -> None:
-    """Drives until the run is over, or somebody presses Ctrl-C."""
+    """Drives until somebody presses Ctrl-C; without a run it waits for one, and goes on with one that is resumed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="127.0.0.1:5555", help="of the run; its second env runner listens at 5556")
     parser.add_argument("--token", help="what the run's `external_token_file` holds")

@@ -206,6 +206,8 @@ def _located(name: str, filesystem: Any) -> _Located:
         ValueError: If there are no data, or they are of no format that can be read, or of several; if a map is broken.
     """
     column_map = None
+    if not name:
+        raise ValueError("`input_` is an empty text; name a file or a folder, `.` for the present one.")
     if name.lower().endswith(column_maps.SUFFIXES):
         (map_file,) = find_files(name, (), filesystem)
         column_map = column_maps.read_map(map_file)
