@@ -135,8 +135,8 @@ class ResultMetrics:
     free: tuple[str, ...]
     has_own: bool
 
-    def fault_of(self, metric: str) -> str | None:
-        """What is wrong with a metric's name; None if results can have it."""
+    def fault_of(self, metric: str, consequence: str = "it would never end the run") -> str | None:
+        """What is wrong with a metric's name, and what that leads to; None if results can have it."""
         if metric in self.known or any(metric.startswith(start) and metric != start for start in self.free):
             return None
         if metric in _NOT_NUMBERS:
@@ -147,9 +147,8 @@ class ResultMetrics:
             return None
         meant = f"; did you mean {' or '.join(f'`{name}`' for name in likely)}?" if likely else "."
         return (
-            f"Unknown metric `{metric}`{meant} Results have no such number, so it would never end the run. Metrics of "
-            "your own may stand below `custom_metrics/`, or anywhere if `callbacks_class` or another class of yours is "
-            "set"
+            f"Unknown metric `{metric}`{meant} Results have no such number, so {consequence}. Metrics of your own may "
+            "stand below `custom_metrics/`, or anywhere if `callbacks_class` or another class of yours is set"
         )
 
     def _meant_by(self, metric: str) -> list[str]:
@@ -341,6 +340,24 @@ def parse_stop(
         for example in examples:
             _check_end(flat, name, example, scheduler)
     return flat
+
+
+def check_judged_by(metric: str, config: AlgorithmConfig, examples: Iterable[AlgorithmConfig]) -> None:
+    """Checks a metric by which trials or checkpoints are compared, or their progress is told.
+
+    Args:
+        metric: Path, "/" between levels.
+        config: Of the experiment; values may be search spaces.
+        examples: What trials may get, without search spaces.
+
+    Raises:
+        ValueError: If results have no such number.
+    """
+    if fault := metrics_of(config).fault_of(metric, "nothing would be judged by it"):
+        raise ValueError(f"{fault}.")
+    for example in examples:
+        if reason := why_absent(metric, example):
+            raise ValueError(f"`{metric}` never appears, because {reason}, or name another one.")
 
 
 def _flattened(stop: Any, name: str) -> dict[str, float]:

@@ -37,7 +37,7 @@ from rllib_calql.experiments.reading.yaml_files import load_yaml, name_in_yaml
 from rllib_calql.experiments.safety_net import SAFETY_KEYS, SafetyNet, safety_settings
 from rllib_calql.registration import register
 from rllib_calql.sources import check_sources
-from rllib_calql.stopping import parse_stop
+from rllib_calql.stopping import check_judged_by, parse_stop
 from rllib_calql.system.plain_names import refuse_unplain_name
 
 _EXPERIMENT_KEYS = (
@@ -267,6 +267,14 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
     search_alg = parse_search_alg(entry.get("search_alg"), config, name, dict(find_spaces(vars(config))))
     loggers = parse_loggers(entry.get("loggers"), name)
     examples = _examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ())
+    judged_by = {
+        "scheduler": [getattr(scheduler, "_metric", None), getattr(scheduler, "_time_attr", None)],
+        "search_alg": [search_alg.options["metric"] if search_alg is not None else None],
+    }
+    for key, metrics in judged_by.items():
+        for metric in filter(None, metrics):
+            with reported(f"`{key}` of experiment '{name}'"):
+                check_judged_by(metric, config, examples)
     return Experiment(
         name=name,
         algorithm=algorithm,

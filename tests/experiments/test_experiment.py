@@ -298,6 +298,22 @@ HEAD = "run: CalQL, env: Pendulum-v1"
             f"e: {{{HEAD}, config: {{evaluation_interval: 1}}, scheduler: {{type: asha, max_t: -1}}}}\n",
             r"`scheduler` of experiment 'e': Max \(time_attr\) not valid",
         ),
+        (
+            f"e: {{{HEAD}, config: {{evaluation_interval: 1}}, scheduler: {{type: asha, metric: retrun}}}}\n",
+            r"`scheduler` of experiment 'e': Unknown metric `retrun`.* so nothing would be judged by it",
+        ),
+        (
+            f"e: {{{HEAD}, config: {{evaluation_interval: 1}}, scheduler: {{type: asha, time_attr: iteration}}}}\n",
+            r"`scheduler` of experiment 'e': Unknown metric `iteration`.*did you mean `training_iteration`",
+        ),
+        (
+            f"e: {{{HEAD}, config: {{gamma: {{uniform: [0.9, 0.99]}}}}, search_alg: {{type: optuna, metric: loss}}}}\n",
+            r"`search_alg` of experiment 'e': Unknown metric `loss`.* so nothing would be judged by it",
+        ),
+        (
+            f"e: {{{HEAD}, config: {{evaluation_interval: 1}}, scheduler: {{type: asha, metric: phase}}}}\n",
+            r"`scheduler` of experiment 'e': `phase` is no number that could be compared",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place_and_the_remedy(tmp_path: Path, text: str, message: str) -> None:

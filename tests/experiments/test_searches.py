@@ -97,7 +97,7 @@ class Parabola(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """The best weight is 1.5."""
-        return {"loss": (self.config["min_q_weight"] - 1.5) ** 2}
+        return {"custom_metrics": {"loss": (self.config["min_q_weight"] - 1.5) ** 2}}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing is to be kept."""
@@ -115,7 +115,7 @@ def test_a_search_learns_from_its_trials_and_goes_on_after_an_interrupt(tmp_path
           run: CalQL
           env: Pendulum-v1
           num_samples: 3
-          search_alg: {type: optuna, metric: loss, mode: min, seed: 1}
+          search_alg: {type: optuna, metric: custom_metrics/loss, mode: min, seed: 1}
           stop: {training_iteration: 2}
           checkpoint_config: {checkpoint_frequency: 1}
           config: {min_q_weight: {uniform: [1.0, 2.0]}, model_config: {critic_hiddens: {choice: [[4], [8]]}}}
