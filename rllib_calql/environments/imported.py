@@ -29,14 +29,19 @@ def imported_module(name: str, what: str) -> ModuleType:
     if name == "__main__":
         return sys.modules["__main__"]
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ModuleNotFoundError(f"{what} names the module {name!r}, which is no name of a module.", name=name)
+        raise ModuleNotFoundError(
+            f"{what} names the module {name!r}, which is no name of a module; write it as behind `import`, with dots "
+            "and without a path.",
+            name=name,
+        )
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            ending = " Write it without `.py`." if name.endswith(".py") else ""
             raise ModuleNotFoundError(
-                f"{what} names the module {name!r}, and there is no module {error.name!r}."
+                f"{what} names the module {name!r}, and there is no module {error.name!r}.{ending}"
                 f"{close_matches(name, _modules_beside(name))} It must lie in a folder that Python imports from (the "
                 "current one, that of the experiment file, those in PYTHONPATH) or be installed.",
                 name=error.name,

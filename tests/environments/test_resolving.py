@@ -187,7 +187,8 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ("tanks:Wired", TypeError, r"must take one argument.*\(wire, speed\).*`def __init__\(self, config=None\)`"),
     ("plant_ids:Leak-v0", ValueError, r"entry point 'tanks:LeakEnv', but the module 'tanks' has no 'LeakEnv'"),
     ("plant_ids:Dry-v0", ImportError, r"entry point 'tanks_of_nobody:Env' of .* there is no module 'tanks_of_nobody'"),
-    ("not a name:Env", ImportError, r"'not a name', which is no name of a module"),
+    ("not a name:Env", ImportError, r"'not a name', which is no name of a module; write it as behind `import`"),
+    ("tanks.py:TankEnv", ImportError, r"there is no module 'tanks\.py'\. Write it without `\.py`\."),
     (7, TypeError, r"`env` must be the name of an environment, a class or a function, got 7"),
     (gym.make("Pendulum-v1"), TypeError, r"has been made.*give its class"),
     (

@@ -105,7 +105,14 @@ def find_files(input_: str, suffixes: Sequence[str], filesystem: Any = None) -> 
         selector = fs.FileSelector(parent, allow_not_found=True)
         siblings = [entry.base_name for entry in system.get_file_info(selector)] if parent else []
         name = path.rstrip("/").rpartition("/")[2]
-        raise FileNotFoundError(f"`input_` {input_!r}: there is no such file or folder.{close_matches(name, siblings)}")
+        hint = ""
+        if filesystem is None and not path.startswith("/"):
+            hint = f" It is looked for in the current folder, '{Path.cwd()}'."
+        if not set("*?[").isdisjoint(name):
+            hint += " Patterns are not resolved: name the folder, or a list of files."
+        raise FileNotFoundError(
+            f"`input_` {input_!r}: there is no such file or folder.{close_matches(name, siblings)}{hint}"
+        )
     if info.type == fs.FileType.File:
         return [DataFile(path, filesystem)]
     entries = system.get_file_info(fs.FileSelector(path, recursive=True))

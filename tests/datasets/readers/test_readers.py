@@ -337,6 +337,16 @@ def test_a_missing_path_names_close_matches(tmp_path: Path) -> None:
         open_input(tmp_path / "expert-row")
 
 
+def test_a_relative_path_and_a_pattern_are_told_where_nothing_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"is looked for in the current folder, '{tmp_path}'\.$"):
+        open_input("logs")
+    with pytest.raises(FileNotFoundError, match=r"folder\. Patterns are not resolved: name the folder, or a list"):
+        open_input(tmp_path / "*.csv")
+
+
 def test_a_missing_parent_folder_is_a_missing_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         open_input(tmp_path / "nowhere" / "rows.parquet")
