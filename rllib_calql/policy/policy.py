@@ -193,10 +193,10 @@ class Policy:
     def _act(self, leaves: list[Array], explore: bool, rng: np.random.Generator | None) -> Array:
         if explore is not True and explore is not False:
             explore = checked_flag("explore", explore)
-        _check_rng(rng)
+        if rng is not None:
+            _check_rng(rng)
         actions = self._actions_of(leaves, explore, rng)
-        numbers = actions.reshape(-1)
-        if not math.isfinite(np.vdot(numbers, numbers)):  # A robot is not to get NaN; bounds are at most 1e12.
+        if not math.isfinite(np.vdot(actions, actions)):  # A robot is not to get NaN; bounds are at most 1e12.
             raise ValueError(
                 "The network overflows: numbers of the observation are too large for it. Check their units; those of "
                 "the data that the policy learned from were smaller."

@@ -184,9 +184,8 @@ def refuse_non_finite(array: Array, what: str, *, is_batch: bool) -> None:
     if array.dtype.itemsize > 4:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
-    numbers = array.reshape(-1)
     # Twice as fast for few numbers as to look at each; large ones overflow, of which `dot` would warn.
-    if math.isfinite(np.vdot(numbers, numbers)):
+    if math.isfinite(np.vdot(array, array)):
         return
     finite = np.isfinite(array)
     if not finite.all():
