@@ -6,6 +6,7 @@ Axes: R rows, E episodes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -35,6 +36,11 @@ _WRITERS = {
     ".npz": file_formats.write_npz,
 }
 _LEROBOT, _ROBOMIMIC = "lerobot:", "robomimic:"
+_SCHEME = re.compile(r"[A-Za-z][\w-]+:")
+_TARGETS = (
+    f"`{SCHEME}<dataset id>`, `{_LEROBOT}<folder>`, `{_ROBOMIMIC}<file>.hdf5`, a file "
+    f"{', '.join(f'`*{suffix}`' for suffix in _WRITERS)}, or a folder of Parquet files (with a slash at the end)"
+)
 _Write = Callable[[Iterator[EpisodeBlock], Path, DatasetMetadata], tuple[str, ...]]
 
 
@@ -113,16 +119,18 @@ def _destination(to: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Pat
         raise ValueError(f"`to` {name!r}: only local paths and `{SCHEME}<dataset id>` can be written.")
     if name.startswith((_LEROBOT, _ROBOMIMIC)):
         return _robot_destination(name, overwrite)
+    scheme = _SCHEME.match(name)
+    if scheme is not None:
+        raise ValueError(
+            f"`to` must be {_TARGETS}, got {name!r}; `{scheme[0]}` is none of these. A file of this very name is "
+            f"'./{name}'."
+        )
     path = Path(name).expanduser()
     if name.endswith("/") or not path.suffix:
         _refuse_foreign_folder(path, _holds_only_parquet, "holds something else than Parquet files", overwrite)
         return path, path.parent, file_formats.write_parquet_folder
     if path.suffix.lower() not in _WRITERS:
-        raise ValueError(
-            f"`to` must be `{SCHEME}<dataset id>`, `{_LEROBOT}<folder>`, `{_ROBOMIMIC}<file>.hdf5`, a file "
-            f"{', '.join(f'`*{suffix}`' for suffix in _WRITERS)}, or a folder of Parquet files (with a slash at the "
-            f"end), got {name!r}."
-        )
+        raise ValueError(f"`to` must be {_TARGETS}, got {name!r}.")
     if path.is_dir():
         raise FileExistsError(f"'{path}' is a folder; choose another target.")
     return path, path.parent, _WRITERS[path.suffix.lower()]

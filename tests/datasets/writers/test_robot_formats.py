@@ -102,6 +102,13 @@ def test_what_has_no_place_is_refused_and_leaves_nothing(to: str, tmp_path: Path
         ("robomimic:{}/a.npz", ValueError, r"must name a file `\*\.hdf5` or `\*\.h5` behind `robomimic:`"),
         ("lerobot:{}/a.parquet", ValueError, "must name a folder behind `lerobot:`"),
         ("robomimik:{}/a.xyz", ValueError, r"`to` must be .*`lerobot:<folder>`, `robomimic:<file>\.hdf5`"),
+        (
+            "Robomimic:a.hdf5",
+            ValueError,
+            r"`Robomimic:` is none of these\. A file of this very name is '\./Robomimic",
+        ),
+        ("d3rlpy:a.h5", ValueError, "`d3rlpy:` is none of these"),
+        ("lerobott:reach", ValueError, "`lerobott:` is none of these"),
         ("lerobot:{}", FileExistsError, "is no LeRobot data set, so it is not replaced"),
         ("lerobot:{}/none/a", FileNotFoundError, "There is no folder"),
     ],
