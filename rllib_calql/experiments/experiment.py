@@ -265,6 +265,11 @@ def parse_experiment(name: str, entry: Any) -> Experiment:
     for setting, space in mutations(scheduler).items():
         setattr(mutated, setting, space)
     search_alg = parse_search_alg(entry.get("search_alg"), config, name, dict(find_spaces(vars(config))))
+    if search_alg is not None and mutations(scheduler):
+        raise ExperimentError(
+            f"Experiment '{name}' has a `search_alg`, and a `scheduler` that changes settings while trials run, so "
+            "that the search would learn from settings that trials no longer have; drop one."
+        )
     loggers = parse_loggers(entry.get("loggers"), name)
     examples = _examples_of(config, name) + (_examples_of(mutated, name) if mutations(scheduler) else ())
     judged_by = {

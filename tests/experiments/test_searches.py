@@ -67,6 +67,11 @@ def test_a_search_algorithm_gets_its_options_the_default_metric_and_the_seed(tmp
             r"`mode` in `search_alg`.*must be one of max, min; got 'most'",
         ),
         ("search_alg: {type: optuna}", SPACES, r"but nothing is evaluated; set `evaluation_interval`"),
+        (
+            "search_alg: {type: optuna}, scheduler: {type: pbt, hyperparam_mutations: {actor_lr: [0.1, 0.2]}}",
+            f"evaluation_interval: 1, {SPACES}",
+            r"a `scheduler` that changes settings while trials run, .* settings that trials no longer have; drop one",
+        ),
         ("search_alg: {type: optuna, metric: a}", "gamma: 0.9", r"nothing to search over; give a setting a space"),
         (
             "search_alg: {type: optuna, metric: a}",
