@@ -61,12 +61,23 @@ def quiet_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"(ray|gymnasium|gymnasium_robotics|glfw|optuna)\b")
 
 
+class _PlainLines(logging.Formatter):
+    """What is logged, as commands say their own warnings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.capitalize()}: {super().format(record)}"
+
+
 def prepare(verbose: bool) -> None:
     """Sets what Ray reads when it is imported, imports it, and quiets it unless `verbose`."""
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if not verbose:
         quiet_warnings()
+        # Before a library does it, with names of modules in front.
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PlainLines())
+        logging.basicConfig(handlers=[handler], level=logging.WARNING)
     import ray.rllib  # noqa: F401 - sets log levels, which the lines below replace.
 
     if not verbose:
