@@ -27,7 +27,7 @@ from rllib_calql.common.spaces import fixed_dimensions
 from rllib_calql.learning.allocator import keep_freed_memory
 from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
-from rllib_calql.learning.optimisers import OptimisingLearner
+from rllib_calql.learning.optimisers import LeanAdam, OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
 from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
@@ -230,8 +230,9 @@ class CalQLTorchLearner(OptimisingLearner):
         fwd_out = self.module.forward_train(batch)
         loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=batch)
         gradients = self.compute_gradients(loss_per_module)
-        # Before RLlib's clipping, which would turn infinities into finite numbers.
-        self._skipped.judge(list(gradients.values()))
+        self._skipped.begin()
+        if self.config.grad_clip is not None:  # Which would turn infinities into finite numbers.
+            self._skipped.judge(list(gradients.values()))
         applied = self.postprocess_gradients(gradients)
         self._skipped.judge_squares(list(applied.values()))
         self._skipped.count()
@@ -307,9 +308,11 @@ class CalQLTorchLearner(OptimisingLearner):
     @override(CQLTorchLearner)
     def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:
         """Gradients of all losses by one backward pass, averaged over the learners by one all-reduce."""
-        computed = TorchLearner.compute_gradients(self, loss_per_module, **kwargs)
+        for param in self._params.values():
+            param.grad = None
+        sum(loss_per_module.values()).backward()
         # The dual variable has no gradient while the conservative term is off; Adam then leaves it alone.
-        gradients = {param: gradient for param, gradient in computed.items() if gradient is not None}
+        gradients = {ref: param.grad for ref, param in self._params.items() if param.grad is not None}
         if self.config.num_learners > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
             torch.distributed.all_reduce(flat)
@@ -331,12 +334,18 @@ class CalQLTorchLearner(OptimisingLearner):
 
     @override(CQLTorchLearner)
     def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
-        """Steps every optimiser. With `found_inf` fused Adam leaves parameters, moments and step count as they are."""
+        """Steps every optimiser, unless the update is skipped.
+
+        On a GPU fused Adam is told by `found_inf` to leave parameters, moments and step count as they are.
+        """
         for param, gradient in gradients_dict.items():
             param.grad = gradient
         for optimizer in self._named_optimizers.values():
-            optimizer.found_inf = self._skipped.found_inf
-            optimizer.step()
+            if not isinstance(optimizer, LeanAdam):
+                optimizer.found_inf = self._skipped.found_inf
+                optimizer.step()
+            elif not self._skipped.found_inf:
+                optimizer.step_on_cpu()
 
     def _update_targets(self, kind: KindOfStep) -> None:
         module = self._calql_module

@@ -51,21 +51,29 @@ class SkippedUpdates:
         self._in_a_row = torch.zeros_like(self._lifetime)
         self._lifetime_read = 0
 
+    def begin(self) -> None:
+        """Begins with an update that is not skipped."""
+        self.found_inf = torch.zeros_like(self._factor)
+
     def judge(self, gradients: list[Tensor]) -> None:
         """Skips the update if any element of its gradients is NaN or infinite.
 
         One fused pass looks at each element, where a sum or a square could overflow; PyTorch's loss scalers use it.
         """
-        self.found_inf = torch.zeros_like(self._factor)
+        self.begin()
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, self._factor)
 
     def judge_squares(self, gradients: list[Tensor]) -> None:
-        """Skips the update also if the square of an element would make a moment of Adam infinite.
+        """Skips the update also if an element is NaN or infinite, or if its square would make a moment of Adam so.
 
         Args:
             gradients: What the optimisers are to get, after clipping.
         """
-        largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
+        if self.found_inf.is_cuda:
+            largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
+        else:  # One pass in place of one for each tensor, which takes several times as long there.
+            lowest, highest = torch.cat([gradient.flatten() for gradient in gradients]).aminmax()
+            largest = torch.maximum(-lowest, highest)
         # Negated, because NaN compares false with everything.
         self.found_inf = torch.maximum(self.found_inf, (~(largest <= _LARGEST_GRADIENT)).to(self.found_inf.dtype))
 
