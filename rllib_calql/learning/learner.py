@@ -310,7 +310,7 @@ class CalQLTorchLearner(OptimisingLearner):
         """Gradients of all losses by one backward pass, averaged over the learners by one all-reduce."""
         for param in self._params.values():
             param.grad = None
-        sum(loss_per_module.values()).backward()
+        torch.autograd.backward(list(loss_per_module.values()))
         # The dual variable has no gradient while the conservative term is off; Adam then leaves it alone.
         gradients = {ref: param.grad for ref, param in self._params.items() if param.grad is not None}
         if self.config.num_learners > 1:
@@ -345,7 +345,7 @@ class CalQLTorchLearner(OptimisingLearner):
                 optimizer.found_inf = self._skipped.found_inf
                 optimizer.step()
             elif not self._skipped.found_inf:
-                optimizer.step_on_cpu()
+                optimizer.step()
 
     def _update_targets(self, kind: KindOfStep) -> None:
         module = self._calql_module

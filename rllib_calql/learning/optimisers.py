@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,47 +22,73 @@ _BUFFERS = ("exp_avg", "exp_avg_sq", "step")  # Of torch's Adam for each paramet
 
 
 class LeanAdam(torch.optim.Adam):
-    """Adam of one group whose step, on a CPU, can be torch's fused kernel and nothing around it.
+    """Adam on a CPU whose step is torch's fused kernel and little around it: the same numbers and the same state.
 
-    What surrounds the kernel in `step`, for groups, devices, hooks and profiles, takes longer than the kernel does for
-    networks of usual size.
+    What surrounds the kernel in torch's own `step`, for devices, hooks and profiles, takes longer than the kernel does
+    for networks of usual size.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__(params, fused=True)
-        self._buffers: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._buffers: tuple[list[Tensor], ...] | None = None  # Of all parameters, in the order of `_BUFFERS`.
 
-    def step_on_cpu(self) -> None:
-        """The same as `step`, bit for bit."""
+    def step(self, closure: Any = None) -> Any:
+        """Steps all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            _step_with_hooks(self)
+        else:
+            self._step()
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined] # Else torch would put its surroundings around it.
+
+    @torch.no_grad()
+    def _step(self) -> None:
         (group,) = self.param_groups
         params: list[Tensor] = group["params"]
         gradients = [param.grad for param in params if param.grad is not None]
-        if len(gradients) < len(params) or any(param not in self.state for param in params):
-            self.step()
+        if not gradients:
             return
-        if self._buffers is None or self._buffers[0][0] is not self.state[params[0]][_BUFFERS[0]]:  # A state was set.
-            of_params = [self.state[param] for param in params]
-            moments, squares, steps = ([state[name] for state in of_params] for name in _BUFFERS)
-            self._buffers = moments, squares, steps
-        moments, squares, steps = self._buffers
+        buffers = self._buffers_of(params)
+        if len(gradients) < len(params):
+            has_gradient = [param.grad is not None for param in params]
+            params = list(itertools.compress(params, has_gradient))
+            buffers = tuple(list(itertools.compress(buffer, has_gradient)) for buffer in buffers)
+        moments, squares, steps = buffers
         beta1, beta2 = group["betas"]
-        with torch.no_grad():
-            torch._foreach_add_(steps, 1.0)
-            torch._fused_adam_(
-                params,
-                gradients,
-                moments,
-                squares,
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=group["amsgrad"],
-                maximize=group["maximize"],
-            )
+        torch._foreach_add_(steps, 1.0)
+        torch._fused_adam_(
+            params,
+            gradients,
+            moments,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+        )
+
+    def _buffers_of(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Those of the state, which are made if they are missing, and looked up again after a state was set."""
+        if self._buffers is None or self._buffers[0][0] is not self.state[params[0]].get(_BUFFERS[0]):
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"step": torch.zeros((), dtype=torch.float32)}
+                    self.state[param] |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            self._buffers = tuple([self.state[param][name] for param in params] for name in _BUFFERS)
+        return self._buffers
+
+
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(LeanAdam._step)
 
 
 class OptimisingLearner(CQLTorchLearner):
