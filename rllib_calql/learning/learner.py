@@ -27,7 +27,7 @@ from rllib_calql.common.spaces import fixed_dimensions
 from rllib_calql.learning.allocator import keep_freed_memory
 from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
-from rllib_calql.learning.optimisers import LeanAdam, OptimisingLearner
+from rllib_calql.learning.optimisers import OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
 from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
@@ -334,18 +334,12 @@ class CalQLTorchLearner(OptimisingLearner):
 
     @override(CQLTorchLearner)
     def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:
-        """Steps every optimiser, unless the update is skipped.
-
-        On a GPU fused Adam is told by `found_inf` to leave parameters, moments and step count as they are.
-        """
+        """Steps every optimiser. With `found_inf` fused Adam leaves parameters, moments and step count as they are."""
         for param, gradient in gradients_dict.items():
             param.grad = gradient
         for optimizer in self._named_optimizers.values():
-            if not isinstance(optimizer, LeanAdam):
-                optimizer.found_inf = self._skipped.found_inf
-                optimizer.step()
-            elif not self._skipped.found_inf:
-                optimizer.step()
+            optimizer.found_inf = self._skipped.found_inf
+            optimizer.step()
 
     def _update_targets(self, kind: KindOfStep) -> None:
         module = self._calql_module

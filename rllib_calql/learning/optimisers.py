@@ -26,11 +26,15 @@ class LeanAdam(torch.optim.Adam):
 
     What surrounds the kernel in torch's own `step`, for devices, hooks and profiles, takes longer than the kernel does
     for networks of usual size.
+
+    Attributes:
+        found_inf: 1.0 if a step is to leave everything as it is, else 0.0; shape ().
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__(params, fused=True)
         self._buffers: tuple[list[Tensor], ...] | None = None  # Of all parameters, in the order of `_BUFFERS`.
+        self.found_inf = torch.zeros(())
 
     def step(self, closure: Any = None) -> Any:
         """Steps all parameters that have a gradient."""
@@ -75,7 +79,9 @@ class LeanAdam(torch.optim.Adam):
             eps=group["eps"],
             amsgrad=False,
             maximize=group["maximize"],
+            found_inf=self.found_inf,
         )
+        torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def _buffers_of(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
         """Those of the state, which are made if they are missing, and looked up again after a state was set."""
