@@ -164,6 +164,12 @@ class RobomimicReader(EpisodesReader):
         }
         if not leaves:
             keys = sorted(arrays.names(f"{groups[0]}/obs"))
+            for group in groups[1:]:
+                if further := sorted(set(arrays.names(f"{group}/obs")) - set(keys)):
+                    raise ValueError(
+                        f"`{group}/obs` in {str(file)!r} has {further[0]!r}, which `{groups[0]}/obs` has not; write it "
+                        "for all demonstrations, or name what are observations by a column map."
+                    )
             leaves = {
                 Columns.OBS if len(keys) == 1 else f"{Columns.OBS}/{key}": Joined((f"obs/{key}",), False)
                 for key in keys

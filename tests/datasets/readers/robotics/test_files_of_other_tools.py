@@ -142,6 +142,18 @@ def test_ends_of_trajectories_alone_are_told_apart_by_the_reward() -> None:
     assert found == {ENDS_UNTOLD: 1, REPEATED: 2, DROPPED_STEPS: 1}
 
 
+def test_an_observation_that_the_first_demonstration_lacks_is_not_left_out_silently(tmp_path: Path) -> None:
+    shutil.copy(FILES / "robomimic_done_0.hdf5", tmp_path / "low_dim.hdf5")
+    with h5py.File(tmp_path / "low_dim.hdf5", "a") as file:
+        file["data/demo_2/obs/force"] = np.ones((len(file["data/demo_2/actions"]), 3))
+    with pytest.raises(
+        ValueError, match=r"`data/demo_2/obs` in '.*low_dim\.hdf5' has 'force', which `data/demo_0/obs`"
+    ):
+        read(tmp_path)
+    (tmp_path / "columns.yaml").write_text("obs: [object, robot0_eef_pos]\n")
+    assert len(read(tmp_path)[0]) == 3
+
+
 def test_a_map_chooses_observations_in_order_and_demonstrations(tmp_path: Path) -> None:
     shutil.copy(FILES / "robomimic_done_0.hdf5", tmp_path / "low_dim.hdf5")
     (tmp_path / "columns.yaml").write_text("obs: [object, robot0_eef_pos]\ndemos: train\n")
