@@ -33,11 +33,14 @@ def test_a_killed_client_and_a_restart_of_the_run_cost_unfinished_episodes_alone
     port = free_port()
     config = line_config(tmp_path, offline_updates=4, updates_per_iteration=4).env_runners(num_env_runners=1)
     killed_log, log = tmp_path / "killed", tmp_path / "log"
-    clients = [start_client(port, 10_000, killed_log), start_client(port, 12, log)]
+    clients = [start_client(port, 10_000, killed_log)]
     try:
         algo = config.external_clients(external_port=port).build()
         result = algo.train()
-        while algo.num_online_episodes < 4 or result[keys.COLLECTION][keys.NUM_CLIENTS] < 2:
+        while algo.num_online_episodes < 4:
+            result = algo.train()
+        clients.append(start_client(port, 12, log))  # Now, so that it has not ended before both are there.
+        while result[keys.COLLECTION][keys.NUM_CLIENTS] < 2:
             result = algo.train()
         assert 0.0 <= result["env_runners"]["success_rate"] <= 1.0
         clients[0].kill()
