@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +52,15 @@ class LeanAdam(torch.optim.Adam):
     @torch.no_grad()
     def _step(self) -> None:
         (group,) = self.param_groups
-        params: list[Tensor] = group["params"]
-        gradients = [param.grad for param in params if param.grad is not None]
-        if not gradients:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
             return
-        buffers = self._buffers_of(params)
-        if len(gradients) < len(params):
-            has_gradient = [param.grad is not None for param in params]
-            params = list(itertools.compress(params, has_gradient))
-            buffers = tuple(list(itertools.compress(buffer, has_gradient)) for buffer in buffers)
-        moments, squares, steps = buffers
+        moments, squares, steps = self._buffers_of(params)
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1.0)
         torch._fused_adam_(
             params,
-            gradients,
+            [param.grad for param in params],
             moments,
             squares,
             [],
@@ -84,14 +77,18 @@ class LeanAdam(torch.optim.Adam):
         torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def _buffers_of(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Those of the state, which are made if they are missing, and looked up again after a state was set."""
-        if self._buffers is None or self._buffers[0][0] is not self.state[params[0]].get(_BUFFERS[0]):
-            for param in params:
-                if not self.state[param]:
-                    self.state[param] = {"step": torch.zeros((), dtype=torch.float32)}
-                    self.state[param] |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-            self._buffers = tuple([self.state[param][name] for param in params] for name in _BUFFERS)
-        return self._buffers
+        """Those of parameters with a gradient, made if they are missing; kept where all parameters have one."""
+        kept = self._buffers
+        if kept is not None and len(kept[0]) == len(params) and kept[0][0] is self.state[params[0]].get(_BUFFERS[0]):
+            return kept  # No state was set since.
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = {"step": torch.zeros((), dtype=torch.float32)}
+                self.state[param] |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        found = tuple([self.state[param][name] for param in params] for name in _BUFFERS)
+        if len(params) == len(self.param_groups[0]["params"]):
+            self._buffers = found
+        return found
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(LeanAdam._step)
