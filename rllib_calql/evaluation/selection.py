@@ -162,4 +162,5 @@ def success_interval(successes: float, number: int) -> tuple[float, float]:
     z = 1.959964
     centre = (successes + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(successes * (1 - successes) / number + z * z / (4 * number**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At rates of 0 and 1 an end is the rate itself; rounding would leave 2.8e-17 of 0.
+    return 0.0 if successes == 0.0 else centre - half, 1.0 if successes == 1.0 else centre + half

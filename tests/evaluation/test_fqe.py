@@ -22,7 +22,7 @@ from rllib_calql.evaluation.fqe.off_data import share_off_data
 from rllib_calql.evaluation.fqe.policies import policy_of_module
 from rllib_calql.evaluation.fqe.scoring import mean_interval, score_policy
 from rllib_calql.store.offline_table import OfflineTable
-from rllib_calql.store.split import Split
+from rllib_calql.store.split import Split, split_episodes
 
 SMALL = FQESettings(updates=1_000, batch_size=256, hiddens=(32, 32))
 
@@ -232,6 +232,51 @@ def test_held_out_episodes_that_begin_where_no_other_ever_is_are_refused() -> No
     table.records["obs"][starts] += 50.0
     with pytest.raises(ValueError, match="100% of the held-out episodes begin in states that the other episodes never"):
         JudgedData(table, split, rewards=SolvedMDP.drawn(0).scaling)
+
+
+def test_starts_that_lie_apart_in_all_episodes_are_told_and_not_refused() -> None:
+    # A regulator: from starts all over the place it is soon at its set-point, and stays there.
+    num_episodes, steps = 40, 50
+    rng = np.random.default_rng(0)
+    table = table_of_lengths([steps] * num_episodes)
+    start = rng.uniform(-30.0, 30.0, (num_episodes, 1, NUM_STATES))
+    noise = 0.05 * rng.normal(size=(num_episodes, steps, NUM_STATES))
+    rows = start * 0.6 ** np.arange(steps)[:, None] + noise
+    table.records["obs"] = rows.reshape(-1, NUM_STATES)
+    split = split_episodes(table.lengths, fraction=0.1, seed=0)
+    rewards = SolvedMDP.drawn(0).scaling
+    few, mdp = dataclasses.replace(SMALL, updates=2), SolvedMDP.drawn(0)
+    apart = JudgedData(table, split, rewards=rewards)
+    assert apart.share_far_starts == 1.0
+    said = "100% of the held-out episodes begin farther from the other data than their later steps are"
+    assert said in "\n".join(score_policy(apart, mdp, few).warnings)
+    # Where later steps go as far as starts do, there is nothing to tell.
+    table.records["obs"] = rng.uniform(-30.0, 30.0, table.records["obs"].shape)
+    anywhere = JudgedData(table, split, rewards=rewards)
+    assert anywhere.share_far_starts < 0.5
+    assert "begin farther" not in "\n".join(score_policy(anywhere, mdp, few).warnings)
+
+
+def test_observations_that_never_vary_are_no_obstacle() -> None:
+    table = table_of_lengths([10] * 30)
+    table.records["obs"] = 0.5
+    mdp = SolvedMDP.drawn(0)
+    data = JudgedData(table, None, rewards=mdp.scaling)
+    assert data.share_far_starts == 0.0
+    assert np.isfinite(score_policy(data, mdp, dataclasses.replace(SMALL, updates=2)).value.mean)
+
+
+def test_moving_what_never_moves_in_the_data_is_leaving_them() -> None:
+    rng = np.random.default_rng(0)
+    states, held_out = rng.normal(size=(500, 2)), rng.normal(size=(200, 2))
+    actions, own = (np.stack([np.tanh(rows[:, 0]), np.full(len(rows), 0.3)], axis=1) for rows in (states, held_out))
+    share = {
+        by: share_off_data((states, actions), (held_out, own), own + [0.0, by], rng=np.random.default_rng(1))
+        for by in (0.0, 1e-4, 0.7)
+    }
+    assert share[0.0] == pytest.approx(0.01, abs=0.005)
+    assert share[1e-4] < 0.02
+    assert share[0.7] == 1.0
 
 
 # --- The score --------------------------------------------------------------------------------------------------------

@@ -146,3 +146,14 @@ def test_the_interval_of_a_success_rate_is_wilson_s() -> None:
     assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-3)
     low, high = success_interval(0.5, 20)
     assert (low, high) == pytest.approx((0.2993, 0.7007), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 7, 40])
+def test_where_none_or_all_succeed_the_interval_ends_exactly_there(number: int) -> None:
+    z_squared = 1.959964**2
+    low, high = success_interval(0.0, number)
+    assert low == 0.0
+    assert high == pytest.approx(z_squared / (number + z_squared))  # Wilson's upper end at 0, worked by hand.
+    low, high = success_interval(1.0, number)
+    assert high == 1.0
+    assert low == pytest.approx(number / (number + z_squared))

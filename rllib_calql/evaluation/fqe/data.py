@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from rllib_calql.common.returns import RewardSettings, discounted_sums
-from rllib_calql.evaluation.fqe.off_data import MAX_KNOWN, sample_of, share_beyond
+from rllib_calql.evaluation.fqe.off_data import MAX_ASKED, MAX_KNOWN, sample_of, shares_beyond
 from rllib_calql.store.offline_table import OfflineTable
 from rllib_calql.store.split import Split, split_episodes
 
@@ -72,6 +72,8 @@ class JudgedData:
         behaviour_returns: Discounted environment returns of the held-out episodes, shape (E,).
         share_cut: What a reward of every step would give after the end of the held-out episodes that were cut, relative
             to what it would give for ever: mean of gamma^T over the episodes, 0 for those that terminated.
+        share_far_starts: Share of the held-out episodes whose first observations are farther from all rows of the fit
+            than 99 % of their later ones are.
         scale_of_values: Mean and standard deviation of the discounted environment returns-to-go of the training rows.
             The latter is 1 where they are all the same.
         possible_values: Least and largest discounted sum of rewards that are in the data, for episodes of any length.
@@ -113,7 +115,7 @@ class JudgedData:
         self.behaviour_returns = discounted_sums(recorded, lengths, self.gamma)[np.cumsum(lengths) - lengths]
         is_cut = ~table.terminateds[self.split.held_out_episodes]
         self.share_cut = float(np.mean(is_cut * self.gamma ** lengths.astype(np.float64)))
-        self._refuse_unvisited_starts(np.setdiff1d(self.held_out_rows, starts), rng)
+        self.share_far_starts = self._share_far_starts(starts, stops - table.lengths, rng)
         self.scale_of_values, self.possible_values = self._reward_summaries()
 
     @property
@@ -164,19 +166,34 @@ class JudgedData:
         ) / self._rewards.reward_scale
         return environment
 
-    def _refuse_unvisited_starts(self, later_rows: Integers, rng: np.random.Generator) -> None:
-        """Refuses held-out episodes that begin where the others never are: a value there would be made up."""
+    def _share_far_starts(self, held_out: Integers, starts: Integers, rng: np.random.Generator) -> float:
+        """How many held-out episodes begin far from all other rows, by what is far for their later rows.
+
+        Starts may lie apart, as those of a regulator that is soon at its set-point: then other episodes' starts are as
+        far from each other, and the values of the held-out ones are read between them. Those that are farther are
+        refused, since a value there would be made up.
+        """
         is_picture = not np.issubdtype(self.first_observations.dtype, np.floating)
-        if is_picture or len(later_rows) == 0:
-            return  # Distances of pictures mean little, and without later steps there is nothing to compare with.
-        known = self.rows(self.training_rows[sample_of(len(self.training_rows), MAX_KNOWN, rng)]).observations
-        share = share_beyond(known, self.rows(later_rows).observations, self.first_observations, rng=rng)
-        if share > _MOST_STARTS_OFF_DATA:
+        later = np.setdiff1d(self.held_out_rows, held_out)
+        if is_picture or len(later) == 0:
+            return 0.0  # Distances of pictures mean little, and without later steps there is nothing to compare with.
+        known = self.training_rows[sample_of(len(self.training_rows), MAX_KNOWN, rng)]
+        others = np.setdiff1d(starts, held_out)
+        others = others[sample_of(len(others), MAX_ASKED, rng)]
+        share, share_unknown = shares_beyond(
+            self.rows(np.concatenate([known, others])).observations,
+            self.rows(later[sample_of(len(later), MAX_ASKED, rng)]).observations,
+            self.rows(others).observations,
+            self.first_observations,
+            rng=rng,
+        )
+        if share_unknown > _MOST_STARTS_OFF_DATA:
             raise ValueError(
-                f"{share:.0%} of the held-out episodes begin in states that the other episodes never come near, so the "
-                "data say nothing about values there; give data of several episodes from each start, or judge the "
-                "policy in its environment, by `rllib evaluate` or `rllib select`."
+                f"{share_unknown:.0%} of the held-out episodes begin in states that the other episodes never come near, "
+                "so the data say nothing about values there; give data of several episodes from each start, or judge "
+                "the policy in its environment, by `rllib evaluate` or `rllib select`."
             )
+        return share
 
 
 def own_split(table: OfflineTable, seed: int = 0) -> Split:

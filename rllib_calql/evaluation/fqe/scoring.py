@@ -23,6 +23,7 @@ _NUM_RESAMPLES = 4_000
 _FEW_EPISODES = 10
 _MUCH_OFF_DATA = 0.1  # The policy that made the data is at 0.01.
 _MUCH_CUT = 0.05
+_MANY_FAR_STARTS = 0.5
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,11 @@ def _warnings(
         warnings.append(f"the critics differ by {spread:.3g}, more than the interval tells")
     if share_off_data > _MUCH_OFF_DATA:
         warnings.append(f"in {share_off_data:.0%} of the states the policy leaves the data, where the value is a guess")
+    if data.share_far_starts > _MANY_FAR_STARTS:
+        warnings.append(
+            f"{data.share_far_starts:.0%} of the held-out episodes begin farther from the other data than their later "
+            "steps are, so that the value is read between starts; more episodes from there would tell more"
+        )
     if value.low <= behaviour.mean <= value.high:
         warnings.append("the interval holds the behaviour's return: the data do not tell the two apart")
     if len(data.behaviour_returns) < _FEW_EPISODES:
