@@ -37,6 +37,7 @@ _NETWORK_SETTINGS = (
     "image_features",
 )
 _REWARD_SETTINGS = ("gamma", "reward_scale", "reward_bias", "failure_reward", "truncation", "reference_column")
+BEHAVIOUR = "behaviour"  # What was done in which episodes: the same data, however their rewards are read.
 _SETTING_OF = {"reference_column": "reference_value"}
 _REFERENCE_SETTINGS = ("reference_value", "reference_online", "reference_fit")
 # A run does not go on from a checkpoint that was made with other ones. The offline data's content counts as well.
@@ -92,6 +93,7 @@ def manifest_of(
             "fingerprint": store.offline.fingerprint() if store.offline is not None else None,
         },
         "hold_out": None if store.split is None else hold_out_of(store.split),
+        BEHAVIOUR: store.offline.behaviour_fingerprint() if store.offline is not None else None,
         "rewards": {name: getattr(config, name) for name in _REWARD_SETTINGS},
         "reference": {
             "is_learned": config.has_reference_network,
@@ -257,15 +259,22 @@ def _check_same_data(before: Manifest, now: Manifest) -> None:
     )
 
 
+def is_same_behaviour(stored: Manifest, own: Manifest) -> bool:
+    """Whether the offline data are the same recorded episodes, whatever rewards and returns are made of them."""
+    if stored.get(BEHAVIOUR) is not None and own.get(BEHAVIOUR) is not None:
+        return bool(stored[BEHAVIOUR] == own[BEHAVIOUR])
+    before, now = (one["offline_data"].get("fingerprint") for one in (stored, own))  # Of earlier versions.
+    return before is not None and bool(before == now)
+
+
 def remark_on_hold_out(stored: Manifest, own: Manifest) -> str | None:
     """What the networks of the checkpoint have seen of the episodes that this run holds out, in a sentence, or None.
 
     Nothing is said of other data: whether they share episodes is not known.
     """
     before, now = stored.get("hold_out"), own.get("hold_out")
-    is_same_data = stored["offline_data"]["fingerprint"] == own["offline_data"]["fingerprint"]
     change = _change_of_hold_out(stored, own)
-    if not now or not is_same_data or change is None:
+    if not now or not is_same_behaviour(stored, own) or change is None:
         return None
     looks_better = "and held-out metrics look better than they are"
     if not before:

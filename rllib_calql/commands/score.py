@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import posixpath
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rllib_calql.commands.checkpoint_choice import existing
 from rllib_calql.commands.import_path import use_folder_of, use_folders_of_checkpoint
 from rllib_calql.commands.setup import UsageError, errors_in_one_line, prepare
 
@@ -82,8 +82,7 @@ def judge(
         found: dict[str, Any] = {}
         try:
             for location in checkpoints:
-                local = location if "://" in location else os.path.expanduser(location)
-                found |= {one.path: one.filesystem for one in all_checkpoints(local)}
+                found |= {one.path: one.filesystem for one in all_checkpoints(existing(location))}
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
 
@@ -124,7 +123,7 @@ def entry_of(one: Judged) -> dict[str, Any]:
     """A checkpoint's score as JSON takes it; what is not finite is null."""
     if one.score is None:
         return {"checkpoint": one.checkpoint, "error": one.error}
-    content: dict[str, Any] = _finite({"checkpoint": one.checkpoint, **one.score.to_dict()})
+    content: dict[str, Any] = finite({"checkpoint": one.checkpoint, **one.score.to_dict()})
     return content
 
 
@@ -175,14 +174,17 @@ def table_of(judged: Sequence[Judged]) -> str:
 
 
 def shown_names(paths: Sequence[str]) -> dict[str, str]:
-    """Paths without the folders that all of them have in common."""
+    """Paths without the folders that all of them have in common; whole ones where some lie in a bucket."""
+    if len({posixpath.isabs(path) for path in paths}) > 1:
+        return {path: path for path in paths}
     common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     return {path: posixpath.relpath(path, common) for path in paths}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """As JSON takes it: what is not finite is None."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

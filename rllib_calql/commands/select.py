@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rllib_calql.commands.evaluate import env_options
-from rllib_calql.commands.score import best_first, data_option, entry_of, judge, shown_names, updates_option
+from rllib_calql.commands.score import best_first, data_option, entry_of, finite, judge, shown_names, updates_option
 
 if TYPE_CHECKING:
     from rllib_calql.evaluation.checkpoint_episodes import OtherEnv
@@ -117,7 +117,8 @@ class Episodes:
         from rllib_calql.evaluation.checkpoint_episodes import run_episodes
 
         self._display.stage(
-            f"round {number + 1}, {count} episodes of '{self._names[checkpoint]}', {self.num_begun} done before"
+            f"round {number + 1}, {_counted(count, 'episode')} of '{self._names[checkpoint]}', "
+            f"{self.num_begun} done before"
         )
 
         def begin() -> None:
@@ -164,7 +165,7 @@ def _as_json(selection: Selection, judged: Sequence[Judged]) -> dict[str, Any]:
     return {
         "winner": None if selection.winner is None else selection.winner.name,
         "episodes_spent": selection.episodes_spent,
-        "checkpoints": [entry_of(one) | run.get(one.checkpoint, nothing) for one in judged],
+        "checkpoints": [entry_of(one) | finite(run.get(one.checkpoint, nothing)) for one in judged],
     }
 
 
@@ -195,8 +196,8 @@ def _as_text(selection: Selection, judged: Sequence[Judged], names: dict[str, st
             ("success rate", said["success_rate"]) if said["success_rate"] else ("return", said["episode_return"])
         )
         text.append(
-            f"Winner: {selection.winner.name}, {kind} {_bracketed(shown)} in {said['episodes']} episodes, which also "
-            "chose it and so flatter it."
+            f"Winner: {selection.winner.name}, {kind} {_bracketed(shown)} in "
+            f"{_counted(said['episodes'], 'episode')}, which also chose it and so flatter it."
         )
     return "\n".join(text)
 

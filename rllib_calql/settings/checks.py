@@ -281,6 +281,11 @@ def _check_hold_out(config: CalQLConfig) -> None:
         )
     if not is_integer(seed, 0):
         raise ValueError(f"`validation_seed` must be an integer of at least 0, got {seed!r}.")
+    if seed != type(config)().validation_seed and not fraction:
+        raise ValueError(
+            f"`validation_seed` is {seed!r} but `validation_fraction` is 0, so that no episodes are drawn; set the "
+            "latter, or drop the seed."
+        )
     if fraction and not config.is_offline and not config.in_evaluation:
         raise ValueError(
             f"`validation_fraction` is {fraction!r}, but there are no offline data to hold out from; set "

@@ -178,6 +178,7 @@ _OF_USE_IN_EVALUATION = frozenset({"explore"})
 _OWN_OF_USE_IN_EVALUATION = frozenset({"max_episode_env_steps"})  # Evaluation episodes are cut as well.
 _INHERITED_OF_TRAINING = frozenset(
     {"gamma", "tau", "grad_clip", "grad_clip_by", "initial_alpha", "target_entropy", "train_batch_size_per_learner"}
+    | {f"offline_evaluation_{name}" for name in ("interval", "type", "duration")}
 )
 _SINGLE_MODULE = "default_policy"
 

@@ -106,7 +106,7 @@ class OfflineTable:
         self._gamma = gamma
         self._stops = np.cumsum(lengths, dtype=np.int64)
         self._tail_values: Array | None = None
-        self._fingerprint: str | None = None
+        self._both_fingerprints: tuple[str, str] | None = None
         # Rows as bytes: `take` then copies whole records, several times faster than NumPy gathers structured ones.
         self._bytes = np.asarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
         self._maps: list[mmap.mmap] = [m for m in (_map_of(records), _map_of(final_observations)) if m is not None]
@@ -250,17 +250,30 @@ class OfflineTable:
 
     def fingerprint(self) -> str:
         """Digest of all transitions and episodes, the same wherever and from what files they were loaded."""
-        if self._fingerprint is None:
+        return self._fingerprints()[0]
+
+    def behaviour_fingerprint(self) -> str:
+        """Digest of the actions and of the episodes' lengths and ends: the same whatever rewards are made of them."""
+        return self._fingerprints()[1]
+
+    def _fingerprints(self) -> tuple[str, str]:
+        if self._both_fingerprints is None:
             digest = hashlib.blake2b(repr(self.records.dtype.descr).encode(), digest_size=16)
+            of_behaviour = hashlib.blake2b(digest_size=16)
             for array in (self._bytes, np.asarray(self.final_observations)):
                 rows_at_once = max(1, _FINGERPRINT_BYTES // max(1, array[:1].nbytes))
                 for start in range(0, len(array), rows_at_once):
                     digest.update(np.ascontiguousarray(array[start : start + rows_at_once]).data)
+                    if array is self._bytes:
+                        actions = self.records[Columns.ACTIONS][start : start + rows_at_once]
+                        of_behaviour.update(np.ascontiguousarray(actions).data)
                     self._let_go()
             for array in (self.lengths, self.terminateds, self.has_tail):
                 digest.update(np.ascontiguousarray(array).data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            for array in (self.lengths, self.terminateds):
+                of_behaviour.update(np.ascontiguousarray(array).data)
+            self._both_fingerprints = digest.hexdigest(), of_behaviour.hexdigest()
+        return self._both_fingerprints
 
     def _observations(self, split: Split | None) -> Iterator[Array]:
         for start in range(0, len(self), _STATISTICS_ROWS):

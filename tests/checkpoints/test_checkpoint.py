@@ -222,12 +222,17 @@ def test_the_fingerprint_of_offline_data_tells_every_column_and_not_where_they_l
     others += [_table(final_observations=np.zeros((3, 2), np.float32)), _table(lengths=np.array([3, 2, 4]))]
     others += [_table(**{name: np.array([False, True, False])}) for name in ("terminateds", "has_tail")]
     assert len({other.fingerprint() for other in [table, *others]}) == 1 + len(others)
+    # What was done is the same whatever was seen and paid.
+    assert mapped.behaviour_fingerprint() == table.behaviour_fingerprint()
+    is_same = [other.behaviour_fingerprint() == table.behaviour_fingerprint() for other in others]
+    #          rewards, returns, obs, actions, final observations, lengths, terminateds, has_tail
+    assert is_same == [True, True, True, False, True, False, False, True]
 
 
 def test_the_fingerprint_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _table().fingerprint()
+    whole = _table().fingerprint(), _table().behaviour_fingerprint()
     monkeypatch.setattr(offline_table, "_FINGERPRINT_BYTES", 40)
-    assert _table().fingerprint() == whole
+    assert (_table().fingerprint(), _table().behaviour_fingerprint()) == whole
 
 
 def test_a_checkpoint_of_an_actor_names_its_classes_and_holds_none(tmp_path: Path) -> None:

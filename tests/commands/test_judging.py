@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny import LineEnv, line_config, write_line_data
@@ -18,7 +19,7 @@ from tiny import LineEnv, line_config, write_line_data
 from rllib_calql import CalQLConfig
 from rllib_calql.checkpoints import reading
 from rllib_calql.commands.main import main
-from rllib_calql.commands.score import best_first
+from rllib_calql.commands.score import best_first, shown_names
 from rllib_calql.common import spaces
 from rllib_calql.evaluation.fqe import judging
 from rllib_calql.evaluation.fqe.judging import Judged
@@ -188,6 +189,9 @@ def test_what_cannot_be_judged_is_told(folder: Path, tmp_path: Path) -> None:
     missing = run("score", tmp_path / "missing")
     assert missing.exit_code == 2
     assert "does not exist" in missing.stderr
+    empty = run("score", "")  # As of a variable that is not set.
+    assert empty.exit_code == 2
+    assert "The name of the run or checkpoint is empty" in empty.stderr
     few = write_line_data(tmp_path / "few.parquet", num_episodes=2)
     done = run("score", folder / "right", "--data", few)
     assert done.exit_code == 1
@@ -242,6 +246,23 @@ def test_episodes_choose_against_the_data_and_are_counted(folder: Path, monkeypa
     assert rows[0][-1] == "warnings"
     assert {row[-1] for row in rows[1:4]} == {"1"}
     assert "values are discounted by 0.99; `rllib score` tells their warnings" in text.stdout
+
+
+def test_returns_that_are_no_numbers_leave_the_json_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rllib_calql.commands.select.judge", ranked(folder, right=2.0, stays=1.0))
+    for reward in (-np.inf, np.nan):
+        monkeypatch.setattr(LineEnv, "reward", staticmethod(lambda next_obs, reward=reward: np.float64(reward)))
+        done = run("select", folder / "right", "--episodes", 6, "--json")
+        assert done.exit_code == 0, done.output
+        content = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert [one["episode_return"]["mean"] for one in content["checkpoints"]] == [None, None]
+
+
+def test_names_leave_out_what_all_have_in_common_and_are_whole_where_some_lie_in_a_bucket() -> None:
+    assert shown_names(["/runs/a/one", "/runs/b/two"]) == {"/runs/a/one": "a/one", "/runs/b/two": "b/two"}
+    assert shown_names(["/runs/a/one"]) == {"/runs/a/one": "one"}
+    mixed = ["bucket/runs/one", "/runs/two"]
+    assert shown_names(mixed) == dict(zip(mixed, mixed, strict=True))
 
 
 def test_an_interrupt_says_what_was_spent_and_what_it_showed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

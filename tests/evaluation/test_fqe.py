@@ -271,7 +271,7 @@ def test_moving_what_never_moves_in_the_data_is_leaving_them() -> None:
     states, held_out = rng.normal(size=(500, 2)), rng.normal(size=(200, 2))
     actions, own = (np.stack([np.tanh(rows[:, 0]), np.full(len(rows), 0.3)], axis=1) for rows in (states, held_out))
     share = {
-        by: share_off_data((states, actions), (held_out, own), own + [0.0, by], rng=np.random.default_rng(1))
+        by: share_off_data((states, actions), (held_out, own), own + np.array([0.0, by]), rng=np.random.default_rng(1))
         for by in (0.0, 1e-4, 0.7)
     }
     assert share[0.0] == pytest.approx(0.01, abs=0.005)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import LineEnv, line_config
+from tiny import LineEnv, line_config, write_line_data
 
 from rllib_calql.checkpoints.manifest import hold_out_of
 from rllib_calql.common.spaces import description_of
-from rllib_calql.evaluation.fqe.judging import TRAINED_ON, _misfit, _read_data, _remarks, settings_for
+from rllib_calql.evaluation.fqe.judging import HELD_OUT_OTHERS, TRAINED_ON, _misfit, _read_data, _remarks, settings_for
 from rllib_calql.evaluation.fqe.policies import CheckpointPolicy
 from rllib_calql.store.split import split_episodes
 
@@ -35,7 +36,7 @@ def checkpoint(*, fraction: float = 0.0, seed: int = 0, **changes: Any) -> Any:
 def remarks(one: Any, *, fraction: float = 0.2, is_other_data: bool = False, fingerprint: str = "same") -> list[str]:
     split = split_episodes(LENGTHS, fraction=fraction, seed=0)
     data: Any = SimpleNamespace(split=split, table=_Table(LENGTHS), gamma=0.99)
-    return _remarks(data, one, fingerprint, is_other_data=is_other_data)
+    return _remarks(data, one, {"offline_data": {"fingerprint": fingerprint}}, is_other_data=is_other_data)
 
 
 class _Table:
@@ -47,20 +48,19 @@ class _Table:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "seed", "was_seen"),
+    ("fraction", "seed", "expected"),
     [
-        (0.2, 0, False),
-        (0.5, 0, False),  # A larger fraction holds out the same episodes and some more.
-        (0.1, 0, True),
-        (0.2, 1, True),
-        (0.0, 0, True),
+        (0.2, 0, []),
+        (0.5, 0, []),  # A larger fraction holds out the same episodes and some more.
+        (0.1, 0, [HELD_OUT_OTHERS]),
+        (0.2, 1, [HELD_OUT_OTHERS]),
+        (0.0, 0, [TRAINED_ON]),
     ],
 )
 def test_a_policy_is_said_to_have_seen_the_episodes_only_if_it_has_seen_one(
-    fraction: float, seed: int, was_seen: bool
+    fraction: float, seed: int, expected: list[str]
 ) -> None:
     one = checkpoint(fraction=fraction, seed=seed)
-    expected = [TRAINED_ON] if was_seen else []
     assert remarks(one) == expected
     # Whatever the data are called. Of others nothing is known.
     assert remarks(one, is_other_data=True) == expected
@@ -116,7 +116,7 @@ def line_checkpoint(tmp_path: Path, **settings: Any) -> CheckpointPolicy:
 
 def test_other_data_need_no_column_of_the_reference_value_and_no_long_episodes(tmp_path: Path) -> None:
     first = line_checkpoint(tmp_path, reference_value="expert", n_step=500, validation_fraction=0.5, reward_scale=3.0)
-    data, _ = _read_data(first, first.config.input_)
+    data, _ = _read_data([first], first.config.input_)
     assert data.has_own_split
     assert set(data.rows(data.training_rows).rewards) == {-1.0, 0.0}
 
@@ -125,3 +125,35 @@ def test_critics_are_of_the_size_of_those_of_the_training(tmp_path: Path) -> Non
     assert settings_for(line_checkpoint(tmp_path).config, 7).hiddens == (8,)
     assert settings_for(line_checkpoint(tmp_path).config, 7).updates == 7
     assert settings_for(line_checkpoint(tmp_path).config).updates == 4_000
+
+
+def test_the_hold_out_is_that_of_the_first_that_has_one_whatever_its_rewards_are(tmp_path: Path) -> None:
+    other_rewards = {"reward_scale": 3.0, "gamma": 0.5, "truncation": "steady"}
+    without, scaled = line_checkpoint(tmp_path), line_checkpoint(tmp_path, **other_rewards)
+    own, own_of_scaled = (_read_data([one], None)[1] for one in (without, scaled))
+    assert own["offline_data"] != own_of_scaled["offline_data"]
+    assert own["behaviour"] == own_of_scaled["behaviour"]
+    num_episodes = 12  # Of `line_config`.
+    split = split_episodes(np.ones(num_episodes, int), fraction=0.5, seed=4)
+    assert split is not None
+    of_data = {**own_of_scaled["offline_data"], "transitions": len(_read_data([scaled], None)[0].table)}
+    trained = {**own_of_scaled, "offline_data": of_data, "hold_out": hold_out_of(split)}
+    scaled = dataclasses.replace(scaled, manifest=trained)
+    for input_ in (None, str(tmp_path / "line.parquet")):  # Of the training, and named anew.
+        data, own = _read_data([without, scaled], input_)
+        np.testing.assert_array_equal(data.split.held_out_episodes, split.held_out_episodes)
+        said = _remarks(data, scaled, own, is_other_data=input_ is not None)
+        assert said == ["it was trained with `gamma` 0.5, and is judged by 0.99"]
+    # Of other data nothing is known, not of those that are as long either.
+    write_line_data(tmp_path / "other.parquet", num_episodes=num_episodes, seed=1)
+    data, own = _read_data([without, scaled], str(tmp_path / "other.parquet"))
+    assert data.has_own_split
+    assert TRAINED_ON not in _remarks(data, scaled, own, is_other_data=True)
+
+
+def test_data_that_are_named_anew_are_known_where_rewards_are_read_otherwise(tmp_path: Path) -> None:
+    first, scaled = line_checkpoint(tmp_path), line_checkpoint(tmp_path, reward_scale=3.0)
+    manifest = _read_data([scaled], None)[1] | {"hold_out": None}
+    scaled = dataclasses.replace(scaled, manifest=manifest)
+    data, own = _read_data([first, scaled], str(tmp_path / "line.parquet"))
+    assert _remarks(data, scaled, own, is_other_data=True) == [TRAINED_ON]

@@ -198,11 +198,11 @@ def flat(table: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
 
 
 def complete_config() -> CalQLConfig:
-    """Offline data, normalised, environment and a Lagrangian, so that every setting alone is in order."""
+    """Offline data, normalised and held out, environment and a Lagrangian, so that every setting alone is in order."""
     return (
         CalQLConfig()
         .environment("Pendulum-v1")
-        .offline_data(input_="rows.parquet", normalize_observations=True)
+        .offline_data(input_="rows.parquet", normalize_observations=True, validation_fraction=0.1)
         .training(lagrangian=True)
         .fine_tuning(offline_updates=10)
     )
@@ -335,6 +335,12 @@ def test_a_clip_that_does_nothing_is_accepted_only_where_it_is_off_or_the_defaul
     CalQLConfig().offline_data(normalize_observations=True, observation_clip=3).validate()
     with pytest.raises(ValueError, match=r"`observation_clip` is 3 but `normalize_observations` is False.*set"):
         CalQLConfig().offline_data(observation_clip=3).validate()
+
+
+def test_a_seed_that_draws_nothing_is_refused() -> None:
+    CalQLConfig().offline_data(validation_seed=0).validate()
+    with pytest.raises(ValueError, match=r"`validation_seed` is 3 but `validation_fraction` is 0, .* drop the seed"):
+        CalQLConfig().offline_data(validation_seed=3).validate()
 
 
 def test_the_module_is_told_the_settings_it_needs() -> None:

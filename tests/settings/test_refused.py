@@ -203,7 +203,11 @@ def test_a_setting_is_refused_in_a_dict_and_in_overrides_for_evaluation(name: st
 
 
 @pytest.mark.parametrize(
-    "override", [{"min_q_weight": 1.0}, {"gamma": 0.5}, {"num_critics": 3}, {"reward_scale": 2.0}, {"input_": "a.h5"}]
+    "override",
+    [
+        *({"min_q_weight": 1.0}, {"gamma": 0.5}, {"num_critics": 3}, {"reward_scale": 2.0}, {"input_": "a.h5"}),
+        *({"offline_evaluation_interval": 1}, {"offline_evaluation_type": "fqe"}, {"offline_evaluation_duration": 5}),
+    ],
 )
 def test_a_setting_of_training_is_refused_in_overrides_for_evaluation(override: dict[str, Any]) -> None:
     config = CalQLConfig().environment("Pendulum-v1").evaluation(evaluation_config=override)

@@ -189,9 +189,9 @@ class JudgedData:
         )
         if share_unknown > _MOST_STARTS_OFF_DATA:
             raise ValueError(
-                f"{share_unknown:.0%} of the held-out episodes begin in states that the other episodes never come near, "
-                "so the data say nothing about values there; give data of several episodes from each start, or judge "
-                "the policy in its environment, by `rllib evaluate` or `rllib select`."
+                f"{share_unknown:.0%} of the held-out episodes begin in states that the other episodes never come "
+                "near, so the data say nothing about values there; give data of several episodes from each start, or "
+                "judge the policy in its environment, by `rllib evaluate` or `rllib select`."
             )
         return share
 

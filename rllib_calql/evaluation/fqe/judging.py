@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rllib_calql.checkpoints.manifest import BEHAVIOUR, Manifest, is_same_behaviour
 from rllib_calql.checkpoints.reading import read_of_one_save
 from rllib_calql.common.encoding import encoded_space, flat_size, observation_dtype
 from rllib_calql.common.returns import reward_settings
@@ -28,6 +29,10 @@ from rllib_calql.store.returns_connector import AddReturnsToGo
 from rllib_calql.store.split import Split, split_episodes
 
 _MOST_AT_ONCE = 4  # Fits, each of which holds its rows in memory.
+HELD_OUT_OTHERS = (
+    "it was trained on some of the episodes that it is judged by, since its hold-out is another one; score it by a "
+    "command of its own, and train with the same `validation_fraction` and `validation_seed` the next time"
+)
 TRAINED_ON = "it was trained on the episodes that it is judged by; set `validation_fraction` for the next training"
 EXPECTED = (OSError, ValueError, ImportError, RuntimeError)  # What a broken checkpoint, or one of other data, raises.
 
@@ -108,14 +113,14 @@ def score_checkpoints(
     if read:
         say("reading data")
         first = read[0][1]
-        data, fingerprint = _read_data(first, input_)
+        data, own = _read_data([one for _, one in read], input_)
         candidates = []
         for place, one in read:
             problem = _misfit(first, one, with_own_data=input_ is None)
             if problem is not None:
                 outcomes[place] = Judged(checkpoints[place][1], None, problem)
             else:
-                remarks = _remarks(data, one, fingerprint, is_other_data=input_ is not None)
+                remarks = _remarks(data, one, own, is_other_data=input_ is not None)
                 candidates.append(_Candidate(place, one, remarks))
         for place, score in _scores(data, candidates, updates, on_progress).items():
             path = checkpoints[place][1]
@@ -174,8 +179,13 @@ def _scores(
         torch.set_num_threads(num_threads)
 
 
-def _read_data(first: CheckpointPolicy, input_: Any) -> tuple[JudgedData, str]:
-    """The data with their fingerprint, read as the run of a checkpoint reads them."""
+def _read_data(checkpoints: Sequence[CheckpointPolicy], input_: Any) -> tuple[JudgedData, Manifest]:
+    """The data with what a manifest says of them, read as the run of the first checkpoint reads them.
+
+    Held out is what the first one that holds out some of them has held out: one without a hold-out has seen all, and is
+    judged by some episodes as well as by others.
+    """
+    first = checkpoints[0]
     config = first.config
     if input_ is not None:
         config.input_ = input_
@@ -203,11 +213,16 @@ def _read_data(first: CheckpointPolicy, input_: Any) -> tuple[JudgedData, str]:
         action_space=first.action_space,
     )
     assert store.offline is not None
-    fingerprint = store.offline.fingerprint()
+    own = {
+        "offline_data": {"fingerprint": store.offline.fingerprint()},
+        BEHAVIOUR: store.offline.behaviour_fingerprint(),
+    }
     split = store.split
-    if input_ is not None and first.manifest["offline_data"].get("fingerprint") == fingerprint:
-        split = _split_of(first, store.offline.lengths)  # The same episodes at another place.
-    return JudgedData(store.offline, split, rewards=rewards), fingerprint
+    if split is None:
+        of_these = [one for one in checkpoints if is_same_behaviour(one.manifest, own)]
+        found = (_split_of(one, store.offline.lengths) for one in of_these)  # Of the same data at another place, too.
+        split = next((one for one in found if one is not None), None)
+    return JudgedData(store.offline, split, rewards=rewards), own
 
 
 def _split_of(one: CheckpointPolicy, lengths: npt.NDArray[np.int64]) -> Split | None:
@@ -250,15 +265,16 @@ def _input_of(one: CheckpointPolicy) -> Any:
     return [str(part) for part in input_] if isinstance(input_, (list, tuple)) else [str(input_)]
 
 
-def _remarks(data: JudgedData, one: CheckpointPolicy, fingerprint: str, *, is_other_data: bool) -> list[str]:
+def _remarks(data: JudgedData, one: CheckpointPolicy, own: Manifest, *, is_other_data: bool) -> list[str]:
     """What is to be known of a policy before it is judged by these data."""
     remarks = []
     stored: Mapping[str, Any] = one.manifest["offline_data"]
-    is_same_data = stored.get("fingerprint") == fingerprint
-    if is_same_data or not is_other_data:
+    if is_same_behaviour(one.manifest, own) or not is_other_data:
         held_out = _split_of(one, data.table.lengths)
-        if held_out is None or not np.isin(data.split.held_out_episodes, held_out.held_out_episodes).all():
+        if held_out is None:
             remarks.append(TRAINED_ON)
+        elif not np.isin(data.split.held_out_episodes, held_out.held_out_episodes).all():
+            remarks.append(HELD_OUT_OTHERS)
     if not is_other_data and stored.get("transitions") != len(data.table):
         remarks.append(
             f"it was trained on {stored.get('transitions'):,} transitions of `input_`, which now has "

@@ -60,7 +60,7 @@ def shares_beyond(
     Args:
         known: Rows whose neighbourhood is known.
         own: Rows that say how near is near.
-        others: Rows of the same kind as those asked for, in `known` episodes; they say how far from each other such are.
+        others: Known rows of the same kind as those asked for; they say how far from each other such are.
         asked: Rows to judge.
         rng: Draws the rows, where there are many.
 
