@@ -7,7 +7,7 @@ import math
 import posixpath
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +18,7 @@ from rllib_calql.commands.setup import UsageError, errors_in_one_line, prepare
 
 if TYPE_CHECKING:
     from rllib_calql.evaluation.fqe.judging import Judged
+    from rllib_calql.evaluation.fqe.scoring import Score
     from rllib_calql.progress.display import Display
 
 _SAY_EVERY_S = 4.5
@@ -167,10 +168,20 @@ def table_of(judged: Sequence[Judged]) -> str:
         f"Discounted by {first.gamma} in environment rewards, at the first observations of "
         f"{first.num_held_out_episodes} held-out episodes."
     )
-    for one in scored:
-        assert one.score is not None
-        text.extend(f"Warning: '{names[one.checkpoint]}': {warning}." for warning in one.score.warnings)
+    text.extend(_warnings_of({names[one.checkpoint]: one.score for one in scored if one.score is not None}))
     return "\n".join(text)
+
+
+def _warnings_of(scores: Mapping[str, Score]) -> list[str]:
+    """A line for each warning, with the checkpoints that it is of: what is true of the data is said once."""
+    warned: dict[str, list[str]] = {}
+    for name, score in scores.items():
+        for warning in score.warnings:
+            warned.setdefault(warning, []).append(name)
+    return [
+        f"Warning: {'all' if 1 < len(names) == len(scores) else ', '.join(map(repr, names))}: {warning}."
+        for warning, names in warned.items()
+    ]
 
 
 def shown_names(paths: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tiny import LineEnv, line_config, write_line_data
 from rllib_calql import CalQLConfig
 from rllib_calql.checkpoints import reading
 from rllib_calql.commands.main import main
-from rllib_calql.commands.score import best_first, shown_names
+from rllib_calql.commands.score import best_first, shown_names, table_of
 from rllib_calql.common import spaces
 from rllib_calql.evaluation.fqe import judging
 from rllib_calql.evaluation.fqe.judging import Judged
@@ -61,7 +61,9 @@ def test_the_better_policy_comes_first_with_interval_behaviour_and_warnings(fold
     assert [row[0] for row in rows[:3]] == ["checkpoint", "right", "stays"]
     assert done.stdout.count("[") >= 5  # Each value and the heading of each.
     assert f"at the first observations of {EPISODES // 10} held-out episodes" in done.stdout
-    assert "Warning: 'right': it was trained on the episodes that it is judged by" in done.stdout
+    # What is true of all is said once, with a line of its own for what is true of one.
+    assert done.stdout.count("it was trained on the episodes that it is judged by") == 1
+    assert "Warning: all: it was trained on the episodes that it is judged by" in done.stdout
 
 
 def test_json_holds_the_scores_in_the_order_of_the_arguments(folder: Path) -> None:
@@ -256,6 +258,18 @@ def test_returns_that_are_no_numbers_leave_the_json_valid(folder: Path, monkeypa
         assert done.exit_code == 0, done.output
         content = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
         assert [one["episode_return"]["mean"] for one in content["checkpoints"]] == [None, None]
+
+
+def test_a_warning_names_the_checkpoints_that_it_is_of() -> None:
+    nothing = Interval(0.0, 0.0, 0.0)
+    judged = [
+        Judged(f"/runs/{name}", Score(nothing, nothing, 0.0, 0.0, 0.0, 2, 0.99, 1, 0.0, warnings))
+        for name, warnings in {"a": ["few", "moved by 1"], "b": ["few", "seen"], "c": ["few", "seen"]}.items()
+    ]
+    said = [line for line in table_of(judged).splitlines() if line.startswith("Warning")]
+    assert said == ["Warning: all: few.", "Warning: 'a': moved by 1.", "Warning: 'b', 'c': seen."]
+    (alone,) = [line for line in table_of(judged[:1]).splitlines() if line.endswith("few.")]
+    assert alone == "Warning: 'a': few."
 
 
 def test_names_leave_out_what_all_have_in_common_and_are_whole_where_some_lie_in_a_bucket() -> None:
