@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rllib_calql.checkpoints.manifest import hold_out_of
+from rllib_calql.checkpoints.manifest import hold_out_of, remark_on_hold_out
 from rllib_calql.checkpoints.pretrained import Pretrained, restoring
 from rllib_calql.checkpoints.saving import Saving
 from rllib_calql.checkpoints.versions import versions_here
@@ -276,3 +276,15 @@ def test_networks_that_saw_what_is_held_out_are_said_to(
     else:
         assert re.match(remark, run.pretrained.remark or "")
         assert (run.pretrained.remark or "") in caplog.text
+
+
+def test_networks_of_the_same_episodes_with_other_rewards_are_said_to_have_seen_them() -> None:
+    held_out = {"validation_fraction": 0.1, "validation_seed": 0, "episodes": 2, "fingerprint": "two"}
+    own = {"offline_data": {"fingerprint": "scaled"}, "behaviour": "same", "hold_out": held_out}
+    seen = {"offline_data": {"fingerprint": "raw"}, "behaviour": "same", "hold_out": None}
+    assert "so it has seen the episodes that are held out here" in str(remark_on_hold_out(seen, own))
+    assert remark_on_hold_out({**seen, "behaviour": "other"}, own) is None
+    # Manifests of earlier versions know no more than all transitions together.
+    earlier = {name: value for name, value in seen.items() if name != "behaviour"}
+    assert remark_on_hold_out(earlier, own) is None
+    assert remark_on_hold_out({**earlier, "offline_data": {"fingerprint": "scaled"}}, own) is not None
