@@ -45,7 +45,8 @@ WINGS = (
 )
 MATHEMATICS = (
     *("common.metrics", "common.returns", "learning.losses"),
-    *("networks.precision", "networks.critic_kernel", "networks.actor_critic", "evaluation.fqe.critics"),
+    *("networks.precision", "networks.side_by_side", "networks.critic_kernel", "networks.actor_critic"),
+    "evaluation.fqe.critics",
 )
 ROW_OF = {wing: row for row, wings in enumerate(WINGS) for wing in wings}
 

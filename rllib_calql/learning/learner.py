@@ -31,6 +31,7 @@ from rllib_calql.learning.optimisers import OptimisingLearner
 from rllib_calql.learning.skipped_updates import SkippedUpdates
 from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
+from rllib_calql.networks.side_by_side import one_thread_an_operation
 from rllib_calql.networks.steps import KindOfStep
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
 from rllib_calql.system import activity
@@ -190,7 +191,7 @@ class CalQLTorchLearner(OptimisingLearner):
         rows_per_step = minibatch_size or num_rows
         if num_rows % rows_per_step:
             raise ValueError(f"An update needs whole mini-batches of {rows_per_step} rows, got {num_rows} rows.")
-        with float32_products(self.config.precision):
+        with float32_products(self.config.precision), one_thread_an_operation():
             if self._graphed is not None:
                 kinds = self._kinds_of_steps(num_rows // rows_per_step)
                 self._graphed.run(columns, rows_per_step, kinds)

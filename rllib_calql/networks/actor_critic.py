@@ -215,19 +215,18 @@ class EnsembleCritic(nn.Module):
             parameters = [parameter.index_select(0, members) for parameter in parameters]
             norms = [(scale.index_select(0, members), shift.index_select(0, members)) for scale, shift in norms]
         dtype = self.product_dtype or obs.dtype
-        if self._are_batched(len(parameters[0]), len(actions), obs.device):
-            obs_weight, bias, *others = parameters
+        obs_weight, bias, *others = parameters
+        is_by_kernel = self._kernel_activation is not None and obs.device.type == "cpu"
+        if is_by_kernel or self._are_batched(len(obs_weight), len(actions), obs.device):
             obs_part = _product(obs.expand(len(obs_weight), -1, -1), obs_weight, bias)
-            return self._evaluate(obs_part, actions, dtype, others, norms)
+            if self._kernel_activation is None or not is_by_kernel:
+                return self._evaluate(obs_part, actions, dtype, others, norms)
+            activation = self._kernel_activation
+            return evaluate_by_kernel(obs_part, actions, dtype, *others, activation=activation, norms=norms)
         q = []
         for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
-            obs_part = _product(obs, obs_weight, bias)
             own_norms = [(scale[c], shift[c]) for scale, shift in norms]
-            if self._kernel_activation is not None and not actions.requires_grad:
-                activation = self._kernel_activation
-                q.append(evaluate_by_kernel(obs_part, actions, dtype, *others, activation=activation, norms=own_norms))
-            else:
-                q.append(self._evaluate(obs_part, actions, dtype, others, own_norms))
+            q.append(self._evaluate(_product(obs, obs_weight, bias), actions, dtype, others, own_norms))
         return torch.stack(q)
 
     @staticmethod

@@ -1,22 +1,26 @@
 """Q of many actions at each state on a CPU, with a hand-written backward pass: the bulk of the work of Cal-QL.
 
-Three departures from what autograd would do, none of which changes the result but for the order of sums:
+Departures from what autograd would do, none of which changes the result but for the order of sums:
 
 * It goes block by block through the states, so that a block's activations stay in the processor's cache from one layer
   to the next, where whole layers would be written to and read from main memory at every step.
+* Critics, and runs of blocks of each, are computed side by side, see `side_by_side.py`. The division depends on the
+  sizes alone, so that any number of threads gives the same bits.
+* Where rows are few, one batched product for several critics takes the place of one for each.
 * Biases, activations and their derivatives are computed in place; few large buffers are allocated.
 * Rows whose gradient is exactly zero, which are those that calibration stopped pushing down, are left out of the
   backward pass.
 
 With layer norm only the sums of each layer are kept. To normalise them again in the backward pass, in the cache, is
 as fast as to keep and fetch the activations too, and takes half the memory. Blocks are larger then: a norm is several
-more operations a block, and to start and join the threads of each costs more than the nearest cache saves.
+more operations a block.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +28,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rllib_calql.networks.side_by_side import compute
+
 LAYER_NORM_EPS = 1e-5  # As torch's.
 _BLOCK_BYTES = 2**20  # Of one layer's activations: two or three of them fit into a core's cache.
 _NORM_BLOCK_BYTES = 2**22  # The same with layer norm: they fit into the cache that cores share.
+_MOST_RUNS = 4  # Of a critic's blocks, so that two critics are enough for eight threads.
+_MOST_ACTIVATIONS_BATCHED = 2**16  # Of a layer of the critics in one batched product; more are no faster than alone.
+_FEWEST_ACTIVATIONS_OF_THREADS = 2**15  # The same; below it to wake a thread takes longer than it saves.
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
 
@@ -73,132 +82,309 @@ def evaluate_by_kernel(
     activation: str = "relu",
     norms: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
-    """Q of one critic. Gradient flows into `obs_part` and the parameters, never into `actions`.
+    """Q of C critics. Gradient flows into `obs_part`, `actions` and the parameters, as far as they require it.
 
     Args:
-        obs_part: The first layer's share of the observations, bias included, shape (B, H1).
+        obs_part: The first layer's share of the observations, bias included, shape (C, B, H1).
         actions: Shape (M, B, A).
         dtype: Of products and activations, the last layer apart.
-        action_weight: The first layer's weight of the actions, shape (A, H1).
-        *layers: Weight (n_in, n_out) and bias (n_out,) of every further layer in turn, the last with one output.
+        action_weight: The first layer's weight of the actions, shape (C, A, H1).
+        *layers: Weight (C, n_in, n_out) and bias (C, n_out) of every further layer in turn, the last with one output.
         activation: One of `KERNEL_ACTIVATIONS`.
-        norms: With layer norm the scale and shift (n,) of every hidden layer, which is normalised before its
+        norms: With layer norm the scale and shift (C, n) of every hidden layer, which is normalised before its
             activation.
 
     Returns:
-        Q, shape (M, B).
+        Q, shape (C, M, B).
     """
     of_norms = itertools.chain.from_iterable(norms)
-    q: Tensor = _BlockwiseCritic.apply(  # type: ignore[no-untyped-call]
-        obs_part, actions, dtype, activation, bool(norms), action_weight, *layers, *of_norms
-    )
+    how = _How(dtype, _ACTIVATIONS[activation], len(norms), keeps=torch.is_grad_enabled())
+    q: Tensor = _BlockwiseCritics.apply(obs_part, actions, how, action_weight, *layers, *of_norms)  # type: ignore[no-untyped-call]
     return q
 
 
-class _BlockwiseCritic(torch.autograd.Function):
+class _How(NamedTuple):
+    """What is no tensor.
+
+    Attributes:
+        dtype: Of products and activations, the last layer apart.
+        activation: Of the hidden layers.
+        num_norms: Of them, 0 without layer norm.
+        keeps: Whether a backward pass may follow.
+    """
+
+    dtype: torch.dtype
+    activation: _Activation
+    num_norms: int
+    keeps: bool
+
+
+class _Part(NamedTuple):
+    """A part of the rows of one critic, or all rows of several critics where they are few.
+
+    Attributes:
+        critic: Index into the critics' axis: a number, which takes it away, or a slice.
+        run: Which of its critic's parts it is.
+        blocks: First and end states.
+    """
+
+    critic: int | slice
+    run: int
+    blocks: list[tuple[int, int]]
+
+
+class _Layers(NamedTuple):
+    """Parameters of critics, all with their axis in front, in the types in which they are used.
+
+    Attributes:
+        weights: Of the hidden layers, the first one's of the actions.
+        biases: Of the hidden layers but the first, which `obs_part` has.
+        last: Weight (C, n) and bias (C,) of the last layer.
+        norms: Scale and shift of every hidden layer; none without layer norm.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    last: tuple[Tensor, Tensor]
+    norms: list[tuple[Tensor, Tensor]]
+
+    def all(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.weights, *self.biases, *self.last, *(value for both in self.norms for value in both)]
+
+    def of(self, critic: int | slice) -> _Layers:
+        """Those of one critic, without the axis, or of several."""
+        weight, bias = self.last
+        return _Layers(
+            [one[critic] for one in self.weights],
+            [one[critic] for one in self.biases],
+            (weight[critic], bias[critic]),
+            [(scale[critic], shift[critic]) for scale, shift in self.norms],
+        )
+
+
+def _layers_of(parameters: Sequence[Tensor], how: _How) -> _Layers:
+    of_layers, of_norms = (
+        parameters[: len(parameters) - 2 * how.num_norms],
+        parameters[len(parameters) - 2 * how.num_norms :],
+    )
+    # Where activations are of a shorter type, torch normalises in single precision nevertheless.
+    norm_dtype = torch.promote_types(how.dtype, torch.float32)
+    return _Layers(
+        [weight.to(how.dtype) for weight in (of_layers[0], *of_layers[1:-2:2])],
+        [bias.to(how.dtype) for bias in of_layers[2:-2:2]],
+        (of_layers[-2].squeeze(-1), of_layers[-1].squeeze(-1)),
+        [
+            (scale.to(norm_dtype), shift.to(norm_dtype))
+            for scale, shift in zip(of_norms[::2], of_norms[1::2], strict=True)
+        ],
+    )
+
+
+def _zeros_like(layers: _Layers, like: Tensor) -> _Layers:
+    """Zeros of the type of `like` in the shapes of parameters."""
+    return _Layers(
+        [like.new_zeros(weight.shape) for weight in layers.weights],
+        [like.new_zeros(bias.shape) for bias in layers.biases],
+        (like.new_zeros(layers.last[0].shape), like.new_zeros(layers.last[1].shape)),
+        [(like.new_zeros(scale.shape), like.new_zeros(shift.shape)) for scale, shift in layers.norms],
+    )
+
+
+class _BlockwiseCritics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        obs_part: Tensor,
-        actions: Tensor,
-        dtype: torch.dtype,
-        activation: str,
-        has_norms: bool,
-        action_weight: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        """Evaluates all blocks; keeps the activations, or the sums that a norm follows, where a gradient is wanted."""
-        num_hidden = len(parameters) // (4 if has_norms else 2)
-        layers, of_norms = parameters[: 2 * num_hidden], parameters[2 * num_hidden :]
-        num_actions, batch_size, _ = actions.shape
-        num_rows = num_actions * batch_size
-        weights = [weight.to(dtype) for weight in (action_weight, *layers[:-2:2])]
-        biases = [bias.to(dtype) for bias in layers[1:-2:2]]
-        last_weight, last_bias = layers[-2].squeeze(1), layers[-1]
-        # Where activations are of a shorter type, torch normalises in single precision nevertheless.
-        norm_dtype = torch.promote_types(dtype, torch.float32)
-        scales, shifts = ([value.to(norm_dtype) for value in of_norms[start::2]] for start in (0, 1))
-        rows = actions.transpose(0, 1).reshape(num_rows, -1).to(dtype)  # Rows of one state lie side by side.
-        width = max(weight.shape[1] for weight in weights)
-        blocks = _blocks(batch_size, num_actions, width, dtype, has_norms=has_norms)
-        keeps = any(ctx.needs_input_grad)
-        num_kept = num_rows if keeps else min(num_rows, (blocks[0][1] - blocks[0][0]) * num_actions)
-        values = [obs_part.new_empty((num_kept, weight.shape[1]), dtype=dtype) for weight in weights]
-        q = obs_part.new_empty(num_rows)
-        evaluate = _ACTIVATIONS[activation].evaluate
-        for first, end in blocks:
-            here = slice(first * num_actions, end * num_actions)
-            kept = here if keeps else slice(0, (end - first) * num_actions)
-            hidden = rows[here]
-            for index, weight in enumerate(weights):
-                sums = values[index][kept]
-                if index == 0:
-                    torch.mm(hidden, weight, out=sums)
-                    sums.view(end - first, num_actions, -1).add_(obs_part[first:end].unsqueeze(1))
-                else:
-                    torch.addmm(biases[index - 1], hidden, weight, out=sums)
-                hidden = _normalised(sums, scales[index], shifts[index])[0] if has_norms else sums
-                evaluate(hidden, hidden)
-            torch.addmv(last_bias, hidden.to(q.dtype), last_weight, out=q[here])
-        if keeps:
-            ctx.save_for_backward(rows, last_weight, *weights, *values, *scales, *shifts)
-            ctx.blocks, ctx.num_actions, ctx.num_hidden = blocks, num_actions, num_hidden
-            ctx.activation = _ACTIVATIONS[activation]
-        return q.view(batch_size, num_actions).t()
+    def forward(ctx: Any, obs_part: Tensor, actions: Tensor, how: _How, *parameters: Tensor) -> Tensor:
+        """Evaluates all parts; keeps the activations, or the sums that a norm follows, where a gradient is wanted."""
+        num_critics, num_rows = len(obs_part), actions.shape[0] * actions.shape[1]
+        layers = _layers_of(parameters, how)
+        rows = actions.transpose(0, 1).reshape(num_rows, -1).to(how.dtype)  # Rows of one state lie side by side.
+        widths = [weight.shape[-1] for weight in layers.weights]
+        parts = _parts(num_critics, actions.shape[1], actions.shape[0], max(widths), how)
+        keeps = how.keeps and any(ctx.needs_input_grad)
+        values = [obs_part.new_empty((num_critics, num_rows, n), dtype=how.dtype) for n in widths] if keeps else None
+        q = obs_part.new_empty((num_critics, num_rows))
+        _compute(
+            [partial(_evaluate, part, rows, obs_part, layers, how, q, values) for part in parts], num_rows * max(widths)
+        )
+        if values is not None:
+            of_norms = [value for both in layers.norms for value in both]
+            ctx.save_for_backward(rows, *layers.last, *values, *layers.weights, *layers.biases, *of_norms)
+            ctx.how, ctx.parts = how, parts
+        return q.view(num_critics, actions.shape[1], actions.shape[0]).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of `obs_part` and of all parameters."""
-        rows, last_weight, *saved = ctx.saved_tensors
-        num_actions, num_hidden = ctx.num_actions, ctx.num_hidden
-        weights, values, *of_norms = (saved[at : at + num_hidden] for at in range(0, len(saved), num_hidden))
-        norms = list(zip(*of_norms, strict=True))  # Scale and shift of every layer; none without layer norm.
-        grad_rows = grad_q.t().reshape(-1)
-        grad_obs_part = grad_q.new_zeros((grad_q.shape[1], weights[0].shape[1]))
-        grad_weights = [grad_q.new_zeros(weight.shape) for weight in weights]
-        grad_biases = [grad_q.new_zeros(weight.shape[1]) for weight in weights[1:]]
-        grad_norms = [grad_q.new_zeros((2, weight.shape[1])) for weight in weights] if norms else []
-        grad_last = torch.zeros_like(last_weight)
-        for first, end in ctx.blocks:
-            here = slice(first * num_actions, end * num_actions)
-            grad, inputs = grad_rows[here], [rows[here], *(of_layer[here] for of_layer in values)]
-            kept = grad.nonzero().squeeze(1)
-            is_sparse = len(kept) <= (1.0 - _MIN_SHARE_LEFT_OUT) * len(grad)
-            if is_sparse:
-                grad, inputs = grad[kept], [of_layer.index_select(0, kept) for of_layer in inputs]
-            normalised = []
-            for index, (scale, shift) in enumerate(norms, start=1):
-                sums = inputs[index]
-                inputs[index], mean, rstd = _normalised(sums, scale, shift)
-                ctx.activation.evaluate(inputs[index], inputs[index])
-                normalised.append((sums, mean, rstd, scale, shift))
-            last_hidden = inputs[-1]
-            grad_last.addmv_(last_hidden.to(grad.dtype).t(), grad)
-            grad_hidden = torch.outer(grad, last_weight).to(last_hidden.dtype)
-            for index in reversed(range(num_hidden)):
-                ctx.activation.differentiate(grad_hidden, inputs[index + 1])
-                if norms:
-                    grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index])
-                    for total, one in zip(grad_norms[index], of_norm, strict=True):
-                        total.add_(one)
-                _add_product_(grad_weights[index], inputs[index].t(), grad_hidden)
-                if index:
-                    grad_biases[index - 1].add_(grad_hidden.sum(0, dtype=grad.dtype))
-                    grad_hidden = torch.mm(grad_hidden, weights[index].t())
-            if is_sparse:
-                states, counts = (kept // num_actions).unique_consecutive(return_counts=True)
-                starts = counts.cumsum(0) - counts
-                every = torch.arange(len(kept))
-                sums_of_states = functional.embedding_bag(every, grad_hidden.to(grad.dtype), starts, mode="sum")
-                grad_obs_part[first:end].index_copy_(0, states, sums_of_states)
+        """Gradients of what requires one."""
+        rows, last_weight, last_bias, *saved = ctx.saved_tensors
+        how, parts, num_norms = ctx.how, ctx.parts, ctx.how.num_norms
+        num_hidden = (len(saved) - 2 * num_norms + 1) // 3
+        values, weights, biases, of_norms = (
+            saved[:num_hidden],
+            saved[num_hidden : 2 * num_hidden],
+            saved[2 * num_hidden : 3 * num_hidden - 1],
+            saved[3 * num_hidden - 1 :],
+        )
+        norms = list(zip(of_norms[::2], of_norms[1::2], strict=True))
+        layers = _Layers(weights, biases, (last_weight, last_bias), norms)
+        num_critics, num_actions, batch_size = grad_q.shape
+        grad_rows = grad_q.transpose(1, 2).reshape(num_critics, -1)
+        of_obs_part = grad_q.new_zeros((num_critics, batch_size, weights[0].shape[-1]))
+        wants_actions, wants_parameters = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
+        of_rows = grad_q.new_zeros((num_critics, *rows.shape)) if wants_actions else None
+        num_runs = 1 + max(part.run for part in parts)
+        of_runs = [_zeros_like(layers, grad_q) for _ in range(num_runs)] if wants_parameters else []
+        _compute(
+            [
+                partial(
+                    _differentiate,
+                    part,
+                    num_actions,
+                    rows,
+                    values,
+                    layers,
+                    how,
+                    grad_rows,
+                    of_obs_part,
+                    of_rows,
+                    of_runs[part.run] if of_runs else None,
+                )
+                for part in parts
+            ],
+            values[0].shape[1] * max(weight.shape[-1] for weight in weights),
+        )
+        of_actions = None
+        if of_rows is not None:
+            of_actions = of_rows.sum(0).view(batch_size, num_actions, -1).transpose(0, 1)
+        if not of_runs:
+            return (of_obs_part, of_actions, *[None] * (len(ctx.needs_input_grad) - 2))
+        total = of_runs[0]
+        for other in of_runs[1:]:
+            torch._foreach_add_(total.all(), other.all())
+        of_layers = [grad for pair in zip(total.weights[1:], total.biases, strict=True) for grad in pair]
+        of_last = (total.last[0].unsqueeze(-1), grad_rows.sum(1, keepdim=True))
+        of_norms = [grad for both in total.norms for grad in both]
+        return (of_obs_part, of_actions, None, total.weights[0], *of_layers, *of_last, *of_norms)
+
+
+def _compute(parts: Sequence[Callable[[], None]], num_activations: int) -> None:
+    if num_activations < _FEWEST_ACTIVATIONS_OF_THREADS:
+        for part in parts:
+            part()
+    else:
+        compute(parts)
+
+
+def _evaluate(
+    part: _Part,
+    rows: Tensor,
+    obs_part: Tensor,
+    layers: _Layers,
+    how: _How,
+    q: Tensor,
+    values: list[Tensor] | None,
+) -> None:
+    """Writes the part's Q, and its values into `values` where they are kept."""
+    layers, obs_part, q = layers.of(part.critic), obs_part[part.critic], q[part.critic]
+    num_actions = len(rows) // obs_part.shape[-2]
+    if values is None:
+        longest = max(end - first for first, end in part.blocks) * num_actions
+        kept = [q.new_empty((*q.shape[:-1], longest, w.shape[-1]), dtype=how.dtype) for w in layers.weights]
+    else:
+        kept = [of_layer[part.critic] for of_layer in values]
+    for first, end in part.blocks:
+        start, length = first * num_actions, (end - first) * num_actions
+        hidden = rows.narrow(0, start, length).expand(*q.shape[:-1], -1, -1)
+        for index, weight in enumerate(layers.weights):
+            sums = kept[index].narrow(-2, 0 if values is None else start, length)
+            if index == 0:
+                _product(hidden, weight, out=sums)
+                of_states = sums.view(*q.shape[:-1], end - first, num_actions, -1)
+                of_states.add_(obs_part.narrow(-2, first, end - first).unsqueeze(-2))
             else:
-                per_state = grad_hidden.view(end - first, num_actions, -1)
-                torch.sum(per_state, dim=1, dtype=grad.dtype, out=grad_obs_part[first:end])
-        of_layers = [grad for pair in zip(grad_weights[1:], grad_biases, strict=True) for grad in pair]
-        of_last = (grad_last.unsqueeze(1), grad_rows.sum().unsqueeze(0))
-        of_norms = [grad for both in grad_norms for grad in both]
-        return (grad_obs_part, None, None, None, None, grad_weights[0], *of_layers, *of_last, *of_norms)
+                _product(hidden, weight, layers.biases[index - 1], out=sums)
+            hidden = _normalised(sums, *layers.norms[index])[0] if layers.norms else sums
+            how.activation.evaluate(hidden, hidden)
+        _last_product(hidden.to(q.dtype), *layers.last, out=q.narrow(-1, start, length))
+
+
+def _differentiate(
+    part: _Part,
+    num_actions: int,
+    rows: Tensor,
+    values: list[Tensor],
+    layers: _Layers,
+    how: _How,
+    grad_rows: Tensor,
+    of_obs_part: Tensor,
+    of_rows: Tensor | None,
+    of_layers: _Layers | None,
+) -> None:
+    """Adds the part's gradients to zeros: of `obs_part`, of actions and of parameters, as far as they are wanted."""
+    layers, values = layers.of(part.critic), [of_layer[part.critic] for of_layer in values]
+    grad_rows, of_obs_part = grad_rows[part.critic], of_obs_part[part.critic]
+    of_rows = None if of_rows is None else of_rows[part.critic]
+    total = None if of_layers is None else of_layers.of(part.critic)
+    lead = grad_rows.shape[:-1]
+    for first, end in part.blocks:
+        start, length = first * num_actions, (end - first) * num_actions
+        grad = grad_rows.narrow(-1, start, length)
+        inputs = [rows.narrow(0, start, length).expand(*lead, -1, -1)]
+        inputs += [of_layer.narrow(-2, start, length) for of_layer in values]
+        kept = None if lead else _rows_to_keep(grad)
+        if kept is not None:
+            grad, inputs = grad[kept], [of_layer.index_select(0, kept) for of_layer in inputs]
+        normalised = []
+        for index, (scale, shift) in enumerate(layers.norms, start=1):
+            sums = inputs[index]
+            inputs[index], mean, rstd = _normalised(sums, scale, shift)
+            how.activation.evaluate(inputs[index], inputs[index])
+            normalised.append((sums, mean, rstd, scale, shift))
+        if total is not None:
+            _add_last_product_(total.last[0], inputs[-1].to(grad.dtype), grad)
+        grad_hidden = (grad.unsqueeze(-1) * layers.last[0].unsqueeze(-2)).to(how.dtype)
+        for index in reversed(range(len(layers.weights))):
+            how.activation.differentiate(grad_hidden, inputs[index + 1])
+            if layers.norms:
+                grad_hidden, *of_norm = _through_norm(grad_hidden, *normalised[index])
+                for of_parameter, one in zip(total.norms[index] if total is not None else (), of_norm, strict=False):
+                    of_parameter.add_(one)
+            if total is not None:
+                _add_product_(total.weights[index], inputs[index].transpose(-1, -2), grad_hidden)
+            if index:
+                if total is not None:
+                    total.biases[index - 1].add_(grad_hidden.sum(-2, dtype=grad.dtype))
+                grad_hidden = torch.matmul(grad_hidden, layers.weights[index].transpose(-1, -2))
+        if of_rows is not None:
+            of_block = torch.matmul(grad_hidden, layers.weights[0].transpose(-1, -2)).to(grad.dtype)
+            where = of_rows.narrow(-2, start, length)
+            where.copy_(of_block) if kept is None else where.index_copy_(0, kept, of_block)
+        of_states = of_obs_part.narrow(-2, first, end - first)
+        if kept is None:
+            per_state = grad_hidden.view(*lead, end - first, num_actions, -1)
+            torch.sum(per_state, dim=-2, dtype=grad.dtype, out=of_states)
+        else:
+            states, counts = torch.unique_consecutive(kept // num_actions, return_counts=True)
+            starts = counts.cumsum(0) - counts
+            every = torch.arange(len(kept))
+            sums_of_states = functional.embedding_bag(every, grad_hidden.to(grad.dtype), starts, mode="sum")
+            of_states.index_copy_(0, states, sums_of_states)
+
+
+def _rows_to_keep(grad: Tensor) -> Tensor | None:
+    """Numbers of the rows with gradient, if those without are enough to leave them out."""
+    kept = grad.nonzero().squeeze(1)
+    return kept if len(kept) <= (1.0 - _MIN_SHARE_LEFT_OUT) * len(grad) else None
+
+
+def _parts(num_critics: int, batch_size: int, num_actions: int, width: int, how: _How) -> list[_Part]:
+    """Parts that any number of threads may share out among them."""
+    size = _MOST_ACTIVATIONS_BATCHED // (batch_size * num_actions * width)  # Of groups of critics.
+    if min(size, num_critics) > 1 and not how.num_norms:
+        return [_Part(slice(c, c + size), 0, [(0, batch_size)]) for c in range(0, num_critics, size)]
+    blocks = _blocks(batch_size, num_actions, width, how.dtype, has_norms=how.num_norms > 0)
+    num_runs = min(_MOST_RUNS, len(blocks))
+    return [_Part(c, run, blocks[run::num_runs]) for run in range(num_runs) for c in range(num_critics)]
 
 
 def _blocks(
@@ -229,8 +415,36 @@ def _through_norm(
     return gradients
 
 
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
+    """A layer of one critic, inputs (R, n_in), or of several at once, inputs (C, R, n_in)."""
+    if out.dim() == 2:
+        torch.mm(inputs, weight, out=out) if bias is None else torch.addmm(bias, inputs, weight, out=out)
+    elif bias is None:
+        torch.bmm(inputs, weight, out=out)
+    else:
+        torch.baddbmm(bias.unsqueeze(1), inputs, weight, out=out)
+
+
+def _last_product(hidden: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor) -> None:
+    """The layer with one output, of one critic, hidden (R, n), or of several, hidden (C, R, n)."""
+    if out.dim() == 1:
+        torch.addmv(bias, hidden, weight, out=out)
+    else:
+        torch.baddbmm(bias.view(-1, 1, 1), hidden, weight.unsqueeze(-1), out=out.unsqueeze(-1))
+
+
+def _add_last_product_(total: Tensor, hidden: Tensor, grad: Tensor) -> None:
+    """Adds the gradient of the last layer's weight, (n,) or (C, n)."""
+    if total.dim() == 1:
+        total.addmv_(hidden.t(), grad)
+    else:
+        total.unsqueeze(-1).baddbmm_(hidden.transpose(1, 2), grad.unsqueeze(-1))
+
+
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
+    if total.dtype != left.dtype:
+        total.add_(torch.matmul(left, right))
+    elif total.dim() == 2:
         total.addmm_(left, right)
     else:
-        total.add_(torch.mm(left, right))
+        total.baddbmm_(left, right)

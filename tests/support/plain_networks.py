@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from scipy import special
 from torch import Tensor
 
 from rllib_calql.networks.actor_critic import EnsembleCritic
+from rllib_calql.networks.critic_kernel import evaluate_by_kernel
 
 Array = npt.NDArray[np.float64]
 
@@ -68,3 +70,31 @@ def plain_critic(critic: EnsembleCritic, c: int, obs: Array, actions: Array, act
     ]
     joint = [np.concatenate([obs, one], axis=1) for one in actions]
     return np.asarray([numpy_mlp(rows, weights, biases, activation, norms or None)[:, 0] for rows in joint])
+
+
+def is_by_kernel(q: Tensor) -> bool:
+    """Whether the critics' kernel is to differentiate it."""
+    seen, left = set(), [q.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "_BlockwiseCritics" in node.name():
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return False
+
+
+def one_by_kernel(
+    obs_part: Tensor,
+    actions: Tensor,
+    dtype: torch.dtype,
+    *parameters: Tensor,
+    norms: Sequence[tuple[Tensor, Tensor]] = (),
+    **how: Any,
+) -> Tensor:
+    """Q (M, B) of one critic by the critics' kernel, from parameters without an axis of critics."""
+    alone = [parameter.unsqueeze(0) for parameter in parameters]
+    norms = [(scale.unsqueeze(0), shift.unsqueeze(0)) for scale, shift in norms]
+    return evaluate_by_kernel(obs_part.unsqueeze(0), actions, dtype, *alone, norms=norms, **how)[0]

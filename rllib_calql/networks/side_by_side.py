@@ -1,0 +1,90 @@
+"""Parts of a computation side by side, on threads that never wait for each other within an operation.
+
+torch divides every large operation among OpenMP's threads, which meet at its end, and spin while they wait. Where other
+programs run on the same cores, the one that is scheduled spins for the one that is not, at each of hundreds of
+operations of an update. Here each thread computes whole parts with one OpenMP thread, takes the next one that is left,
+and all meet once, at the end. What is computed does not depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+Part = Callable[[], None]
+
+_here = threading.local()  # Has `num_threads` where torch's operations have been given one thread.
+
+
+@contextmanager
+def one_thread_an_operation() -> Iterator[None]:
+    """Within it torch computes with one thread, but for what `compute` is given, which gets as many as torch had."""
+    if hasattr(_here, "num_threads"):
+        yield
+        return
+    found = torch.get_num_threads()
+    _here.num_threads = min(found, _num_cpus())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(found)
+        del _here.num_threads
+
+
+def compute(parts: Sequence[Part]) -> None:
+    """Calls all parts, none of which may need another's result, and returns when all have ended.
+
+    They are taken in their order. Gradient is off in all of them.
+
+    Args:
+        parts: Functions of no arguments.
+    """
+    with one_thread_an_operation():
+        left = deque(parts)
+        num_helpers = min(_here.num_threads, len(parts)) - 1
+        if num_helpers < 1:
+            _take(left)
+            return
+        helpers = [_pool(os.getpid()).submit(_take, left) for _ in range(num_helpers)]
+        try:
+            _take(left)
+        finally:
+            left.clear()  # Of parts only if one failed.
+            wait(helpers)
+    for helper in helpers:
+        helper.result()
+
+
+@torch.no_grad()
+def _take(left: deque[Part]) -> None:
+    while left:
+        try:
+            part = left.popleft()
+        except IndexError:  # Another thread has taken the last one.
+            return
+        part()
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process; a process that was forked has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=_num_cpus(), thread_name_prefix="rllib_calql", initializer=_begin_thread)
+
+
+def _begin_thread() -> None:
+    torch.get_num_threads()  # Torch would set a new thread's number at its first operation, over the one set here.
+    torch.set_num_threads(1)
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
