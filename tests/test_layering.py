@@ -45,7 +45,8 @@ WINGS = (
 )
 MATHEMATICS = (
     *("common.metrics", "common.returns", "learning.losses"),
-    *("networks.precision", "networks.side_by_side", "networks.critic_kernel", "networks.actor_critic"),
+    *("networks.precision", "networks.side_by_side", "networks.kernel_layers"),
+    *("networks.critic_kernel", "networks.actor_critic"),
     "evaluation.fqe.critics",
 )
 ROW_OF = {wing: row for row, wings in enumerate(WINGS) for wing in wings}

@@ -27,7 +27,7 @@ from rllib_calql.common.spaces import fixed_dimensions
 from rllib_calql.learning.allocator import keep_freed_memory
 from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
-from rllib_calql.learning.optimisers import OptimisingLearner
+from rllib_calql.learning.optimisers import OptimisingLearner, parameters_of_pairs
 from rllib_calql.learning.skipped_updates import SkippedUpdates
 from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
@@ -71,6 +71,8 @@ class CalQLTorchLearner(OptimisingLearner):
         # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         super().build()
+        self._target_pairs = parameters_of_pairs(self._calql_module.get_target_network_pairs())
+        self._reference_pairs = parameters_of_pairs(self._calql_module.reference_pairs())
         self._skipped = SkippedUpdates(self._device)
         self._seed = self.config.seed if self.config.seed is not None else torch.seed() % 2**31
         self._generator = torch.Generator(device=self._device)
@@ -343,13 +345,11 @@ class CalQLTorchLearner(OptimisingLearner):
             optimizer.step()
 
     def _update_targets(self, kind: KindOfStep) -> None:
-        module = self._calql_module
-        pairs = module.reference_pairs() if kind.fits_reference_alone else module.get_target_network_pairs()
+        pairs = self._reference_pairs if kind.fits_reference_alone else self._target_pairs
         with torch.no_grad():
-            for main, target in pairs:
-                targets = list(target.parameters())
+            for followed, targets in pairs:
                 weight = self.config.tau * (1.0 - self._skipped.found_inf.to(targets[0].dtype))
-                torch._foreach_lerp_(targets, list(main.parameters()), [weight] * len(targets))
+                torch._foreach_lerp_(targets, followed, [weight] * len(targets))
 
     @override(TorchLearner)
     def _make_modules_ddp_if_necessary(self) -> None:

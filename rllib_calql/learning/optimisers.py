@@ -10,7 +10,7 @@ from ray.rllib.algorithms.cql.torch.cql_torch_learner import CQLTorchLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.utils.annotations import override
-from torch import Tensor
+from torch import Tensor, nn
 
 from rllib_calql.networks.rl_module import CalQLTorchRLModule
 
@@ -92,6 +92,11 @@ class LeanAdam(torch.optim.Adam):
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(LeanAdam._step)
+
+
+def parameters_of_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The parameters of networks and their targets, in the same order."""
+    return [(list(followed.parameters()), list(target.parameters())) for followed, target in pairs]
 
 
 class OptimisingLearner(CQLTorchLearner):

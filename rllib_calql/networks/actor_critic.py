@@ -187,6 +187,10 @@ class EnsembleCritic(nn.Module):
         norms = hiddens if layer_norm else []
         self.norm_scales = nn.ParameterList(torch.ones(num_critics, n) for n in norms)
         self.norm_shifts = nn.ParameterList(torch.zeros(num_critics, n) for n in norms)
+        # As `forward` takes them: to go through torch's lists of parameters at each step takes long.
+        further = zip(self.weights, list(self.biases)[1:], strict=True)
+        self._layers = (self.obs_weight, self.biases[0], self.action_weight, *itertools.chain.from_iterable(further))
+        self._norms = tuple(zip(self.norm_scales, self.norm_shifts, strict=True))
 
     def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False, members: Tensor | None = None) -> Tensor:
         """Q of M actions at each of B states.
@@ -204,10 +208,8 @@ class EnsembleCritic(nn.Module):
             raise ValueError(
                 f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
             )
-        parameters = [self.obs_weight, self.biases[0], self.action_weight]
-        for weight, bias in zip(self.weights, list(self.biases)[1:], strict=True):
-            parameters += [weight, bias]
-        norms = list(zip(self.norm_scales, self.norm_shifts, strict=True))
+        parameters: list[Tensor] = list(self._layers)
+        norms: list[tuple[Tensor, Tensor]] = list(self._norms)
         if frozen:
             parameters = [parameter.detach() for parameter in parameters]
             norms = [(scale.detach(), shift.detach()) for scale, shift in norms]

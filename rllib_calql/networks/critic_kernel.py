@@ -28,6 +28,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rllib_calql.networks.kernel_layers import (
+    IN_PLACE_ACTIVATIONS,
+    Activation,
+    add_last_product_,
+    last_product,
+    product,
+)
 from rllib_calql.networks.side_by_side import compute
 
 LAYER_NORM_EPS = 1e-5  # As torch's.
@@ -36,41 +43,10 @@ _NORM_BLOCK_BYTES = 2**22  # The same with layer norm: they fit into the cache t
 _MOST_RUNS = 4  # Of a critic's blocks, so that two critics are enough for eight threads.
 _MOST_ACTIVATIONS_BATCHED = 2**16  # Of a layer of the critics in one batched product; more are no faster than alone.
 _FEWEST_ACTIVATIONS_OF_THREADS = 2**15  # The same; below it to wake a thread takes longer than it saves.
+_ALL = slice(None)
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
-
-class _Activation(NamedTuple):
-    """An activation whose derivative follows from its value, so that nothing else need be kept.
-
-    Attributes:
-        evaluate: Of the first tensor into the second, which may be the same.
-        differentiate: Multiplies the first, a gradient, by the derivative where the activation is the second, in place.
-    """
-
-    evaluate: Callable[[Tensor, Tensor], Any]
-    differentiate: Callable[[Tensor, Tensor], Any]
-
-
-_aten = torch.ops.aten
-_ACTIVATIONS = {  # With torch's default constants. The others' derivatives need what they were taken of.
-    "relu": _Activation(
-        lambda x, out: torch.clamp_min(x, 0.0, out=out),
-        lambda grad, y: _aten.threshold_backward.grad_input(grad, y, 0.0, grad_input=grad),
-    ),
-    "tanh": _Activation(
-        lambda x, out: torch.tanh(x, out=out),
-        lambda grad, y: _aten.tanh_backward.grad_input(grad, y, grad_input=grad),
-    ),
-    "elu": _Activation(
-        lambda x, out: _aten.elu.out(x, out=out),
-        lambda grad, y: _aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, True, y, grad_input=grad),
-    ),
-    "leaky_relu": _Activation(
-        lambda x, out: _aten.leaky_relu.out(x, out=out),
-        lambda grad, y: _aten.leaky_relu_backward.grad_input(grad, y, 0.01, True, grad_input=grad),
-    ),
-}
-KERNEL_ACTIVATIONS = frozenset(_ACTIVATIONS)
+KERNEL_ACTIVATIONS = frozenset(IN_PLACE_ACTIVATIONS)
 
 
 def evaluate_by_kernel(
@@ -98,7 +74,7 @@ def evaluate_by_kernel(
         Q, shape (C, M, B).
     """
     of_norms = itertools.chain.from_iterable(norms)
-    how = _How(dtype, _ACTIVATIONS[activation], len(norms), keeps=torch.is_grad_enabled())
+    how = _How(dtype, IN_PLACE_ACTIVATIONS[activation], len(norms), keeps=torch.is_grad_enabled())
     q: Tensor = _BlockwiseCritics.apply(obs_part, actions, how, action_weight, *layers, *of_norms)  # type: ignore[no-untyped-call]
     return q
 
@@ -114,7 +90,7 @@ class _How(NamedTuple):
     """
 
     dtype: torch.dtype
-    activation: _Activation
+    activation: Activation
     num_norms: int
     keeps: bool
 
@@ -154,6 +130,8 @@ class _Layers(NamedTuple):
 
     def of(self, critic: int | slice) -> _Layers:
         """Those of one critic, without the axis, or of several."""
+        if critic == _ALL:
+            return self
         weight, bias = self.last
         return _Layers(
             [one[critic] for one in self.weights],
@@ -298,14 +276,14 @@ def _evaluate(
         for index, weight in enumerate(layers.weights):
             sums = kept[index].narrow(-2, 0 if values is None else start, length)
             if index == 0:
-                _product(hidden, weight, out=sums)
+                product(hidden, weight, out=sums)
                 of_states = sums.view(*q.shape[:-1], end - first, num_actions, -1)
                 of_states.add_(obs_part.narrow(-2, first, end - first).unsqueeze(-2))
             else:
-                _product(hidden, weight, layers.biases[index - 1], out=sums)
+                product(hidden, weight, layers.biases[index - 1], out=sums)
             hidden = _normalised(sums, *layers.norms[index])[0] if layers.norms else sums
             how.activation.evaluate(hidden, hidden)
-        _last_product(hidden.to(q.dtype), *layers.last, out=q.narrow(-1, start, length))
+        last_product(hidden.to(q.dtype), *layers.last, out=q.narrow(-1, start, length))
 
 
 def _differentiate(
@@ -341,7 +319,7 @@ def _differentiate(
             how.activation.evaluate(inputs[index], inputs[index])
             normalised.append((sums, mean, rstd, scale, shift))
         if total is not None:
-            _add_last_product_(total.last[0], inputs[-1].to(grad.dtype), grad)
+            add_last_product_(total.last[0], inputs[-1].to(grad.dtype), grad)
         grad_hidden = (grad.unsqueeze(-1) * layers.last[0].unsqueeze(-2)).to(how.dtype)
         for index in reversed(range(len(layers.weights))):
             how.activation.differentiate(grad_hidden, inputs[index + 1])
@@ -381,7 +359,8 @@ def _parts(num_critics: int, batch_size: int, num_actions: int, width: int, how:
     """Parts that any number of threads may share out among them."""
     size = _MOST_ACTIVATIONS_BATCHED // (batch_size * num_actions * width)  # Of groups of critics.
     if min(size, num_critics) > 1 and not how.num_norms:
-        return [_Part(slice(c, c + size), 0, [(0, batch_size)]) for c in range(0, num_critics, size)]
+        groups = [slice(c, c + size) for c in range(0, num_critics, size)] if size < num_critics else [_ALL]
+        return [_Part(group, 0, [(0, batch_size)]) for group in groups]
     blocks = _blocks(batch_size, num_actions, width, how.dtype, has_norms=how.num_norms > 0)
     num_runs = min(_MOST_RUNS, len(blocks))
     return [_Part(c, run, blocks[run::num_runs]) for run in range(num_runs) for c in range(num_critics)]
@@ -409,36 +388,10 @@ def _through_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what was normalised, of the scale and of the shift, given that of the norm's result."""
     wanted = [True, True, True]
-    gradients: tuple[Tensor, Tensor, Tensor] = _aten.native_layer_norm_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
         grad, sums, scale.shape, mean, rstd, scale, shift, wanted
     )
     return gradients
-
-
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
-    """A layer of one critic, inputs (R, n_in), or of several at once, inputs (C, R, n_in)."""
-    if out.dim() == 2:
-        torch.mm(inputs, weight, out=out) if bias is None else torch.addmm(bias, inputs, weight, out=out)
-    elif bias is None:
-        torch.bmm(inputs, weight, out=out)
-    else:
-        torch.baddbmm(bias.unsqueeze(1), inputs, weight, out=out)
-
-
-def _last_product(hidden: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor) -> None:
-    """The layer with one output, of one critic, hidden (R, n), or of several, hidden (C, R, n)."""
-    if out.dim() == 1:
-        torch.addmv(bias, hidden, weight, out=out)
-    else:
-        torch.baddbmm(bias.view(-1, 1, 1), hidden, weight.unsqueeze(-1), out=out.unsqueeze(-1))
-
-
-def _add_last_product_(total: Tensor, hidden: Tensor, grad: Tensor) -> None:
-    """Adds the gradient of the last layer's weight, (n,) or (C, n)."""
-    if total.dim() == 1:
-        total.addmv_(hidden.t(), grad)
-    else:
-        total.unsqueeze(-1).baddbmm_(hidden.transpose(1, 2), grad.unsqueeze(-1))
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

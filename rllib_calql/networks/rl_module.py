@@ -290,14 +290,17 @@ class CalQLTorchRLModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetwork
     @override(TorchRLModule)
     def forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Greedy actions. RLlib changes the mode of all layers at every env step, which changes nothing in these."""
-        outputs: dict[str, Any] = self._forward_inference(batch, **kwargs)
-        return outputs
+        return dict(self._forward_inference(batch, **kwargs))
 
     @override(TorchRLModule)
     def forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Sampled actions, without a change of mode as in `forward_inference`."""
-        outputs: dict[str, Any] = self._forward_exploration(batch, **kwargs)
-        return outputs
+        return dict(self._forward_exploration(batch, **kwargs))
+
+    @override(TorchRLModule)
+    def forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Values for the loss, without a change of mode as in `forward_inference`."""
+        return dict(RLModule.forward_train(self, batch, **kwargs))
 
     @override(TorchRLModule)
     def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_an_activation_of_the_kernel_is_the_one_of_the_networks() -> None:
     values = torch.linspace(-4.0, 4.0, 101, dtype=torch.float64)
     for name in KERNEL_ACTIVATIONS:
         found = torch.empty_like(values)
-        critic_kernel._ACTIVATIONS[name].evaluate(values, found)
+        critic_kernel.IN_PLACE_ACTIVATIONS[name].evaluate(values, found)
         torch.testing.assert_close(found, ACTIVATIONS[name](values), rtol=0, atol=0)
     assert functional.layer_norm(values, values.shape).equal(
         functional.layer_norm(values, values.shape, eps=critic_kernel.LAYER_NORM_EPS)

@@ -136,7 +136,7 @@ def test_parts_cover_every_row_of_every_critic_once(monkeypatch: pytest.MonkeyPa
     for size, blocks in itertools.product((0, 1, 2, 3, 10**9), (1, 300, 2**20)):
         monkeypatch.setattr(critic_kernel, "_MOST_ACTIVATIONS_BATCHED", size * ACTIVATIONS_OF_LAYER)
         monkeypatch.setattr(critic_kernel, "_BLOCK_BYTES", blocks)
-        how = critic_kernel._How(torch.float32, critic_kernel._ACTIVATIONS["relu"], 0, keeps=True)
+        how = critic_kernel._How(torch.float32, critic_kernel.IN_PLACE_ACTIVATIONS["relu"], 0, keeps=True)
         parts = critic_kernel._parts(NUM_CRITICS, NUM_STATES, NUM_ACTIONS, WIDTH, how)
         covered = np.zeros((NUM_CRITICS, NUM_STATES), int)
         for part in parts:
