@@ -41,8 +41,8 @@ LAYER_NORM_EPS = 1e-5  # As torch's.
 _BLOCK_BYTES = 2**20  # Of one layer's activations: two or three of them fit into a core's cache.
 _NORM_BLOCK_BYTES = 2**22  # The same with layer norm: they fit into the cache that cores share.
 _MOST_RUNS = 4  # Of a critic's blocks, so that two critics are enough for eight threads.
-_MOST_ACTIVATIONS_BATCHED = 2**16  # Of a layer of the critics in one batched product; more are no faster than alone.
-_FEWEST_ACTIVATIONS_OF_THREADS = 2**15  # The same; below it to wake a thread takes longer than it saves.
+_MOST_ACTIVATIONS_BATCHED = 2**16 - 1  # Of a layer of the critics in one product; more are no faster than alone.
+_FEWEST_ACTIVATIONS_OF_THREADS = 2**16  # Of a layer of all critics; for fewer it takes longer to wake a thread.
 _ALL = slice(None)
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
@@ -182,7 +182,8 @@ class _BlockwiseCritics(torch.autograd.Function):
         values = [obs_part.new_empty((num_critics, num_rows, n), dtype=how.dtype) for n in widths] if keeps else None
         q = obs_part.new_empty((num_critics, num_rows))
         _compute(
-            [partial(_evaluate, part, rows, obs_part, layers, how, q, values) for part in parts], num_rows * max(widths)
+            [partial(_evaluate, part, rows, obs_part, layers, how, q, values) for part in parts],
+            q.numel() * max(widths),
         )
         if values is not None:
             of_norms = [value for both in layers.norms for value in both]
@@ -229,7 +230,7 @@ class _BlockwiseCritics(torch.autograd.Function):
                 )
                 for part in parts
             ],
-            values[0].shape[1] * max(weight.shape[-1] for weight in weights),
+            grad_rows.numel() * max(weight.shape[-1] for weight in weights),
         )
         of_actions = None
         if of_rows is not None:

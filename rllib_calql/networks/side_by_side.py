@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -58,9 +58,9 @@ def compute(parts: Sequence[Part]) -> None:
             _take(left)
         finally:
             left.clear()  # Of parts only if one failed.
-            wait(helpers)
-    for helper in helpers:
-        helper.result()
+            errors = [error for helper in helpers if (error := helper.exception()) is not None]  # Waits for each.
+    if errors:
+        raise errors[0]
 
 
 @torch.no_grad()
