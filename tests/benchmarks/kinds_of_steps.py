@@ -23,6 +23,7 @@ from updates import ACTION_DIM, BATCH_SIZE, OBS_DIM
 from rllib_calql import CalQLConfig
 from rllib_calql.learning.learner import CalQLTorchLearner
 from rllib_calql.networks.precision import float32_products
+from rllib_calql.networks.side_by_side import one_thread_an_operation
 
 NUM_WARM_UP = 20  # The actor of the last line steps once in them.
 _SAC = {"conservative_online": False}
@@ -77,7 +78,7 @@ def main() -> None:
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in learners}
     rng = np.random.default_rng(0)
-    with float32_products("fp32"):
+    with float32_products("fp32"), one_thread_an_operation():
         for turn in range(NUM_WARM_UP + options.turns):
             for name, learner in learners.items():
                 batch = random_batch(rng)

@@ -45,6 +45,11 @@ Products = {  # Operator -> position of its first factor.
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.addmm.out: 1,
     torch.ops.aten.addmm_.default: 1,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.bmm.out: 0,
+    torch.ops.aten.baddbmm.default: 1,
+    torch.ops.aten.baddbmm.out: 1,
+    torch.ops.aten.baddbmm_.default: 1,
 }
 
 
@@ -68,7 +73,9 @@ class EmulatedUnits(TorchDispatchMode):
         if not is_bfloat16:
             return func(*args[:first], *factors, **kwargs)
         out: Tensor | None = kwargs.get("out")
-        summed = torch.mm(*factors) if first == 0 else torch.addmm(args[0].float(), *factors)
+        summed = torch.matmul(*factors)
+        if first == 1:
+            summed += args[0].float()
         return summed.to(torch.bfloat16) if out is None else out.copy_(summed)
 
 
@@ -99,6 +106,7 @@ def run(name: str, seed: int, scale: float) -> Run:
     if name != "fp32" and not precision.has_bfloat16_units():
         learner.float32_products = emulated_products  # type: ignore[assignment]
         learner.check_precision = lambda *_: None
+        torch.set_num_threads(1)  # The emulation is of one thread, and so none may help it.
     begin = time.perf_counter()
     algo = config_of(name, seed, scale).build()
     curve: list[tuple[int, float]] = []

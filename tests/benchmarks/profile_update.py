@@ -17,6 +17,7 @@ from updates import ACTION_DIM, BATCH_SIZE, OBS_DIM
 
 from rllib_calql import CalQLConfig
 from rllib_calql.networks.precision import float32_products
+from rllib_calql.networks.side_by_side import one_thread_an_operation
 from rllib_calql.store.replay import TransitionStore
 
 NUM_WARM_UP = 5
@@ -54,7 +55,7 @@ def main() -> None:
             learner._uncompiled_update({"default_policy": rows})
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    with float32_products(options.precision):
+    with float32_products(options.precision), one_thread_an_operation():
         update(NUM_WARM_UP)
         with profile(activities=activities) as profiler:
             update(options.updates)
