@@ -75,12 +75,12 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert [name for name, values in one.items() if not torch.equal(values, other[name])] == []
 
 
-def test_a_thousand_updates_give_the_same_bits_again() -> None:
+def test_updates_give_the_same_bits_again() -> None:
     found = []
     for _ in range(2):
         learner = learner_of()
         with threads(3):
-            update(learner, 1_000)
+            update(learner, 200)
         found.append(parameters_of(learner))
     assert all(values.isfinite().all() for values in found[0].values())
     assert_same_bits(*found)

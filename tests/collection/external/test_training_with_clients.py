@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_without_data_and_environment_clients_draw_the_warm_up_and_then_act(tmp_
     config.training(num_actions=3, train_batch_size_per_learner=8).rl_module(model_config=TINY_NETWORKS)
     config.fine_tuning(warmup_env_steps=25, updates_per_iteration=5).external_clients(external_port=port)
     algo = config.build()
-    client = start_client(port, 3, tmp_path / "log")
+    client = start_client(port, 5, tmp_path / "log")  # The warm-up is over even if random episodes are short.
     seen = []
     with PolicyClient(f"127.0.0.1:{port}") as watching:
         while client.poll() is None:
@@ -83,6 +84,9 @@ def test_without_data_and_environment_clients_draw_the_warm_up_and_then_act(tmp_
             seen.append((algo.num_online_env_steps, watching.is_warm_up, algo.num_online_updates))
         assert all(num_updates == 0 for steps, _, num_updates in seen if steps < 25)
         assert seen[0][1]
+        end = time.monotonic() + 30.0
+        while watching.is_warm_up and time.monotonic() < end:  # What it is sent comes a moment later.
+            time.sleep(0.05)
         assert not watching.is_warm_up
         metadata = watching.policy.metadata  # type: ignore[union-attr]
         assert metadata["checkpoint"]["num_updates"] == watching.policy_version
