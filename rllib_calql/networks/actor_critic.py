@@ -218,12 +218,11 @@ class EnsembleCritic(nn.Module):
             norms = [(scale.index_select(0, members), shift.index_select(0, members)) for scale, shift in norms]
         dtype = self.product_dtype or obs.dtype
         obs_weight, bias, *others = parameters
-        is_by_kernel = self._kernel_activation is not None and obs.device.type == "cpu"
-        if is_by_kernel or self._are_batched(len(obs_weight), len(actions), obs.device):
+        activation = self._kernel_activation if obs.device.type == "cpu" else None
+        if activation is not None or self._are_batched(len(obs_weight), len(actions), obs.device):
             obs_part = _product(obs.expand(len(obs_weight), -1, -1), obs_weight, bias)
-            if self._kernel_activation is None or not is_by_kernel:
+            if activation is None:
                 return self._evaluate(obs_part, actions, dtype, others, norms)
-            activation = self._kernel_activation
             return evaluate_by_kernel(obs_part, actions, dtype, *others, activation=activation, norms=norms)
         q = []
         for c, (obs_weight, bias, *others) in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
