@@ -1,4 +1,4 @@
-"""Diagnostics of one gradient step as tensors, and their mean over the steps of an update call. No host syncs."""
+"""Diagnostics of gradient steps as tensors, and their mean over the steps of an update call. No host syncs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def critic_diagnostics(
     returns_to_go: Tensor,
     is_offline: Tensor,
 ) -> dict[str, Tensor]:
-    """Per-critic statistics and the calibration gap; see `metrics.py` for each key.
+    """Per-critic statistics and the calibration gap of one step, or of several; see `metrics.py` for each key.
+
+    Each tensor may have further axes in front, such as one of steps, which the results then have.
 
     Args:
         q_data: Q of the data actions, shape (C, B).
@@ -42,15 +44,15 @@ def critic_diagnostics(
         is_offline: 1.0 for offline rows, shape (B,).
 
     Returns:
-        Scalars by metric key. A part of the batch that is empty gives NaN.
+        By metric key, shape (). A part of the batch that is empty gives NaN.
     """
-    scalars = _of_critics({keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=1), keys.Q_DATA_OF_CRITIC: q_data.mean(dim=1)})
+    scalars = _of_critics({keys.TD_LOSS_OF_CRITIC: terms.td.mean(dim=-1), keys.Q_DATA_OF_CRITIC: q_data.mean(dim=-1)})
     if values is not None:
         scalars |= _of_sampled_actions(values, terms)
-    difference = q_data.mean(dim=0) - returns_to_go
-    scalars[keys.CALIBRATION_GAP] = difference.mean()
-    scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum() / is_offline.sum()
-    scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * (1.0 - is_offline)).sum() / (1.0 - is_offline).sum()
+    difference, is_online = q_data.mean(dim=-2) - returns_to_go, 1.0 - is_offline
+    scalars[keys.CALIBRATION_GAP] = difference.mean(dim=-1)
+    scalars[keys.CALIBRATION_GAP_OFFLINE] = (difference * is_offline).sum(dim=-1) / is_offline.sum(dim=-1)
+    scalars[keys.CALIBRATION_GAP_ONLINE] = (difference * is_online).sum(dim=-1) / is_online.sum(dim=-1)
     return scalars
 
 
@@ -58,38 +60,38 @@ def _of_sampled_actions(values: SampledValues, terms: CriticLoss) -> dict[str, T
     assert terms.gap is not None
     assert terms.bound_current is not None
     assert terms.bound_next is not None
-    sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=1)
+    sampled = torch.cat([values.q_uniform, values.q_current, values.q_next], dim=-2)
     optional = {}
     if terms.bound_uniform is not None:
-        optional[keys.BOUND_RATE_UNIFORM_OF_CRITIC] = terms.bound_uniform.float().mean(dim=(1, 2))
+        optional[keys.BOUND_RATE_UNIFORM_OF_CRITIC] = terms.bound_uniform.float().mean(dim=(-2, -1))
     if terms.penalty is not None:
-        optional[keys.CALIBRATION_PENALTY_OF_CRITIC] = terms.penalty.mean(dim=1)
+        optional[keys.CALIBRATION_PENALTY_OF_CRITIC] = terms.penalty.mean(dim=-1)
     return _of_critics(
         {
-            keys.GAP_OF_CRITIC: terms.gap.mean(dim=1),
-            keys.Q_UNIFORM_OF_CRITIC: values.q_uniform.mean(dim=(1, 2)),
-            keys.Q_CURRENT_OF_CRITIC: values.q_current.mean(dim=(1, 2)),
-            keys.Q_NEXT_OF_CRITIC: values.q_next.mean(dim=(1, 2)),
-            keys.Q_STD_OF_CRITIC: sampled.std(dim=1, correction=0).mean(dim=1),
-            keys.BOUND_RATE_CURRENT_OF_CRITIC: terms.bound_current.float().mean(dim=(1, 2)),
-            keys.BOUND_RATE_NEXT_OF_CRITIC: terms.bound_next.float().mean(dim=(1, 2)),
+            keys.GAP_OF_CRITIC: terms.gap.mean(dim=-1),
+            keys.Q_UNIFORM_OF_CRITIC: values.q_uniform.mean(dim=(-2, -1)),
+            keys.Q_CURRENT_OF_CRITIC: values.q_current.mean(dim=(-2, -1)),
+            keys.Q_NEXT_OF_CRITIC: values.q_next.mean(dim=(-2, -1)),
+            keys.Q_STD_OF_CRITIC: sampled.std(dim=-2, correction=0).mean(dim=-1),
+            keys.BOUND_RATE_CURRENT_OF_CRITIC: terms.bound_current.float().mean(dim=(-2, -1)),
+            keys.BOUND_RATE_NEXT_OF_CRITIC: terms.bound_next.float().mean(dim=(-2, -1)),
             **optional,
         }
     )
 
 
 def _of_critics(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars by metric key, from tensors of shape (C,) by the key's template."""
+    """Of each critic by metric key, from tensors of shape (..., C) by the key's template."""
     return {
         template.format(c=c + 1): value
         for template, values in stacked.items()
-        for c, value in enumerate(values.unbind())
+        for c, value in enumerate(values.unbind(dim=-1))
     }
 
 
 @torch.no_grad()
 def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tensor]:
-    """Mean share of clipped numbers in the two parts of a batch; NaN for one that is empty.
+    """Mean share of clipped numbers in the two parts of a batch, or of several; NaN for one that is empty.
 
     Args:
         clipped: Share of the numbers of each observation, shape (B,).
@@ -97,8 +99,8 @@ def clipping_diagnostics(clipped: Tensor, is_offline: Tensor) -> dict[str, Tenso
     """
     is_online = 1.0 - is_offline
     return {
-        keys.CLIPPED_OFFLINE: (clipped * is_offline).sum() / is_offline.sum(),
-        keys.CLIPPED_ONLINE: (clipped * is_online).sum() / is_online.sum(),
+        keys.CLIPPED_OFFLINE: (clipped * is_offline).sum(dim=-1) / is_offline.sum(dim=-1),
+        keys.CLIPPED_ONLINE: (clipped * is_online).sum(dim=-1) / is_online.sum(dim=-1),
     }
 
 
@@ -168,17 +170,18 @@ class MeanAccumulator:
 
     @torch.no_grad()
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Adds one step's scalars. The same names come together at every step, and are summed as one vector.
+        """Adds one step's scalars, or those of several steps, all of shape (steps,).
 
-        In place, and the count of steps beside the sums, so that a recorded step adds to them as well.
+        The same names come together at every step, and are summed as one vector. In place, and the count of steps
+        beside the sums, so that a recorded step adds to them as well.
         """
         names = tuple(scalars)
-        values = torch.stack(list(scalars.values()))
+        values = torch.stack(list(scalars.values())).view(len(names), -1)
         if names not in self._sums:
             self._sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=values.device)
         sums = self._sums[names]
-        sums[:-1].add_(values)
-        sums[-1].add_(1.0)
+        sums[:-1].add_(values.sum(dim=1, dtype=sums.dtype))
+        sums[-1].add_(float(values.shape[1]))
 
     def pop(self) -> dict[str, float]:
         """Returns the means since the last call and starts anew; the gap of a part that was empty is left out."""

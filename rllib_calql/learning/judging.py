@@ -82,7 +82,7 @@ def judge_rows(
                 for name, column in columns.items()
             }
             batch[IS_OFFLINE] = torch.ones_like(batch[Columns.REWARDS])
-            scalars = learner._losses_of(batch, module.forward_train(batch)).scalars
+            scalars = learner._losses_of(batch, module.forward_train(batch)).record.reduced()
             judged = _over_critics(scalars, module.critic.num_critics)
             if td_loss_only:
                 judged = {keys.TD_LOSS: judged[keys.TD_LOSS]}

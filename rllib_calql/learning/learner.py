@@ -24,17 +24,17 @@ from torch import Tensor
 from rllib_calql.common import metrics as keys
 from rllib_calql.common.schedules import largest_value
 from rllib_calql.common.spaces import fixed_dimensions
-from rllib_calql.learning.allocator import keep_freed_memory
-from rllib_calql.learning.diagnostics import MeanAccumulator
 from rllib_calql.learning.graphed_steps import graphed_steps
 from rllib_calql.learning.optimisers import OptimisingLearner, parameters_of_pairs
 from rllib_calql.learning.skipped_updates import SkippedUpdates
 from rllib_calql.learning.step_losses import Duals, ScheduledWeight, StepLosses, losses_of_step
+from rllib_calql.learning.step_records import StepLog
 from rllib_calql.networks.precision import check_precision, float32_products, product_dtype
 from rllib_calql.networks.side_by_side import one_thread_an_operation
 from rllib_calql.networks.steps import KindOfStep
 from rllib_calql.store.resident_store import ROW_NUMBERS, ResidentStore
 from rllib_calql.system import activity
+from rllib_calql.system.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from rllib_calql.config import CalQLConfig
@@ -65,7 +65,7 @@ class CalQLTorchLearner(OptimisingLearner):
         self._num_updates = 0
         self._num_reference_updates = 0
         self._online = self._fits_reference = False
-        self._accumulator = MeanAccumulator()
+        self._accumulator = StepLog()
         self._resident_store: ResidentStore | None = None
         keep_freed_memory()
         # RLlib's seeding turns deterministic algorithms on, and torch then writes NaN into each new tensor first.
@@ -288,8 +288,8 @@ class CalQLTorchLearner(OptimisingLearner):
         fwd_out: dict[str, Tensor],
     ) -> Tensor:
         """Sum of critic, actor, temperature, dual and reference value's loss; their parameters are disjoint."""
-        total, scalars = self._losses_of(batch, fwd_out)
-        self._accumulator.add(scalars)
+        total, record = self._losses_of(batch, fwd_out)
+        self._accumulator.add(self._calql_module.kind_of_step, record)
         return total
 
     def _losses_of(self, batch: dict[str, Tensor], fwd_out: dict[str, Tensor]) -> StepLosses:

@@ -228,8 +228,15 @@ def conservative_gap(
         ]
     else:
         entries = [values.q_uniform, values.q_next, values.q_current, q_data.unsqueeze(1)]
-    soft_maximum = temperature * torch.logsumexp(torch.cat(entries, dim=1) / temperature, dim=1)
-    return (soft_maximum - q_data).clamp(*gap_clip)
+    gap = _soft_maximum(torch.cat(entries, dim=1), temperature) - q_data
+    return gap if gap_clip == (-math.inf, math.inf) else gap.clamp(*gap_clip)
+
+
+def _soft_maximum(entries: Tensor, temperature: float) -> Tensor:
+    """T log sum exp(x / T) over axis 1."""
+    if temperature == 1.0:
+        return torch.logsumexp(entries, dim=1)
+    return temperature * torch.logsumexp(entries / temperature, dim=1)
 
 
 def critic_loss(

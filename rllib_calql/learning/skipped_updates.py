@@ -19,6 +19,8 @@ MAX_SKIPPED_UPDATES_IN_A_ROW = 20
 # every later step of that parameter 0. Squares up to this stay finite, and so does every mean of them.
 _LARGEST_GRADIENT = 0.999 * math.sqrt(torch.finfo(torch.float32).max)
 
+_FEWEST_NUMBERS_ALONE = 4096  # Of a tensor that is looked at by itself; smaller ones are put together before.
+
 _MODULE = "default_policy"
 
 
@@ -71,9 +73,8 @@ class SkippedUpdates:
         """
         if self.found_inf.is_cuda:
             largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
-        else:  # One pass in place of one for each tensor, which takes several times as long there.
-            lowest, highest = torch.cat([gradient.flatten() for gradient in gradients]).aminmax()
-            largest = torch.maximum(-lowest, highest)
+        else:
+            largest = _largest_on_cpu(gradients)
         # Negated, because NaN compares false with everything.
         self.found_inf = torch.maximum(self.found_inf, (~(largest <= _LARGEST_GRADIENT)).to(self.found_inf.dtype))
 
@@ -98,6 +99,15 @@ class SkippedUpdates:
         self._lifetime.fill_(lifetime)
         self._lifetime_read = lifetime
         self._in_a_row.zero_()
+
+
+def _largest_on_cpu(gradients: list[Tensor]) -> Tensor:
+    """The largest absolute value, NaN if there is one; torch's infinity norm takes several times as long there."""
+    alone = [gradient for gradient in gradients if gradient.numel() >= _FEWEST_NUMBERS_ALONE]
+    small = [gradient.flatten() for gradient in gradients if gradient.numel() < _FEWEST_NUMBERS_ALONE]
+    if small:
+        alone.append(torch.cat(small))
+    return torch.stack([extreme for numbers in alone for extreme in numbers.aminmax()]).abs().max()
 
 
 def number_of(logged: Any) -> float:

@@ -12,7 +12,7 @@ from rllib_calql.common import metrics as keys
 from rllib_calql.common.references import LEARNED, NONE, QUANTILE
 from rllib_calql.common.schedules import is_schedule, value_at
 from rllib_calql.learning import losses
-from rllib_calql.learning.diagnostics import clipping_diagnostics, critic_diagnostics
+from rllib_calql.learning.step_records import OfCritics, StepRecord
 from rllib_calql.networks import steps as outputs
 from rllib_calql.networks.steps import KindOfStep
 from rllib_calql.store.replay import IS_OFFLINE
@@ -71,11 +71,11 @@ class StepLosses(NamedTuple):
     Attributes:
         total: Sum of critic, actor, temperature and dual loss and that of a learned reference value, as far as they
             step; their parameters are disjoint.
-        scalars: What is logged, by metric key.
+        record: What is logged.
     """
 
     total: Tensor
-    scalars: dict[str, Tensor]
+    record: StepRecord
 
 
 def losses_of_step(
@@ -106,11 +106,11 @@ def losses_of_step(
         reference_quantile: The quantile of the episodes' returns that may be the reference value, shape ().
     """
     if kind.fits_reference_alone:
-        return StepLosses(*_losses_of_reference(config, kind, batch, values))
+        loss, scalars = _losses_of_reference(config, kind, batch, values)
+        return StepLosses(loss, StepRecord(scalars, of_rows={}, of_bound_rows={}))
     reference_value = _reference_of_rows(config, batch, values, reference_quantile)
-    total, scalars = _critic_losses(
-        config, kind, batch, values, duals, action_dim, conservative_weight, reference_value
-    )
+    total, record = _critic_losses(config, kind, batch, values, duals, action_dim, conservative_weight, reference_value)
+    scalars, of_rows = record.scalars, record.of_rows
     if kind.evaluates_reference:
         reference_loss, of_reference = _losses_of_reference(config, kind, batch, values)
         total = total + reference_loss
@@ -121,10 +121,9 @@ def losses_of_step(
         log_prob = values[outputs.ACTOR_LOG_PROB]
         alpha_loss = losses.temperature_loss(duals.log_alpha, log_prob, target_entropy)
         total = total + policy_loss + alpha_loss
-        scalars |= {keys.POLICY_LOSS: policy_loss, keys.ALPHA_LOSS: alpha_loss, keys.LOG_PROB: log_prob.mean()}
-    if outputs.CLIPPED in values:
-        scalars |= clipping_diagnostics(values[outputs.CLIPPED], batch[IS_OFFLINE])
-    return StepLosses(total, scalars)
+        scalars |= {keys.POLICY_LOSS: policy_loss, keys.ALPHA_LOSS: alpha_loss}
+        of_rows[keys.LOG_PROB] = log_prob
+    return StepLosses(total, record._replace(clipped=values.get(outputs.CLIPPED)))
 
 
 def _policy_loss(kind: KindOfStep, batch: Values, values: Values, alpha: Tensor, bc_weight: ScheduledWeight) -> Tensor:
@@ -146,7 +145,7 @@ def _critic_losses(
     action_dim: int,
     conservative_weight: ScheduledWeight,
     reference_value: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, StepRecord]:
     """Critic loss summed over critics, with the dual variable's loss, and what is logged of them."""
     q_data = values[outputs.Q_DATA]
     target = losses.td_target(
@@ -169,27 +168,35 @@ def _critic_losses(
         bounds_uniform=config.bound_uniform_actions,
         penalty_weight=config.calibration_penalty_weight,
     )
-    scalars = {keys.TARGET_Q: target.mean()}
-    scalars |= critic_diagnostics(q_data, sampled, terms, batch[Columns.RETURNS_TO_GO], batch[IS_OFFLINE])
-    scalars |= _mean_reference(config, kind, reference_value)
+    record = StepRecord(
+        scalars={},
+        of_rows={keys.TARGET_Q: target},
+        of_bound_rows={},
+        critics=OfCritics(q_data, sampled, terms, batch[Columns.RETURNS_TO_GO], batch[IS_OFFLINE]),
+    )
+    if config.reference_value != LEARNED or kind.evaluates_reference:
+        some_are_unbound = NONE in config.reference_of_rows
+        (record.of_bound_rows if some_are_unbound else record.of_rows)[keys.REFERENCE_VALUE_MEAN] = reference_value
     per_critic = terms.td.mean(dim=1)
     if terms.conservative is None:
         qf_loss = per_critic.sum()
-        return qf_loss, scalars | {keys.QF_LOSS: qf_loss}
+        record.scalars[keys.QF_LOSS] = qf_loss
+        return qf_loss, record
     mean_gap, weight = terms.conservative.mean(dim=1), conservative_weight.of(q_data.dtype)
     if not config.lagrangian:
         conservative = weight * mean_gap
         qf_loss = (per_critic + conservative).sum()
-        return qf_loss, scalars | {keys.QF_LOSS: qf_loss, keys.CQL_LOSS: conservative.sum()}
+        record.scalars.update({keys.QF_LOSS: qf_loss, keys.CQL_LOSS: conservative.sum()})
+        return qf_loss, record
     multiplier = losses.lagrange_multiplier(duals.log_alpha_prime)
     conservative = multiplier.detach() * weight * (mean_gap - config.lagrangian_thresh)
     prime_loss = losses.lagrange_loss(
         duals.log_alpha_prime, mean_gap, min_q_weight=weight, lagrangian_thresh=config.lagrangian_thresh
     )
     qf_loss = (per_critic + conservative).sum()
-    scalars |= {keys.QF_LOSS: qf_loss, keys.CQL_LOSS: conservative.sum()}
-    scalars |= {keys.ALPHA_PRIME: multiplier.squeeze(0), keys.ALPHA_PRIME_LOSS: prime_loss}
-    return qf_loss + prime_loss, scalars
+    record.scalars.update({keys.QF_LOSS: qf_loss, keys.CQL_LOSS: conservative.sum()})
+    record.scalars.update({keys.ALPHA_PRIME: multiplier.squeeze(0), keys.ALPHA_PRIME_LOSS: prime_loss})
+    return qf_loss + prime_loss, record
 
 
 def _sampled_values(values: Values, action_dim: int) -> losses.SampledValues:
@@ -227,17 +234,6 @@ def _reference(kind: str, returns: Tensor, values: Values, quantile: Tensor) -> 
     if kind == QUANTILE:
         return quantile.to(returns.dtype).expand(returns.shape)
     return torch.full_like(returns, -torch.inf) if kind == NONE else returns
-
-
-def _mean_reference(config: CalQLConfig, kind: KindOfStep, reference_value: Tensor) -> dict[str, Tensor]:
-    """Mean V of the rows that it bounds, as it is logged; nothing where it is learned and not evaluated."""
-    if config.reference_value == LEARNED and not kind.evaluates_reference:
-        return {}
-    if NONE not in config.reference_of_rows:
-        return {keys.REFERENCE_VALUE_MEAN: reference_value.mean()}
-    is_bound = torch.isfinite(reference_value)
-    total = torch.where(is_bound, reference_value, torch.zeros_like(reference_value)).sum()
-    return {keys.REFERENCE_VALUE_MEAN: total / is_bound.sum()}
 
 
 def _losses_of_reference(

@@ -22,6 +22,7 @@ class Activation(NamedTuple):
 
 
 _aten = torch.ops.aten
+_MOST_ROWS_OF_LAST_BATCHED = 32  # With one output a batched product is far slower than one for each critic.
 IN_PLACE_ACTIVATIONS = {  # With torch's default constants. The others' derivatives need what they were taken of.
     "relu": Activation(
         lambda x, out: torch.clamp_min(x, 0.0, out=out),
@@ -56,6 +57,9 @@ def last_product(hidden: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor) -
     """The layer with one output, of one critic, hidden (R, n), or of several, hidden (C, R, n)."""
     if out.dim() == 1:
         torch.addmv(bias, hidden, weight, out=out)
+    elif out.shape[1] > _MOST_ROWS_OF_LAST_BATCHED:
+        for of_critic in zip(hidden, weight, bias, out, strict=True):
+            last_product(*of_critic[:3], out=of_critic[3])
     else:
         torch.baddbmm(bias.view(-1, 1, 1), hidden, weight.unsqueeze(-1), out=out.unsqueeze(-1))
 
@@ -64,5 +68,8 @@ def add_last_product_(total: Tensor, hidden: Tensor, grad: Tensor) -> None:
     """Adds the gradient of the last layer's weight, (n,) or (C, n)."""
     if total.dim() == 1:
         total.addmv_(hidden.t(), grad)
+    elif grad.shape[1] > _MOST_ROWS_OF_LAST_BATCHED:
+        for of_critic in zip(total, hidden, grad, strict=True):
+            add_last_product_(*of_critic)
     else:
         total.unsqueeze(-1).baddbmm_(hidden.transpose(1, 2), grad.unsqueeze(-1))
