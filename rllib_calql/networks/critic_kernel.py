@@ -6,7 +6,7 @@ Departures from what autograd would do, none of which changes the result but for
   to the next, where whole layers would be written to and read from main memory at every step.
 * Critics, and runs of blocks of each, are computed side by side, see `side_by_side.py`. The division depends on the
   sizes alone, so that any number of threads gives the same bits.
-* Where rows are few, one batched product for several critics takes the place of one for each.
+* Where rows are few, or critics many, one batched product for several critics takes the place of one for each.
 * Biases, activations and their derivatives are computed in place; few large buffers are allocated.
 * Rows whose gradient is exactly zero, which are those that calibration stopped pushing down, are left out of the
   backward pass.
@@ -19,7 +19,7 @@ more operations a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,8 +41,10 @@ LAYER_NORM_EPS = 1e-5  # As torch's.
 _BLOCK_BYTES = 2**20  # Of one layer's activations: two or three of them fit into a core's cache.
 _NORM_BLOCK_BYTES = 2**22  # The same with layer norm: they fit into the cache that cores share.
 _MOST_RUNS = 4  # Of a critic's blocks, so that two critics are enough for eight threads.
-_MOST_ACTIVATIONS_BATCHED = 2**16 - 1  # Of a layer of the critics in one product; more are no faster than alone.
-_FEWEST_ACTIVATIONS_OF_THREADS = 2**16  # Of a layer of all critics; for fewer it takes longer to wake a thread.
+# Where a critic's rows are one block, critics share products, in groups. Multiplications of a hidden layer of all
+# critics from which on there are several groups, on threads, and those of a group.
+_LEAST_WORK_OF_THREADS = 2**25
+_WORK_OF_A_GROUP = 2**26
 _ALL = slice(None)
 _MIN_SHARE_LEFT_OUT = 0.1  # Of a block's rows; the copies cost more than fewer would save.
 
@@ -94,6 +96,11 @@ class _How(NamedTuple):
     num_norms: int
     keeps: bool
 
+    @property
+    def batches_critics(self) -> bool:
+        """Whether several critics may share a product. torch's mixed norm, of shorter types, knows one scale alone."""
+        return not self.num_norms or self.dtype == torch.promote_types(self.dtype, torch.float32)
+
 
 class _Part(NamedTuple):
     """A part of the rows of one critic, or all rows of several critics where they are few.
@@ -128,6 +135,13 @@ class _Layers(NamedTuple):
         """All of them."""
         return [*self.weights, *self.biases, *self.last, *(value for both in self.norms for value in both)]
 
+    @classmethod
+    def from_all(cls, tensors: Sequence[Tensor], num_hidden: int) -> _Layers:
+        """The inverse of `all`."""
+        left = iter(tensors)
+        weights, biases = list(itertools.islice(left, num_hidden)), list(itertools.islice(left, num_hidden - 1))
+        return cls(weights, biases, (next(left), next(left)), list(zip(left, left, strict=True)))
+
     def of(self, critic: int | slice) -> _Layers:
         """Those of one critic, without the axis, or of several."""
         if critic == _ALL:
@@ -138,6 +152,28 @@ class _Layers(NamedTuple):
             [one[critic] for one in self.biases],
             (weight[critic], bias[critic]),
             [(scale[critic], shift[critic]) for scale, shift in self.norms],
+        )
+
+
+class _Sums(NamedTuple):
+    """What the gradients of a part are added to.
+
+    Attributes:
+        obs_part: Shape (C, B, H1).
+        rows: Of the actions, shape (C, rows, A); None where they want none.
+        layers: Of the parameters, of one run of parts; None where they want none.
+    """
+
+    obs_part: Tensor
+    rows: Tensor | None
+    layers: _Layers | None
+
+    def of(self, critic: int | slice) -> _Sums:
+        """Those of one critic, without the axis, or of several."""
+        return _Sums(
+            self.obs_part[critic],
+            None if self.rows is None else self.rows[critic],
+            None if self.layers is None else self.layers.of(critic),
         )
 
 
@@ -181,56 +217,32 @@ class _BlockwiseCritics(torch.autograd.Function):
         keeps = how.keeps and any(ctx.needs_input_grad)
         values = [obs_part.new_empty((num_critics, num_rows, n), dtype=how.dtype) for n in widths] if keeps else None
         q = obs_part.new_empty((num_critics, num_rows))
-        _compute(
-            [partial(_evaluate, part, rows, obs_part, layers, how, q, values) for part in parts],
-            q.numel() * max(widths),
-        )
+        compute([partial(_evaluate, part, rows, obs_part, layers, how, q, values) for part in parts])
         if values is not None:
-            of_norms = [value for both in layers.norms for value in both]
-            ctx.save_for_backward(rows, *layers.last, *values, *layers.weights, *layers.biases, *of_norms)
-            ctx.how, ctx.parts = how, parts
+            ctx.save_for_backward(rows, *values, *layers.all())
+            ctx.how, ctx.parts, ctx.num_hidden = how, parts, len(values)
         return q.view(num_critics, actions.shape[1], actions.shape[0]).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of what requires one."""
-        rows, last_weight, last_bias, *saved = ctx.saved_tensors
-        how, parts, num_norms = ctx.how, ctx.parts, ctx.how.num_norms
-        num_hidden = (len(saved) - 2 * num_norms + 1) // 3
-        values, weights, biases, of_norms = (
-            saved[:num_hidden],
-            saved[num_hidden : 2 * num_hidden],
-            saved[2 * num_hidden : 3 * num_hidden - 1],
-            saved[3 * num_hidden - 1 :],
-        )
-        norms = list(zip(of_norms[::2], of_norms[1::2], strict=True))
-        layers = _Layers(weights, biases, (last_weight, last_bias), norms)
+        num_hidden, parts = ctx.num_hidden, ctx.parts
+        rows, *tensors = ctx.saved_tensors
+        values, layers = tensors[:num_hidden], _Layers.from_all(tensors[num_hidden:], num_hidden)
         num_critics, num_actions, batch_size = grad_q.shape
         grad_rows = grad_q.transpose(1, 2).reshape(num_critics, -1)
-        of_obs_part = grad_q.new_zeros((num_critics, batch_size, weights[0].shape[-1]))
+        of_obs_part = grad_q.new_zeros((num_critics, batch_size, layers.weights[0].shape[-1]))
         wants_actions, wants_parameters = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
         of_rows = grad_q.new_zeros((num_critics, *rows.shape)) if wants_actions else None
         num_runs = 1 + max(part.run for part in parts)
         of_runs = [_zeros_like(layers, grad_q) for _ in range(num_runs)] if wants_parameters else []
-        _compute(
+        sums = [_Sums(of_obs_part, of_rows, of_runs[part.run] if of_runs else None) for part in parts]
+        compute(
             [
-                partial(
-                    _differentiate,
-                    part,
-                    num_actions,
-                    rows,
-                    values,
-                    layers,
-                    how,
-                    grad_rows,
-                    of_obs_part,
-                    of_rows,
-                    of_runs[part.run] if of_runs else None,
-                )
-                for part in parts
-            ],
-            grad_rows.numel() * max(weight.shape[-1] for weight in weights),
+                partial(_differentiate, part, rows, values, layers, ctx.how, grad_rows, of_part)
+                for part, of_part in zip(parts, sums, strict=True)
+            ]
         )
         of_actions = None
         if of_rows is not None:
@@ -244,14 +256,6 @@ class _BlockwiseCritics(torch.autograd.Function):
         of_last = (total.last[0].unsqueeze(-1), grad_rows.sum(1, keepdim=True))
         of_norms = [grad for both in total.norms for grad in both]
         return (of_obs_part, of_actions, None, total.weights[0], *of_layers, *of_last, *of_norms)
-
-
-def _compute(parts: Sequence[Callable[[], None]], num_activations: int) -> None:
-    if num_activations < _FEWEST_ACTIVATIONS_OF_THREADS:
-        for part in parts:
-            part()
-    else:
-        compute(parts)
 
 
 def _evaluate(
@@ -289,22 +293,17 @@ def _evaluate(
 
 def _differentiate(
     part: _Part,
-    num_actions: int,
     rows: Tensor,
     values: list[Tensor],
     layers: _Layers,
     how: _How,
     grad_rows: Tensor,
-    of_obs_part: Tensor,
-    of_rows: Tensor | None,
-    of_layers: _Layers | None,
+    sums: _Sums,
 ) -> None:
-    """Adds the part's gradients to zeros: of `obs_part`, of actions and of parameters, as far as they are wanted."""
+    """Adds the part's gradients to zeros."""
     layers, values = layers.of(part.critic), [of_layer[part.critic] for of_layer in values]
-    grad_rows, of_obs_part = grad_rows[part.critic], of_obs_part[part.critic]
-    of_rows = None if of_rows is None else of_rows[part.critic]
-    total = None if of_layers is None else of_layers.of(part.critic)
-    lead = grad_rows.shape[:-1]
+    grad_rows, (of_obs_part, of_rows, total) = grad_rows[part.critic], sums.of(part.critic)
+    lead, num_actions = grad_rows.shape[:-1], len(rows) // of_obs_part.shape[-2]
     for first, end in part.blocks:
         start, length = first * num_actions, (end - first) * num_actions
         grad = grad_rows.narrow(-1, start, length)
@@ -315,10 +314,10 @@ def _differentiate(
             grad, inputs = grad[kept], [of_layer.index_select(0, kept) for of_layer in inputs]
         normalised = []
         for index, (scale, shift) in enumerate(layers.norms, start=1):
-            sums = inputs[index]
-            inputs[index], mean, rstd = _normalised(sums, scale, shift)
+            before = inputs[index]
+            inputs[index], mean, rstd = _normalised(before, scale, shift)
             how.activation.evaluate(inputs[index], inputs[index])
-            normalised.append((sums, mean, rstd, scale, shift))
+            normalised.append((before, mean, rstd, scale, shift))
         if total is not None:
             add_last_product_(total.last[0], inputs[-1].to(grad.dtype), grad)
         grad_hidden = (grad.unsqueeze(-1) * layers.last[0].unsqueeze(-2)).to(how.dtype)
@@ -358,11 +357,15 @@ def _rows_to_keep(grad: Tensor) -> Tensor | None:
 
 def _parts(num_critics: int, batch_size: int, num_actions: int, width: int, how: _How) -> list[_Part]:
     """Parts that any number of threads may share out among them."""
-    size = _MOST_ACTIVATIONS_BATCHED // (batch_size * num_actions * width)  # Of groups of critics.
-    if min(size, num_critics) > 1 and not how.num_norms:
-        groups = [slice(c, c + size) for c in range(0, num_critics, size)] if size < num_critics else [_ALL]
-        return [_Part(group, 0, [(0, batch_size)]) for group in groups]
     blocks = _blocks(batch_size, num_actions, width, how.dtype, has_norms=how.num_norms > 0)
+    if len(blocks) == 1 < num_critics and how.batches_critics:
+        work = num_critics * batch_size * num_actions * width**2
+        num_groups = 1 if work < _LEAST_WORK_OF_THREADS else max(2, work // _WORK_OF_A_GROUP)
+        if num_groups == 1:
+            return [_Part(_ALL, 0, blocks)]
+        if num_groups < num_critics:
+            ends = [num_critics * number // num_groups for number in range(num_groups + 1)]
+            return [_Part(slice(first, end), 0, blocks) for first, end in itertools.pairwise(ends)]
     num_runs = min(_MOST_RUNS, len(blocks))
     return [_Part(c, run, blocks[run::num_runs]) for run in range(num_runs) for c in range(num_critics)]
 
@@ -380,14 +383,29 @@ def _blocks(
 
 
 def _normalised(sums: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of rows (R, n), into new memory, their means and the inverse of their standard deviations (R, 1)."""
-    return torch.native_layer_norm(sums, scale.shape, scale, shift, LAYER_NORM_EPS)
+    """Layer norm, into new memory, means of rows and the inverse of their standard deviations.
+
+    Args:
+        sums: Of one critic, shape (R, n), or of several, shape (C, R, n).
+        scale: Shape (n,) or (C, n).
+        shift: The same.
+    """
+    if sums.dim() == 2:
+        return torch.native_layer_norm(sums, scale.shape, scale, shift, LAYER_NORM_EPS)
+    plain, mean, rstd = torch.native_layer_norm(sums, scale.shape[-1:], None, None, LAYER_NORM_EPS)
+    return torch.addcmul(shift.unsqueeze(1), plain, scale.unsqueeze(1)), mean, rstd
 
 
 def _through_norm(
     grad: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what was normalised, of the scale and of the shift, given that of the norm's result."""
+    if sums.dim() == 3:
+        of_scale = (grad * ((sums - mean) * rstd)).sum(-2)
+        of_sums, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad * scale.unsqueeze(1), sums, scale.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+        return of_sums, of_scale, grad.sum(-2)
     wanted = [True, True, True]
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
         grad, sums, scale.shape, mean, rstd, scale, shift, wanted

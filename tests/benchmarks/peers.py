@@ -133,10 +133,27 @@ def of_d3rlpy(data: str, batch_size: int, num_actions: int) -> tuple[Callable[[i
         algo.fit(dataset, n_steps=num_updates, n_steps_per_epoch=num_updates, save_interval=2, **quiet)
         online = d3rlpy.dataset.create_fifo_replay_buffer(limit=100_000, env=env)
         both = d3rlpy.dataset.MixedReplayBuffer(online, dataset, secondary_mix_ratio=0.5)
-        steps = {"n_steps": num_env_steps, "n_steps_per_epoch": num_env_steps, "update_start_step": EPISODE_LENGTH}
+        # It can update after the first episode only: then it makes more at each step, as many as there are env steps.
+        after_first = {"update_start_step": EPISODE_LENGTH, "n_updates": updates_per_later_step(num_env_steps)}
+        steps = {"n_steps": num_env_steps, "n_steps_per_epoch": num_env_steps, **after_first}
         algo.fit_online(env, both, save_interval=2, **steps, **quiet)
 
     return update, both_phases
+
+
+def updates_per_later_step(num_env_steps: int) -> int:
+    """Updates at each env step after the first episode, if there are as many as env steps in all.
+
+    Raises:
+        ValueError: If it is no whole number.
+    """
+    num_later = num_env_steps - EPISODE_LENGTH
+    if num_later < 1 or num_env_steps % num_later:
+        raise ValueError(
+            f"Env steps must be a multiple of those after the first episode, such as {2 * EPISODE_LENGTH}, got "
+            f"{num_env_steps}."
+        )
+    return num_env_steps // num_later
 
 
 def work(name: str, size: str, data: str) -> None:
@@ -254,6 +271,7 @@ def main() -> None:
     if options.work:
         work(*options.work)
         return
+    updates_per_later_step(options.env_steps)
     pythons = {OURS: Path(sys.executable), PEER: environment_of_peer(options.environment)}
     result: dict[str, Any] = {}
     print(f"| | {OURS}: wall | processor | {PEER}: wall | processor | times, wall | times, processor |")

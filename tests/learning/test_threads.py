@@ -20,9 +20,10 @@ OBS_DIM, ACTION_DIM, BATCH_SIZE = 5, 3, 16
 
 @pytest.fixture(autouse=True)
 def _threads_for_small_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several parts of all kinds: critics' blocks, and groups of critics where the rows of one are one block."""
     monkeypatch.setattr(side_by_side, "_num_cpus", lambda: 8)
-    monkeypatch.setattr(critic_kernel, "_FEWEST_ACTIVATIONS_OF_THREADS", 0)
-    monkeypatch.setattr(critic_kernel, "_MOST_ACTIVATIONS_BATCHED", 0)
+    monkeypatch.setattr(critic_kernel, "_LEAST_WORK_OF_THREADS", 0)
+    monkeypatch.setattr(critic_kernel, "_WORK_OF_A_GROUP", 2**14)
     monkeypatch.setattr(critic_kernel, "_BLOCK_BYTES", 2**12)
 
 

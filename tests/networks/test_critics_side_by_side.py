@@ -17,21 +17,21 @@ from rllib_calql.networks.actor_critic import EnsembleCritic
 
 NUM_CRITICS, OBS_DIM, ACTION_DIM = 5, 3, 2
 NUM_STATES, NUM_ACTIONS, WIDTH = 6, 4, 8
-ACTIVATIONS_OF_LAYER = NUM_STATES * NUM_ACTIONS * WIDTH
+WORK = NUM_CRITICS * NUM_STATES * NUM_ACTIONS * WIDTH**2
 
 
-@pytest.fixture(params=[1, 2, NUM_CRITICS], ids=["alone", "in twos", "all at once"])
+@pytest.fixture(params=[NUM_CRITICS, 3, 1], ids=["alone", "in groups", "all at once"])
 def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many critics share a product."""
-    monkeypatch.setattr(critic_kernel, "_MOST_ACTIVATIONS_BATCHED", request.param * ACTIVATIONS_OF_LAYER)
+    """Groups of critics that share products, where a critic's rows are one block."""
+    monkeypatch.setattr(critic_kernel, "_LEAST_WORK_OF_THREADS", WORK + (request.param == 1))
+    monkeypatch.setattr(critic_kernel, "_WORK_OF_A_GROUP", WORK // request.param)
     return int(request.param)
 
 
 @pytest.fixture(params=[1, 2, 5], ids="{} threads".format)
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads of the kernel, however small the problem and the machine; a part for each state of each critic."""
+    """Threads of the kernel, however small the machine; a part for each state of each critic."""
     monkeypatch.setattr(side_by_side, "_num_cpus", lambda: 8)
-    monkeypatch.setattr(critic_kernel, "_FEWEST_ACTIVATIONS_OF_THREADS", 0)
     found = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -55,8 +55,10 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.usefixtures("group", "_threads")
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_values_equal_a_plain_mlp(layer_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(critic_kernel, "_BLOCK_BYTES", 1)
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+def test_values_equal_a_plain_mlp(layer_norm: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_BLOCK_BYTES", "_NORM_BLOCK_BYTES"):
+        monkeypatch.setattr(critic_kernel, name, block_bytes)
     critic, (obs, actions, _) = critic_of("elu", layer_norm=layer_norm), inputs()
     q = critic(obs, actions)
     assert is_by_kernel(q)
@@ -133,8 +135,9 @@ def test_any_number_of_threads_gives_the_same_bits(layer_norm: bool, monkeypatch
 
 
 def test_parts_cover_every_row_of_every_critic_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size, blocks in itertools.product((0, 1, 2, 3, 10**9), (1, 300, 2**20)):
-        monkeypatch.setattr(critic_kernel, "_MOST_ACTIVATIONS_BATCHED", size * ACTIVATIONS_OF_LAYER)
+    for num_groups, blocks in itertools.product((1, 2, 3, 4, 5, 100), (1, 300, 2**20)):
+        monkeypatch.setattr(critic_kernel, "_LEAST_WORK_OF_THREADS", WORK + (num_groups == 1))
+        monkeypatch.setattr(critic_kernel, "_WORK_OF_A_GROUP", WORK // num_groups)
         monkeypatch.setattr(critic_kernel, "_BLOCK_BYTES", blocks)
         how = critic_kernel._How(torch.float32, critic_kernel.IN_PLACE_ACTIVATIONS["relu"], 0, keeps=True)
         parts = critic_kernel._parts(NUM_CRITICS, NUM_STATES, NUM_ACTIONS, WIDTH, how)
@@ -144,6 +147,8 @@ def test_parts_cover_every_row_of_every_critic_once(monkeypatch: pytest.MonkeyPa
                 covered[part.critic, first:end] += 1
         assert (covered == 1).all()
         assert len({(str(part.critic), part.run) for part in parts}) == len(parts)  # Each has sums of its own.
+        if blocks == 2**20:
+            assert len(parts) == min(num_groups, NUM_CRITICS)
 
 
 # --- Side by side ----------------------------------------------------------------------------------------------------
