@@ -57,7 +57,7 @@ class LeanAdam(torch.optim.Adam):
             return
         moments, squares, steps = self._buffers_of(params)
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1.0)
+        torch._foreach_add_(steps, 1.0 - self.found_inf)
         torch._fused_adam_(
             params,
             [param.grad for param in params],
@@ -74,7 +74,6 @@ class LeanAdam(torch.optim.Adam):
             maximize=group["maximize"],
             found_inf=self.found_inf,
         )
-        torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def _buffers_of(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
         """Those of parameters with a gradient, made if they are missing; kept where all parameters have one."""
