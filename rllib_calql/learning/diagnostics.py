@@ -183,6 +183,11 @@ class MeanAccumulator:
         sums[:-1].add_(values.sum(dim=1, dtype=sums.dtype))
         sums[-1].add_(float(values.shape[1]))
 
+    def forget(self) -> None:
+        """Starts anew. In place, where a recorded step adds."""
+        for sums in self._sums.values():
+            sums.zero_()
+
     def pop(self) -> dict[str, float]:
         """Returns the means since the last call and starts anew; the gap of a part that was empty is left out."""
         if not self._sums:
@@ -190,12 +195,12 @@ class MeanAccumulator:
         flat = iter(torch.cat(list(self._sums.values())).tolist())
         totals: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
-        for names, sums in self._sums.items():
+        for names in self._sums:
             of_names = {name: next(flat) for name in names}
             count = next(flat)
             for name, total in of_names.items():
                 totals[name] += total
                 counts[name] += count
-            sums.zero_()
+        self.forget()
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         return {name: mean for name, mean in means.items() if not (name in _MAY_BE_EMPTY and math.isnan(mean))}

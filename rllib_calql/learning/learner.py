@@ -193,18 +193,24 @@ class CalQLTorchLearner(OptimisingLearner):
         rows_per_step = minibatch_size or num_rows
         if num_rows % rows_per_step:
             raise ValueError(f"An update needs whole mini-batches of {rows_per_step} rows, got {num_rows} rows.")
-        with float32_products(self.config.precision), one_thread_an_operation():
-            if self._graphed is not None:
-                kinds = self._kinds_of_steps(num_rows // rows_per_step)
-                self._graphed.run(columns, rows_per_step, kinds)
-            else:
-                for start in range(0, num_rows, rows_per_step):
-                    rows = {key: column[start : start + rows_per_step] for key, column in columns.items()}
-                    self._update({DEFAULT_MODULE_ID: rows})
-                    activity.count(UPDATES)
+        try:
+            self._make_steps(columns, rows_per_step, num_rows // rows_per_step)
+        except BaseException:  # Ctrl-C too: the next call may have batches of another size, and logs its own steps.
+            self._accumulator.forget()
+            raise
         self._log_update(num_rows, rows_per_step)
         self.after_gradient_based_update(timesteps=timesteps)
         return dict(self.metrics.reduce())
+
+    def _make_steps(self, columns: dict[str, Tensor], rows_per_step: int, num_steps: int) -> None:
+        with float32_products(self.config.precision), one_thread_an_operation():
+            if self._graphed is not None:
+                self._graphed.run(columns, rows_per_step, self._kinds_of_steps(num_steps))
+                return
+            for start in range(0, num_steps * rows_per_step, rows_per_step):
+                rows = {key: column[start : start + rows_per_step] for key, column in columns.items()}
+                self._update({DEFAULT_MODULE_ID: rows})
+                activity.count(UPDATES)
 
     def _columns_on_device(self, batch: MultiAgentBatch | SampleBatch) -> dict[str, Tensor]:
         columns = batch.policy_batches[DEFAULT_MODULE_ID] if isinstance(batch, MultiAgentBatch) else batch

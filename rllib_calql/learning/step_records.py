@@ -91,6 +91,12 @@ class StepLog:
                 self._reduce(kept)
         return self._means.pop()
 
+    def forget(self) -> None:
+        """Starts anew without the steps since the last call."""
+        for kept in self._kept.values():
+            kept.clear()
+        self._means.forget()
+
     def _reduce(self, kept: list[StepRecord]) -> None:
         record: StepRecord = kept[0] if len(kept) == 1 else _stacked(kept)
         kept.clear()

@@ -61,6 +61,28 @@ def test_metrics_are_means_over_the_minibatches_of_a_call() -> None:
     assert results[keys.NUM_UPDATES_LIFETIME] == 2
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_call_logs_nothing_of_an_earlier_one_that_was_interrupted(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, twin = make_learner(), make_learner()
+    compute, left = learner.compute_gradients, iter(range(2))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(learner, "compute_gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        update(learner, random_rows(40), 8)
+    monkeypatch.undo()
+    twin.set_state(learner.get_state())
+    rows = random_rows(16, seed=1)
+    found, expected = update(learner, rows, size), update(twin, rows, size)
+    of_losses = [name for name in expected if "lifetime" not in name and not name.startswith("num_")]
+    assert keys.QF_LOSS in of_losses
+    assert {name: found[name] for name in of_losses} == {name: expected[name] for name in of_losses}
+
+
 def test_an_update_refuses_rows_that_do_not_fill_the_minibatches() -> None:
     with pytest.raises(ValueError, match="needs whole mini-batches of 8 rows, got 20 rows"):
         update(make_learner(), random_rows(20), 8)
