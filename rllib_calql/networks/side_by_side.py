@@ -12,8 +12,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -25,18 +25,24 @@ _here = threading.local()  # Has `num_threads` where torch's operations have bee
 
 @contextmanager
 def one_thread_an_operation() -> Iterator[None]:
-    """Within it torch computes with one thread, but for what `compute` is given, which gets as many as torch had."""
+    """Within it torch computes with one thread, but for what `compute` is given, which gets as many as torch had.
+
+    Torch's number is that of the thread that sets it, and of all threads that begin later and do not set it. Those
+    whose first work for torch falls into another one's update compute with one thread.
+    """
     if hasattr(_here, "num_threads"):
         yield
         return
     found = torch.get_num_threads()
-    _here.num_threads = min(found, _num_cpus())
-    torch.set_num_threads(1)
     try:
+        _here.num_threads = min(found, _num_cpus())
+        if found > 1:
+            torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(found)
-        del _here.num_threads
+        vars(_here).pop("num_threads", None)
+        if found > 1:  # Else it may come from another's update, and would be set for all later threads.
+            torch.set_num_threads(found)
 
 
 def compute(parts: Sequence[Part]) -> None:
@@ -53,8 +59,11 @@ def compute(parts: Sequence[Part]) -> None:
         if num_helpers < 1:
             _take(left)
             return
-        helpers = [_pool(os.getpid()).submit(_take, left) for _ in range(num_helpers)]
+        helpers: list[Future[None]] = []
         try:
+            # No thread is to be had where a program's main thread has ended, or at a limit: then without helpers.
+            with suppress(RuntimeError):
+                helpers.extend(_pool(os.getpid()).submit(_take, left) for _ in range(num_helpers))
             _take(left)
         finally:
             left.clear()  # Of parts only if one failed.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -218,3 +220,65 @@ def test_an_error_in_a_part_is_raised_when_no_part_runs_any_more(number: int) ->
     ended = running._value
     side_by_side.compute([lambda: None] * 6)  # The threads are still there.
     assert running._value == ended
+
+
+def number_in_a_new_thread() -> int:
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join(timeout=30.0)
+    return seen[0]
+
+
+@pytest.fixture
+def _three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(side_by_side, "_num_cpus", lambda: 8)
+    found = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(found)
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_an_update_that_begins_and_ends_after_another_takes_no_threads_from_later_ones() -> None:
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def update() -> None:
+        with side_by_side.one_thread_an_operation():
+            seen.append(torch.get_num_threads())
+            entered.set()
+            left.wait(timeout=30.0)
+
+    other = threading.Thread(target=update)
+    with side_by_side.one_thread_an_operation():
+        other.start()  # Its first work for torch falls into this thread's.
+        assert entered.wait(timeout=30.0)
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+    left.set()
+    other.join(timeout=30.0)
+    assert seen[0] == 1
+    assert number_in_a_new_thread() == 3
+
+
+AFTER_THE_MAIN_THREAD = """
+import threading, torch
+from rllib_calql.networks import side_by_side
+side_by_side._num_cpus = lambda: 8
+torch.set_num_threads(3)
+
+def late():
+    threading.main_thread().join()
+    done = []
+    side_by_side.compute([lambda index=index: done.append(index) for index in range(6)])
+    print(sorted(done), torch.get_num_threads())
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_a_thread_computes_alone_when_the_main_thread_has_ended() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_THE_MAIN_THREAD], capture_output=True, text=True, timeout=120.0, check=False
+    )
+    assert done.stdout.strip() == "[0, 1, 2, 3, 4, 5] 3", done.stderr
