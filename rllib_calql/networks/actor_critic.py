@@ -193,10 +193,13 @@ class EnsembleCritic(nn.Module):
         norms = hiddens if layer_norm else []
         self.norm_scales = nn.ParameterList(torch.ones(num_critics, n) for n in norms)
         self.norm_shifts = nn.ParameterList(torch.zeros(num_critics, n) for n in norms)
-        # As `forward` takes them: to go through torch's lists of parameters at each step takes long.
+        self._layers, self._norms = self._parameters_of_layers()
+
+    def _parameters_of_layers(self) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, Tensor], ...]]:
+        """As `forward` takes them, kept because to go through torch's lists of parameters at each step takes long."""
         further = zip(self.weights, list(self.biases)[1:], strict=True)
-        self._layers = (self.obs_weight, self.biases[0], self.action_weight, *itertools.chain.from_iterable(further))
-        self._norms = tuple(zip(self.norm_scales, self.norm_shifts, strict=True))
+        layers = (self.obs_weight, self.biases[0], self.action_weight, *itertools.chain.from_iterable(further))
+        return layers, tuple(zip(self.norm_scales, self.norm_shifts, strict=True))
 
     def forward(self, obs: Tensor, actions: Tensor, *, frozen: bool = False, members: Tensor | None = None) -> Tensor:
         """Q of M actions at each of B states.
@@ -214,8 +217,11 @@ class EnsembleCritic(nn.Module):
             raise ValueError(
                 f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
             )
-        parameters: list[Tensor] = list(self._layers)
-        norms: list[tuple[Tensor, Tensor]] = list(self._norms)
+        are_kept = (
+            self._parameters["obs_weight"] is self._layers[0]
+        )  # Not by `torch.func`, nor once others are assigned.
+        of_layers, of_norms = (self._layers, self._norms) if are_kept else self._parameters_of_layers()
+        parameters, norms = list(of_layers), list(of_norms)
         if frozen:
             parameters = [parameter.detach() for parameter in parameters]
             norms = [(scale.detach(), shift.detach()) for scale, shift in norms]

@@ -270,3 +270,25 @@ def test_without_orthogonal_init_layers_start_as_torchs_own() -> None:
 def test_critics_refuse_shapes_that_do_not_belong_together(obs_shape: Any, action_shape: Any) -> None:
     with pytest.raises(ValueError, match=r"`obs` must be \(B, obs_dim\) and `actions` \(M, B, A\), got"):
         EnsembleCritic(2, 4, 2, [6])(torch.zeros(obs_shape), torch.zeros(action_shape))
+
+
+@pytest.mark.parametrize("way", ["assigned", "of a call", "copied", "of another type"])
+def test_critics_compute_with_the_parameters_that_they_have(way: str) -> None:
+    critic, other = (EnsembleCritic(2, 3, 2, [8, 5], layer_norm=True).double() for _ in range(2))
+    randomise(critic, seed=1)
+    randomise(other, seed=2)
+    obs, actions = random(4, 3), random(6, 4, 2, seed=1)
+    values = other.state_dict()
+    if way == "of a call":
+        q = torch.func.functional_call(critic, values, (obs, actions))
+    else:
+        if way == "of another type":
+            critic.float().double()
+        critic.load_state_dict(values, assign=way == "assigned")
+        q = critic(obs, actions)
+    for c in range(2):
+        expected = plain_critic(other, c, obs.numpy(), actions.numpy(), "relu")
+        np.testing.assert_allclose(q[c].detach().numpy(), expected, rtol=1e-11, atol=1e-13)
+    if way == "of a call":  # Which leaves the critics their own.
+        expected = plain_critic(critic, 0, obs.numpy(), actions.numpy(), "relu")
+        np.testing.assert_allclose(critic(obs, actions)[0].detach().numpy(), expected, rtol=1e-11, atol=1e-13)
