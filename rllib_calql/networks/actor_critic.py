@@ -217,9 +217,8 @@ class EnsembleCritic(nn.Module):
             raise ValueError(
                 f"`obs` must be (B, obs_dim) and `actions` (M, B, A), got {tuple(obs.shape)}, {tuple(actions.shape)}."
             )
-        are_kept = (
-            self._parameters["obs_weight"] is self._layers[0]
-        )  # Not by `torch.func`, nor once others are assigned.
+        # `torch.func` gives others to one call, and `load_state_dict` may have assigned others.
+        are_kept = self._parameters["obs_weight"] is self._layers[0]
         of_layers, of_norms = (self._layers, self._norms) if are_kept else self._parameters_of_layers()
         parameters, norms = list(of_layers), list(of_norms)
         if frozen:
