@@ -57,7 +57,7 @@ class LeanAdam(torch.optim.Adam):
             return
         moments, squares, steps = self._buffers_of(params)
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1.0 - self.found_inf)
+        torch._foreach_add_(steps, [1.0 - self.found_inf] * len(steps))  # Of one tensor torch would read the number.
         torch._fused_adam_(
             params,
             [param.grad for param in params],
