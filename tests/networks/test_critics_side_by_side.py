@@ -230,16 +230,8 @@ def number_in_a_new_thread() -> int:
     return seen[0]
 
 
-@pytest.fixture
-def _three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(side_by_side, "_num_cpus", lambda: 8)
-    found = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(found)
-
-
-@pytest.mark.usefixtures("_three_threads")
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("_threads", [3], indirect=True)
 def test_an_update_that_begins_and_ends_after_another_takes_no_threads_from_later_ones() -> None:
     entered, left, seen = threading.Event(), threading.Event(), []
 
